@@ -1,0 +1,387 @@
+// Package abi is what the kernel programs and Go agree on: every number, layout,
+// byte order and unit that both sides read. abi.h says the same in C; a test
+// compares the two field by field through BTF.
+//
+// Addresses are 16 bytes in network order, IPv4 as v4-mapped IPv6. Ports are in
+// host order. Times are nanoseconds of CLOCK_BOOTTIME.
+package abi
+
+import (
+	"fmt"
+	"net/netip"
+	"time"
+)
+
+// Version of the layouts. Pinned maps of another version are not adopted.
+const Version = 1
+
+// Sizes shared with abi.h.
+const (
+	Slots            = 4
+	Epochs           = 16
+	Alternatives     = 4
+	NoCrossing       = 0xffffffff // as an index
+	PathMax          = 252
+	UnitSuffix       = 28
+	UnitAlternatives = 4
+	UnprovenMax      = 16
+	FlowIdle         = 180 * time.Second
+	TagKind          = 253
+	TagLength        = 16
+	TagExID          = 0xD3AC
+)
+
+// Verdict is what was decided. The zero value denies.
+type Verdict uint8
+
+const (
+	Deny        Verdict = 0
+	Allow       Verdict = 1
+	Provisional Verdict = 2 // may open; decided when the peer's proof is known
+	Audit       Verdict = 3 // would be denied, let pass by mode observe
+)
+
+var verdictNames = names{"deny", "allow", "provisional", "audit"}
+
+func (v Verdict) String() string                { return verdictNames.name("verdict", int(v)) }
+func (v Verdict) MarshalText() ([]byte, error)  { return []byte(v.String()), nil }
+func (v *Verdict) UnmarshalText(b []byte) error { return unmarshal(verdictNames, "verdict", b, v) }
+
+// Reason is why. It travels with every verdict; the zero value means that
+// nothing was decided.
+type Reason uint8
+
+const (
+	Undecided      Reason = 0
+	ByCrossing     Reason = 1
+	ByUnmanaged    Reason = 2
+	ByReply        Reason = 3
+	ByKernel       Reason = 4
+	Unproven       Reason = 5
+	NoCrossingFor  Reason = 6
+	NotInWindow    Reason = 7
+	OverLimit      Reason = 8
+	TagMissing     Reason = 9
+	TagMalformed   Reason = 10
+	TagBadMAC      Reason = 11
+	TagWrongEpoch  Reason = 12
+	TagBadIdentity Reason = 13
+	TagNoRoom      Reason = 14
+	PendingSubject Reason = 15
+	Unbound        Reason = 16
+	TaskMismatch   Reason = 17
+	RawSocket      Reason = 18
+	Protocol       Reason = 19
+	Malformed      Reason = 20
+	Fragment       Reason = 21
+	IPOptions      Reason = 22
+	NoState        Reason = 23
+	Revoked        Reason = 24
+	UnprovenLimit  Reason = 25
+	PortOwned      Reason = 26
+	Spoof          Reason = 27
+	Quarantined    Reason = 28
+	NoPolicy       Reason = 29
+	MapFull        Reason = 30
+	Reasons               = 31
+)
+
+var reasonNames = names{
+	"undecided", "crossing", "unmanaged", "reply", "kernel", "unproven", "no-crossing", "not-in-window", "over-limit",
+	"tag-missing", "tag-malformed", "tag-bad-mac", "tag-wrong-epoch", "tag-bad-identity", "tag-no-room", "pending",
+	"unbound", "task-mismatch", "raw-socket", "protocol", "malformed", "fragment", "ip-options", "no-state", "revoked",
+	"unproven-limit", "port-owned", "spoof", "quarantined", "no-policy", "map-full",
+}
+
+func (r Reason) String() string                { return reasonNames.name("reason", int(r)) }
+func (r Reason) MarshalText() ([]byte, error)  { return []byte(r.String()), nil }
+func (r *Reason) UnmarshalText(b []byte) error { return unmarshal(reasonNames, "reason", b, r) }
+
+// Direction is the side of a flow that the subject is on.
+type Direction uint8
+
+const (
+	Egress  Direction = 0
+	Ingress Direction = 1
+)
+
+var directionNames = names{"egress", "ingress"}
+
+func (d Direction) String() string                { return directionNames.name("direction", int(d)) }
+func (d Direction) MarshalText() ([]byte, error)  { return []byte(d.String()), nil }
+func (d *Direction) UnmarshalText(b []byte) error { return unmarshal(directionNames, "direction", b, d) }
+
+// Proof is what is known of the peer.
+type Proof uint8
+
+const (
+	ProofNone     Proof = 0 // it proved nothing
+	ProofIdentity Proof = 1 // it proved the identity that travels with this
+	ProofBad      Proof = 2 // it tried and failed
+	ProofUnknown  Proof = 3 // it was not asked yet: the flow is being opened
+)
+
+var proofNames = names{"none", "identity", "bad", "unknown"}
+
+func (p Proof) String() string                { return proofNames.name("proof", int(p)) }
+func (p Proof) MarshalText() ([]byte, error)  { return []byte(p.String()), nil }
+func (p *Proof) UnmarshalText(b []byte) error { return unmarshal(proofNames, "proof", b, p) }
+
+// Hook is where a verdict was given.
+type Hook uint8
+
+const (
+	HookSockCreate  Hook = 1
+	HookConnect     Hook = 2
+	HookSendmsg     Hook = 3
+	HookBind        Hook = 4
+	HookSockopt     Hook = 5
+	HookEgress      Hook = 6
+	HookIngress     Hook = 7
+	HookEstablished Hook = 8
+)
+
+var hookNames = names{"", "sock_create", "connect", "sendmsg", "bind", "setsockopt", "egress", "ingress", "established"}
+
+func (h Hook) String() string                { return hookNames.name("hook", int(h)) }
+func (h Hook) MarshalText() ([]byte, error)  { return []byte(h.String()), nil }
+func (h *Hook) UnmarshalText(b []byte) error { return unmarshal(hookNames, "hook", b, h) }
+
+// names maps small numbers to the words users see, and back.
+type names []string
+
+func (n names) name(kind string, i int) string {
+	if i < len(n) && n[i] != "" {
+		return n[i]
+	}
+	return fmt.Sprintf("%s(%d)", kind, i)
+}
+
+func unmarshal[T ~uint8](n names, kind string, text []byte, out *T) error {
+	for i, name := range n {
+		if name != "" && name == string(text) {
+			*out = T(i)
+			return nil
+		}
+	}
+	return fmt.Errorf("unknown %s %q", kind, text)
+}
+
+// RuleKey, Rule: the rules map of one generation.
+type RuleKey struct {
+	Subject   uint32
+	Peer      uint32
+	Class     uint16
+	Direction Direction
+	_         uint8
+}
+
+type Rule struct{ Crossing [Alternatives]uint32 }
+
+// Crossing is one crossing as the kernel needs it.
+type Crossing struct {
+	Number   uint32
+	Need     uint8
+	NAT      uint8
+	Log      uint8
+	Flags    uint8
+	Since    uint64
+	Until    uint64
+	Interval uint64
+	Slack    uint64
+}
+
+const (
+	CrossingDecoy = 1
+	CrossingDrop  = 2
+)
+
+// Subject is what an image knows of an identity.
+type Subject struct {
+	Zone  uint16
+	Flags uint16
+}
+
+const (
+	SubjectOutbound = 1
+	SubjectInbound  = 2
+)
+
+// Rows of port classes.
+const (
+	RowTCP   = 0
+	RowUDP   = 1
+	RowSCTP  = 2
+	RowOther = 3 // ICMP types at 0, ICMPv6 types at 256, everything else at 512
+	Rows     = 4
+)
+
+// PortClasses is one row.
+type PortClasses struct{ Class [65536]uint16 }
+
+// PrefixKey is a network trie key; Length in bits, IPv4 as 96 + length.
+type PrefixKey struct {
+	Length  uint32
+	Address [16]byte
+}
+
+// PathKey is a selector trie key; Length in bits.
+type PathKey struct {
+	Length uint32
+	Path   [PathMax]byte
+}
+
+// Unit lists what a unit name's prefix leads to.
+type Unit struct{ Match [UnitAlternatives]UnitMatch }
+
+// UnitMatch is one suffix and its identity; identity 0 ends the list.
+type UnitMatch struct {
+	Identity uint32
+	Length   uint32
+	Suffix   [UnitSuffix]byte
+}
+
+// Binding is a cgroup and who lives in it, one identity a slot.
+type Binding struct {
+	Identity [Slots]uint32
+	Flags    uint32
+	_        uint32
+	Since    uint64
+}
+
+const (
+	BindingSlices = 1
+	BindingRoot   = 2
+)
+
+// State is what is in force.
+type State struct {
+	Active   uint64
+	Filling  uint64
+	TagEpoch uint64
+}
+
+const (
+	ActiveOn        = 1
+	ActiveObserve   = 2
+	ActiveUnmanaged = 4
+)
+
+// MakeActive joins slot, flags and epoch into the word that programs read.
+func MakeActive(slot uint32, flags uint32, epoch uint32) uint64 {
+	return uint64(slot)&0xff | uint64(flags&0xff)<<8 | uint64(epoch)<<32
+}
+
+// ActiveSlot, ActiveFlags, ActiveEpoch take it apart.
+func ActiveSlot(w uint64) uint32  { return uint32(w & 0xff) }
+func ActiveFlags(w uint64) uint32 { return uint32(w>>8) & 0xff }
+func ActiveEpoch(w uint64) uint32 { return uint32(w >> 32) }
+
+// Key is a tag key: SipHash key as two little-endian words.
+type Key struct {
+	Key   [2]uint64
+	Since uint64
+	Until uint64
+	Valid uint32
+	_     uint32
+}
+
+// Tuple is a flow, opener first.
+type Tuple struct {
+	Source          [16]byte
+	Destination     [16]byte
+	SourcePort      uint16
+	DestinationPort uint16
+	Proto           uint8
+	_               [3]uint8
+}
+
+// SourceAddr and DestinationAddr as addresses, IPv4 unmapped.
+func (t Tuple) SourceAddr() netip.Addr      { return netip.AddrFrom16(t.Source).Unmap() }
+func (t Tuple) DestinationAddr() netip.Addr { return netip.AddrFrom16(t.Destination).Unmap() }
+
+// Event is one record from a ring.
+type Event struct {
+	Time      uint64
+	Seq       uint64
+	Cgroup    uint64
+	CPU       uint32
+	PID       uint32
+	Subject   uint32
+	Peer      uint32
+	Crossing  uint32
+	Epoch     uint32
+	Kind      uint8
+	Hook      Hook
+	Verdict   Verdict
+	Reason    Reason
+	Direction Direction
+	Proof     Proof
+	Slot      uint8
+	_         uint8
+	Tuple     Tuple
+	Comm      [16]byte
+	_         uint32
+}
+
+// EventVerdict is the kind of an event that carries a verdict.
+const EventVerdict = 1
+
+// CountKey is what verdicts are counted by.
+type CountKey struct {
+	Subject   uint32
+	Peer      uint32
+	Crossing  uint32
+	Direction Direction
+	Verdict   Verdict
+	Reason    Reason
+	_         uint8
+}
+
+// Rings of events.
+const (
+	RingDenied  = 0
+	RingAllowed = 1
+	Rings       = 2
+)
+
+// RingState counts a ring's events, lost ones too, and the lost ones.
+type RingState struct {
+	Seq  uint64
+	Lost uint64
+}
+
+// Fault is something that went wrong inside the kernel programs.
+type Fault uint32
+
+const (
+	FaultBindFull  Fault = 0
+	FaultCountFull Fault = 1
+	FaultStorage   Fault = 2
+	FaultFlow      Fault = 3
+	FaultPending   Fault = 4
+	FaultLimitRace Fault = 5
+	FaultPortFull  Fault = 6
+	Faults               = 7
+)
+
+var faultNames = names{"binding-full", "counter-full", "socket-storage", "flow-full", "handshake-full", "limit-contended", "port-full"}
+
+func (f Fault) String() string { return faultNames.name("fault", int(f)) }
+
+// Query is one question to the verdict function, and its answer.
+type Query struct {
+	Slot      uint32
+	Subject   uint32
+	Peer      uint32
+	Port      uint16
+	Proto     uint8
+	Direction Direction
+	Proof     Proof
+	Bad       Reason
+	Verdict   Verdict // out
+	Reason    Reason  // out
+	Crossing  uint32  // out: index
+	Now       uint64
+	Address   [16]byte
+}

@@ -1,0 +1,422 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR Apache-2.0) */
+/*
+ * What the kernel programs and Go agree on: every number, layout, byte order and
+ * unit that both sides read. abi.go says the same in Go; a test compares the two
+ * field by field through BTF.
+ *
+ * Byte order: addresses are 16 bytes in network order, IPv4 as v4-mapped IPv6
+ * (::ffff:a.b.c.d). Ports are host order unless a comment says otherwise. Times
+ * are nanoseconds of CLOCK_BOOTTIME, which no clock step moves; 0 = no bound.
+ */
+#ifndef DEMARC_ABI_H
+#define DEMARC_ABI_H
+
+#ifndef __VMLINUX_H__
+#include <linux/types.h>
+#endif
+
+#define DEMARC_ABI_VERSION 1
+
+/* Generations that can be loaded at once: active, candidate, fallback and one
+ * being emptied. A generation lives in one slot of every outer map. */
+#define DEMARC_SLOTS 4
+
+/* Identities (24 bits). Below DEMARC_ID_FIRST are reserved. */
+#define DEMARC_ID_NONE 0
+#define DEMARC_ID_UNMANAGED 1
+#define DEMARC_ID_KERNEL 2
+#define DEMARC_ID_PENDING 3
+#define DEMARC_ID_FIRST 16
+#define DEMARC_ID_MAX 0xffffff
+
+/* Zero denies. */
+enum demarc_verdict {
+	DEMARC_DENY = 0,
+	DEMARC_ALLOW = 1,
+	DEMARC_PROVISIONAL = 2, /* may open; decided when the peer's proof is known */
+	DEMARC_AUDIT = 3,	/* events and counters only: would be denied, mode observe */
+};
+
+/* Why. Travels with every verdict. */
+enum demarc_reason {
+	DEMARC_UNDECIDED = 0,	      /* nothing was decided; denied */
+	DEMARC_BY_CROSSING = 1,	      /* allowed: a crossing declares it */
+	DEMARC_BY_UNMANAGED = 2,      /* allowed: between unmanaged peers */
+	DEMARC_BY_REPLY = 3,	      /* allowed: answers an admitted flow */
+	DEMARC_BY_KERNEL = 4,	      /* allowed: the kernel's own control packet */
+	DEMARC_UNPROVEN = 5,	      /* provisional: waits for the peer's proof */
+	DEMARC_NO_CROSSING = 6,	      /* nobody declared it */
+	DEMARC_NOT_IN_WINDOW = 7,     /* declared, but not for now */
+	DEMARC_OVER_LIMIT = 8,	      /* the crossing's rate is used up */
+	DEMARC_TAG_MISSING = 9,	      /* the peer had to prove itself and did not */
+	DEMARC_TAG_MALFORMED = 10,
+	DEMARC_TAG_BAD_MAC = 11,
+	DEMARC_TAG_WRONG_EPOCH = 12,
+	DEMARC_TAG_BAD_IDENTITY = 13, /* proven key, but no identity of this policy, or not the sender's own */
+	DEMARC_TAG_NO_ROOM = 14,      /* our own tag did not fit or was not written */
+	DEMARC_PENDING = 15,	      /* the subject's identity is not known yet */
+	DEMARC_UNBOUND = 16,	      /* the socket's cgroup has no binding */
+	DEMARC_TASK_MISMATCH = 17,    /* the task is not of the socket's identity */
+	DEMARC_RAW_SOCKET = 18,
+	DEMARC_PROTOCOL = 19,	      /* socket type or protocol that managed workloads may not use */
+	DEMARC_MALFORMED = 20,	      /* packet cannot be parsed */
+	DEMARC_FRAGMENT = 21,
+	DEMARC_IP_OPTIONS = 22,	      /* IPv4 options, routing headers, too many extension headers */
+	DEMARC_NO_STATE = 23,	      /* mid-stream packet of no admitted handshake */
+	DEMARC_REVOKED = 24,	      /* established, and lost its crossing */
+	DEMARC_UNPROVEN_LIMIT = 25,   /* too many datagrams without a proven reply */
+	DEMARC_PORT_OWNED = 26,	      /* the port is bound by another identity */
+	DEMARC_SPOOF = 27,	      /* asked to send from an address that is not its own */
+	DEMARC_QUARANTINED = 28,
+	DEMARC_NO_POLICY = 29,	      /* no generation is active */
+	DEMARC_MAP_FULL = 30,
+	DEMARC_REASONS = 31,
+};
+
+enum demarc_direction {
+	DEMARC_EGRESS = 0,  /* the subject opens */
+	DEMARC_INGRESS = 1, /* the subject accepts */
+};
+
+/* What is known of the peer. */
+enum demarc_proof {
+	DEMARC_PROOF_NONE = 0,	  /* it proved nothing */
+	DEMARC_PROOF_IDENTITY = 1, /* it is .peer */
+	DEMARC_PROOF_BAD = 2,	  /* it tried and failed */
+	DEMARC_PROOF_UNKNOWN = 3, /* it was not asked yet: the flow is being opened */
+};
+
+/* Peer kinds of a rule key; policy/image says what they mean. */
+enum demarc_peer {
+	DEMARC_PEER_IDENTITY = 1,
+	DEMARC_PEER_ZONE = 2,
+	DEMARC_PEER_ADDRESS = 3,
+	DEMARC_PEER_ANY = 4,
+	DEMARC_PEER_PROVEN = 5,
+};
+
+enum demarc_need {
+	DEMARC_NEED_BOTH = 0,
+	DEMARC_NEED_SENDER = 1,
+	DEMARC_NEED_NONE = 2,
+};
+
+#define DEMARC_ALTERNATIVES 4
+#define DEMARC_NO_CROSSING_INDEX 0xffffffff
+
+/* Key of the rules map: who, with whom, on what class of ports. */
+struct demarc_rule_key {
+	__u32 subject; /* identity */
+	__u32 peer;    /* enum demarc_peer << 24 | value */
+	__u16 class;   /* port class */
+	__u8 direction;
+	__u8 zero;
+};
+
+/* Crossings that admit it, ascending; unused entries are
+ * DEMARC_NO_CROSSING_INDEX. */
+struct demarc_rule {
+	__u32 crossing[DEMARC_ALTERNATIVES];
+};
+
+/* One crossing as the kernel needs it, by its index in the image. */
+struct demarc_crossing {
+	__u32 number; /* stable number of the name */
+	__u8 need;    /* enum demarc_need */
+	__u8 nat;
+	__u8 log;     /* 0 denied, 1 all, 2 none */
+	__u8 flags;   /* 1 = decoy, 2 = refuse by dropping */
+	__u64 since;
+	__u64 until;
+	__u64 interval; /* ns between two new flows at the limit; 0 = unlimited */
+	__u64 slack;	/* ns a burst may run ahead: (burst - 1) * interval */
+};
+
+/* What an image knows of an identity. */
+struct demarc_subject {
+	__u16 zone;
+	__u16 flags; /* enum demarc_subject_flags */
+};
+
+enum demarc_subject_flags {
+	DEMARC_SUBJECT_OUTBOUND = 1, /* may open flows that nothing declares (unmanaged) */
+	DEMARC_SUBJECT_INBOUND = 2,  /* may accept them (unmanaged) */
+};
+
+/* Port classes: one row of 65536 a protocol, and one shared by ICMP types at 0,
+ * ICMPv6 types at 256 and everything else at 512. */
+enum demarc_port_row {
+	DEMARC_ROW_TCP = 0,
+	DEMARC_ROW_UDP = 1,
+	DEMARC_ROW_SCTP = 2,
+	DEMARC_ROW_OTHER = 3,
+	DEMARC_ROWS = 4,
+};
+
+struct demarc_port_classes {
+	__u16 class[65536];
+};
+
+/* Key of the network trie: prefix length in bits (IPv4: 96 + length). */
+struct demarc_prefix_key {
+	__u32 length;
+	__u8 address[16];
+};
+
+/* Key of the selector tries: a path or a name, zero-padded. */
+#define DEMARC_PATH_MAX 252
+struct demarc_path_key {
+	__u32 length; /* bits */
+	char path[DEMARC_PATH_MAX];
+};
+
+/* What a systemd unit name's prefix leads to: the longest prefix before the '*'
+ * is the key, each suffix after it is tried in turn. An exact name is the key
+ * with its terminating NUL and one entry with an empty suffix. */
+#define DEMARC_UNIT_SUFFIX 28
+#define DEMARC_UNIT_ALTERNATIVES 4
+struct demarc_unit {
+	struct {
+		__u32 identity; /* 0 = end of the list */
+		__u32 length;	/* bytes of suffix */
+		char suffix[DEMARC_UNIT_SUFFIX];
+	} match[DEMARC_UNIT_ALTERNATIVES];
+};
+
+/* A cgroup and who lives in it, one identity a generation slot. Key: cgroup id
+ * (inode number of its directory). */
+struct demarc_binding {
+	__u32 identity[DEMARC_SLOTS];
+	__u32 flags; /* enum demarc_binding_flags */
+	__u32 zero;
+	__u64 since; /* when it was bound */
+};
+
+enum demarc_binding_flags {
+	DEMARC_BINDING_SLICES = 1, /* only slices above: units may be its children */
+	DEMARC_BINDING_ROOT = 2,   /* the managed root itself */
+};
+
+/* The one word that says what is in force, and its neighbours. The core writes
+ * it; programs read `active` once for each verdict. */
+struct demarc_state {
+	__u64 active; /* DEMARC_ACTIVE(): slot, flags, epoch */
+	__u64 filling; /* bit per slot: cgroup_mkdir binds for these slots too */
+	__u64 tag_epoch; /* epoch whose key tags what we send */
+};
+
+/* Layout of demarc_state.active. The epoch grows with every change of meaning
+ * (a flip, a changed binding), never repeats, and is what cached verdicts are
+ * kept under. */
+#define DEMARC_ACTIVE_SLOT(w) ((__u32)((w)&0xff))
+#define DEMARC_ACTIVE_FLAGS(w) ((__u32)(((w) >> 8) & 0xff))
+#define DEMARC_ACTIVE_EPOCH(w) ((__u32)((w) >> 32))
+enum demarc_active_flags {
+	DEMARC_ACTIVE_ON = 1,	   /* a generation is active; otherwise managed sockets do nothing */
+	DEMARC_ACTIVE_OBSERVE = 2, /* report what would be denied, and let it pass */
+	DEMARC_ACTIVE_UNMANAGED = 4, /* some crossing names `unmanaged`: record its flows */
+};
+
+/* A tag key. key[0], key[1]: SipHash key as two little-endian words. */
+struct demarc_key {
+	__u64 key[2];
+	__u64 since;
+	__u64 until;
+	__u32 valid; /* 0 = no key in this epoch */
+	__u32 zero;
+};
+#define DEMARC_EPOCHS 16
+
+/*
+ * The TCP tag (option kind 253, RFC 6994 shared experiment), 16 bytes:
+ *
+ *	kind=253, length=16, ExID=0xD3AC, claim, mac
+ *
+ * claim, big endian: identity:24 | epoch:4 | flags:4.
+ * mac: SipHash-2-4 over demarc_tag_input, its 64-bit result in little-endian
+ * byte order as the reference implementation writes it.
+ */
+#define DEMARC_TAG_KIND 253
+#define DEMARC_TAG_LENGTH 16
+#define DEMARC_TAG_EXID 0xD3AC
+enum demarc_tag_flags {
+	DEMARC_TAG_SYNACK = 1, /* answers a SYN: binds its sequence number */
+};
+
+/* What the MAC covers, 48 bytes, all fields in network order. */
+struct demarc_tag_input {
+	__u32 claim;
+	__u32 seq;	/* sender's initial sequence number */
+	__u32 acked;	/* SYN-ACK: the acknowledgement number; SYN: 0 */
+	__u16 sport;
+	__u16 dport;
+	__u8 saddr[16];
+	__u8 daddr[16];
+};
+
+/* A flow, opener first. ICMP echo: sport = identifier, dport = 0. */
+struct demarc_tuple {
+	__u8 saddr[16];
+	__u8 daddr[16];
+	__u16 sport;
+	__u16 dport;
+	__u8 proto;
+	__u8 zero[3];
+};
+
+/* A SYN that verified and was admitted, until its handshake ends. Key: the tuple
+ * as the SYN has it. */
+struct demarc_pending_syn {
+	__u32 self;	/* identity of the listener */
+	__u32 peer;	/* identity the tag proved; 0 = none */
+	__u32 seq;	/* the SYN's sequence number, host order */
+	__u32 answer;	/* the SYN-ACK's sequence number, host order */
+	__u32 crossing; /* index, or DEMARC_NO_CROSSING_INDEX */
+	__u32 epoch;
+	__u8 proof; /* enum demarc_proof */
+	__u8 answered; /* the SYN-ACK has left, .answer is set */
+	__u8 reason;
+	__u8 zero;
+	__u32 zero2;
+	__u64 until; /* when the crossing's window closes */
+};
+
+/* What a TCP socket proved and was allowed, in its socket storage. */
+struct demarc_socket {
+	__u32 peer;
+	__u32 epoch;   /* the verdict holds while this is the active one */
+	__u32 crossing;
+	__u16 port;    /* the port that was judged */
+	__u8 verdict;
+	__u8 reason;
+	__u8 proof;
+	__u8 direction;
+	__u8 zero[6];
+	__u64 until;
+};
+
+/* A conversation without handshake (everything but TCP), and local proof: what
+ * the sending hooks of this host saw. Key: demarc_tuple. */
+struct demarc_flow {
+	__u32 opener;	/* identity that sent the first packet here; 0 = it came from elsewhere */
+	__u32 acceptor; /* identity that answered here; 0 = nobody yet */
+	__u32 epoch_out;
+	__u32 epoch_in;
+	__u8 verdict_out; /* opener's side */
+	__u8 verdict_in;  /* acceptor's side */
+	__u8 sender_only; /* the crossing asks no proof of the acceptor */
+	__u8 zero;
+	__u32 unproven; /* packets sent before the acceptor proved itself */
+	__u64 last;
+	__u64 until_out;
+	__u64 until_in;
+};
+#define DEMARC_UNPROVEN_MAX 16
+#define DEMARC_FLOW_IDLE (180ULL * 1000000000ULL)
+
+/* Who bound a port first. */
+struct demarc_port_key {
+	__u64 netns; /* cookie */
+	__u16 port;
+	__u8 proto;
+	__u8 zero[5];
+};
+struct demarc_port_owner {
+	__u32 identity;
+	__u32 sockets;
+};
+
+/* What the events rings carry. */
+enum demarc_event_kind {
+	DEMARC_EVENT_VERDICT = 1,
+};
+
+enum demarc_hook {
+	DEMARC_HOOK_SOCK_CREATE = 1,
+	DEMARC_HOOK_CONNECT = 2,
+	DEMARC_HOOK_SENDMSG = 3,
+	DEMARC_HOOK_BIND = 4,
+	DEMARC_HOOK_SOCKOPT = 5,
+	DEMARC_HOOK_EGRESS = 6,
+	DEMARC_HOOK_INGRESS = 7,
+	DEMARC_HOOK_ESTABLISHED = 8,
+};
+
+struct demarc_event {
+	__u64 time;
+	__u64 seq;    /* per ring and CPU, from 1, without gaps but for losses */
+	__u64 cgroup; /* of the socket */
+	__u32 cpu;
+	__u32 pid; /* of the task where there is one, else 0 */
+	__u32 subject;
+	__u32 peer; /* proven or claimed identity; 0 = none */
+	__u32 crossing; /* its stable number; 0 = none */
+	__u32 epoch;
+	__u8 kind;
+	__u8 hook;
+	__u8 verdict;
+	__u8 reason;
+	__u8 direction;
+	__u8 proof;
+	__u8 slot;
+	__u8 zero;
+	struct demarc_tuple tuple; /* opener first */
+	char comm[16];
+	__u32 zero2;
+};
+
+/* Exact counts of verdicts. One count a decision (a flow opened, accepted or
+ * proven) and one a dropped packet or refused call. */
+struct demarc_count_key {
+	__u32 subject;
+	__u32 peer;	/* only a proven one */
+	__u32 crossing; /* stable number; 0 = none */
+	__u8 direction;
+	__u8 verdict;
+	__u8 reason;
+	__u8 zero;
+};
+
+/* Rings, and what each lost. */
+enum demarc_ring {
+	DEMARC_RING_DENIED = 0,
+	DEMARC_RING_ALLOWED = 1,
+	DEMARC_RINGS = 2,
+};
+
+struct demarc_ring_state {
+	__u64 seq;  /* events made, lost ones too */
+	__u64 lost; /* events that found no room */
+};
+
+/* Things that went wrong inside, by name; per CPU. */
+enum demarc_fault {
+	DEMARC_FAULT_BIND_FULL = 0,   /* cgroup without room for its binding: it may do nothing */
+	DEMARC_FAULT_COUNT_FULL = 1,  /* verdict without room for its counter */
+	DEMARC_FAULT_STORAGE = 2,     /* socket storage could not be made: the flow is denied */
+	DEMARC_FAULT_FLOW = 3,	      /* flow entry could not be made: the flow is denied */
+	DEMARC_FAULT_PENDING = 4,     /* handshake entry could not be made: denied */
+	DEMARC_FAULT_LIMIT_RACE = 5,  /* token bucket contended beyond its tries: denied */
+	DEMARC_FAULT_PORT_FULL = 6,   /* port owner could not be recorded: bind refused */
+	DEMARC_FAULTS = 7,
+};
+
+/* One question to the verdict function, and its answer: the self-test and the
+ * differential test run these through the `judge` program. */
+struct demarc_query {
+	__u32 slot;
+	__u32 subject;
+	__u32 peer;
+	__u16 port;
+	__u8 proto;
+	__u8 direction;
+	__u8 proof;
+	__u8 bad; /* enum demarc_reason for a bad proof */
+	__u8 verdict; /* out */
+	__u8 reason;  /* out */
+	__u32 crossing; /* out: index */
+	__u64 now;
+	__u8 address[16];
+};
+
+#endif
