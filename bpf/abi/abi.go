@@ -107,9 +107,11 @@ const (
 
 var directionNames = names{"egress", "ingress"}
 
-func (d Direction) String() string                { return directionNames.name("direction", int(d)) }
-func (d Direction) MarshalText() ([]byte, error)  { return []byte(d.String()), nil }
-func (d *Direction) UnmarshalText(b []byte) error { return unmarshal(directionNames, "direction", b, d) }
+func (d Direction) String() string               { return directionNames.name("direction", int(d)) }
+func (d Direction) MarshalText() ([]byte, error) { return []byte(d.String()), nil }
+func (d *Direction) UnmarshalText(b []byte) error {
+	return unmarshal(directionNames, "direction", b, d)
+}
 
 // Proof is what is known of the peer.
 type Proof uint8
