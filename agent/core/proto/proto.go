@@ -1,0 +1,108 @@
+// Package proto is what the core and the agent say to each other: a fixed set of
+// bounded messages on a Unix stream socket.
+//
+// A frame is a 4-byte big-endian length and that many bytes of JSON, decoded
+// strictly. Open descriptors travel beside the frame that names them
+// (SCM_RIGHTS). The agent asks, the core answers; the core never speaks first.
+// The first request on a connection must be Hello.
+package proto
+
+import (
+	"os"
+	"time"
+)
+
+// Version of the protocol. Both sides must speak the same one.
+const Version = 1
+
+// MaxFrame bounds a frame's JSON, in bytes. Images travel as descriptors.
+const MaxFrame = 1 << 20
+
+// Op names a request.
+type Op string
+
+const (
+	OpHello    Op = "hello"    // answer: Welcome and Descriptors
+	OpStatus   Op = "status"   // answer: Status
+	OpApply    Op = "apply"    // with one descriptor, the image; answer: Status
+	OpRollback Op = "rollback" // back to the previous image; answer: Status
+	OpImage    Op = "image"    // answer: one descriptor, the active image; refused if there is none
+	OpBind     Op = "bind"     // claim that a cgroup path belongs to a workload
+	OpUnbind   Op = "unbind"   // withdraw a claim
+)
+
+// Request is one question.
+type Request struct {
+	Op       Op     `json:"op"`
+	Version  int    `json:"version,omitempty"`  // OpHello
+	Path     string `json:"path,omitempty"`     // OpBind, OpUnbind: below the managed root, "/lab/api-1"
+	Identity uint32 `json:"identity,omitempty"` // OpBind
+}
+
+// Response is the answer. Error is empty on success; Hint says how to mend it.
+type Response struct {
+	Error  string  `json:"error,omitempty"`
+	Hint   string  `json:"hint,omitempty"`
+	Hello  *Hello  `json:"hello,omitempty"`
+	Status *Status `json:"status,omitempty"`
+}
+
+// Hello says what the core is. Its frame carries Descriptors in their order.
+type Hello struct {
+	Version    int    `json:"version"`
+	ABI        int    `json:"abi"`
+	CgroupRoot string `json:"cgroup_root"` // directory the managed tree starts at
+}
+
+// Descriptors are what the core hands to the agent: open maps, never paths or
+// rights. All but the rings are read-only; the rings can only be consumed.
+// Whoever receives them closes them.
+type Descriptors struct {
+	Denied   *os.File // ring of denials and alerts
+	Allowed  *os.File // ring of allowed flows
+	Counts   *os.File // abi.CountKey -> per-CPU uint64
+	Rings    *os.File // ring number -> per-CPU abi.RingState
+	Faults   *os.File // abi.Fault -> per-CPU uint64
+	Bindings *os.File // cgroup id -> abi.Binding
+	State    *os.File // 0 -> abi.State
+}
+
+// Generation is one image in the kernel.
+type Generation struct {
+	Slot     int       `json:"slot"`
+	Epoch    uint32    `json:"epoch"`
+	Name     string    `json:"name"`
+	Version  uint64    `json:"version"`
+	Digest   string    `json:"digest"` // hex SHA-256 of the encoded image
+	Mode     string    `json:"mode"`   // enforce, observe
+	Since    time.Time `json:"since"`
+	Bindings int       `json:"bindings"` // cgroups with a workload's identity when it was filled
+}
+
+// Link is one attached program.
+type Link struct {
+	Name     string `json:"name"`
+	Attached bool   `json:"attached"` // seen in the kernel just now
+	Program  string `json:"program"`  // tag of the attached program
+	Problem  string `json:"problem,omitempty"`
+}
+
+// State of enforcement, in one word.
+type State string
+
+const (
+	StateIdle      State = "idle"      // no policy was ever applied: nothing is attached
+	StateEnforcing State = "enforcing" // every link is attached and a generation decides
+	StateObserving State = "observing" // the same, and the policy only observes
+	StateDegraded  State = "degraded"  // something that should hold does not; Problems says what
+)
+
+// Status is what the core found when it was asked.
+type Status struct {
+	State    State       `json:"state"`
+	Problems []string    `json:"problems,omitempty"`
+	Active   *Generation `json:"active,omitempty"`
+	Previous *Generation `json:"previous,omitempty"` // what rollback would return to; Slot and Epoch are 0
+	Links    []Link      `json:"links,omitempty"`
+	Claims   int         `json:"claims"` // paths bound by the agent
+}
