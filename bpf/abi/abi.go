@@ -236,10 +236,12 @@ type PathKey struct {
 // Unit lists what a unit name's prefix leads to.
 type Unit struct{ Match [UnitAlternatives]UnitMatch }
 
-// UnitMatch is one suffix and its identity; identity 0 ends the list.
+// UnitMatch is one suffix and its identity; identity 0 ends the list. An exact
+// name has an empty suffix.
 type UnitMatch struct {
 	Identity uint32
-	Length   uint32
+	Length   uint16 // bytes of Suffix
+	Least    uint16 // bytes of the shortest name that matches
 	Suffix   [UnitSuffix]byte
 }
 

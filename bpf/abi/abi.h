@@ -178,7 +178,8 @@ struct demarc_path_key {
 struct demarc_unit {
 	struct {
 		__u32 identity; /* 0 = end of the list */
-		__u32 length;	/* bytes of suffix */
+		__u16 length;	/* bytes of suffix */
+		__u16 least;	/* bytes of the shortest name that matches */
 		char suffix[DEMARC_UNIT_SUFFIX];
 	} match[DEMARC_UNIT_ALTERNATIVES];
 };
