@@ -1,0 +1,158 @@
+package proto
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"sync"
+	"time"
+)
+
+// Timeout bounds one request and its answer. Applying a large image takes the
+// kernel seconds on a busy machine.
+const Timeout = 60 * time.Second
+
+// Client is the agent's end of a connection to the core. Its methods may be
+// called from any goroutine; requests go one after the other. The first must be
+// Hello.
+type Client struct {
+	mu   sync.Mutex
+	conn *net.UnixConn
+}
+
+// Dial connects to the core's socket.
+func Dial(ctx context.Context, path string) (*Client, error) {
+	var d net.Dialer
+	c, err := d.DialContext(ctx, "unix", path)
+	if err != nil {
+		return nil, fmt.Errorf("connect to core: %w", err)
+	}
+	return &Client{conn: c.(*net.UnixConn)}, nil
+}
+
+// Close ends the connection.
+func (c *Client) Close() error { return c.conn.Close() }
+
+// Hello opens the conversation. The caller closes the descriptors.
+func (c *Client) Hello() (*Hello, *Descriptors, error) {
+	r, files, err := c.ask(Request{Op: OpHello, Version: Version}, nil)
+	if err != nil {
+		return nil, nil, err
+	}
+	var d Descriptors
+	places := d.places()
+	if r.Hello == nil || len(files) != len(places) {
+		CloseFiles(files)
+		return nil, nil, fmt.Errorf("hello: the core sent %d descriptors of %d", len(files), len(places))
+	}
+	for i, place := range places {
+		*place = files[i]
+	}
+	return r.Hello, &d, nil
+}
+
+// Status asks what is in force.
+func (c *Client) Status() (*Status, error) { return c.status(Request{Op: OpStatus}, nil) }
+
+// Apply hands over an encoded image: a regular file or a memfd, read from its
+// start.
+func (c *Client) Apply(image *os.File) (*Status, error) {
+	return c.status(Request{Op: OpApply}, image)
+}
+
+// Rollback goes back to the previous image.
+func (c *Client) Rollback() (*Status, error) { return c.status(Request{Op: OpRollback}, nil) }
+
+// Image returns the active image. The caller closes it.
+func (c *Client) Image() (*os.File, error) {
+	_, files, err := c.ask(Request{Op: OpImage}, nil)
+	if err != nil {
+		return nil, err
+	}
+	if len(files) != 1 {
+		CloseFiles(files)
+		return nil, fmt.Errorf("image: the core sent %d descriptors", len(files))
+	}
+	return files[0], nil
+}
+
+// Bind claims that a cgroup path below the managed root belongs to a workload.
+func (c *Client) Bind(path string, id uint32) error {
+	return c.done(Request{Op: OpBind, Path: path, Identity: id})
+}
+
+// Unbind withdraws a claim.
+func (c *Client) Unbind(path string) error { return c.done(Request{Op: OpUnbind, Path: path}) }
+
+func (c *Client) done(q Request) error {
+	_, files, err := c.ask(q, nil)
+	CloseFiles(files)
+	return err
+}
+
+func (c *Client) status(q Request, file *os.File) (*Status, error) {
+	r, files, err := c.ask(q, file)
+	CloseFiles(files)
+	if err != nil {
+		return nil, err
+	}
+	if r.Status == nil {
+		return nil, fmt.Errorf("%s: the core sent no status", q.Op)
+	}
+	return r.Status, nil
+}
+
+// ask sends a request and reads its answer. A refusal is a *Refused; after any
+// other error the connection is closed.
+func (c *Client) ask(q Request, file *os.File) (*Response, []*os.File, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	r, files, err := c.exchange(q, file)
+	if err != nil {
+		c.conn.Close()
+		return nil, nil, fmt.Errorf("ask core to %s: %w", q.Op, err)
+	}
+	if r.Error != "" {
+		CloseFiles(files)
+		return nil, nil, &Refused{Message: r.Error, Hint: r.Hint}
+	}
+	return r, files, nil
+}
+
+func (c *Client) exchange(q Request, file *os.File) (*Response, []*os.File, error) {
+	if err := c.conn.SetDeadline(time.Now().Add(Timeout)); err != nil {
+		return nil, nil, err
+	}
+	var files []*os.File
+	if file != nil {
+		files = append(files, file)
+	}
+	// A core that refuses a whole connection answers and hangs up, so that the
+	// write may fail while the reason is waiting to be read.
+	writeErr := WriteFrame(c.conn, q, files...)
+	var r Response
+	got, err := ReadFrame(c.conn, &r)
+	if err != nil {
+		return nil, nil, errors.Join(writeErr, err)
+	}
+	return &r, got, nil
+}
+
+// places lists where each descriptor goes, in the order of the wire.
+func (d *Descriptors) places() []**os.File {
+	return []**os.File{&d.Denied, &d.Allowed, &d.Counts, &d.Rings, &d.Faults, &d.Bindings, &d.State}
+}
+
+// Files lists the descriptors in the order of the wire.
+func (d *Descriptors) Files() []*os.File {
+	var files []*os.File
+	for _, place := range d.places() {
+		files = append(files, *place)
+	}
+	return files
+}
+
+// Close closes all of them.
+func (d *Descriptors) Close() { CloseFiles(d.Files()) }
