@@ -90,7 +90,7 @@ type Crossing struct {
 	Log     image.Log
 	Refuse  image.Refuse
 	Decoy   bool
-	Rate    uint64 // new flows per second; 0 = unlimited
+	Rate    uint64 // new flows per hour, so that 1/m is exact; at most image.MaxRate; 0 = unlimited
 	Burst   uint64
 	Since   time.Time // zero = always
 	Until   time.Time // zero = for ever; exclusive

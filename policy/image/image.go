@@ -32,6 +32,13 @@ const (
 	// only where a crossing limited in time comes before another for the same
 	// subject, peer and port class.
 	MaxAlternatives = 4
+	// MaxRate is the highest limit, in flows per hour: one every nanosecond. An
+	// hour is the unit because it holds a whole number for /s, /m and /h alike.
+	MaxRate = 3_600_000_000_000
+	// MaxExpansion bounds the work of compiling and verifying: the combinations of
+	// subject, peer, port class and crossing before they merge into rules, and the
+	// memberships of address classes in networks.
+	MaxExpansion = 1 << 24
 )
 
 // ID is a workload's number: 24 bits, from the SHA-256 of its SPIFFE ID. Zero is
@@ -184,7 +191,7 @@ type Crossing struct {
 	Log     Log
 	Refuse  Refuse
 	Decoy   bool
-	Rate    uint64 // new flows per second for each direction on each host; 0 = unlimited
+	Rate    uint64 // new flows per hour for each direction on each host, at most MaxRate; 0 = unlimited
 	Burst   uint64 // flows that may come at once; >= 1 where Rate > 0
 	Since   int64  // Unix seconds; 0 = always
 	Until   int64  // Unix seconds, exclusive; 0 = for ever

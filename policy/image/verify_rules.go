@@ -1,0 +1,184 @@
+package image
+
+import (
+	"cmp"
+	"fmt"
+	"slices"
+)
+
+// A justification is a key and a crossing that admits it, in one word that sorts
+// as RuleKey does for one subject: peer kind 3 bits, value 24, class 15,
+// direction 1, crossing 20. The bounds above keep each in its bits.
+type justification uint64
+
+const crossingBits = 20
+
+func justify(peer Peer, class uint16, d Direction, crossing uint32) justification {
+	key := uint64(peer.Kind())<<24 | uint64(peer.Value())
+	return justification((key<<15|uint64(class))<<1|uint64(d))<<crossingBits | justification(crossing)
+}
+
+func (j justification) crossing() uint32 { return uint32(j & (1<<crossingBits - 1)) }
+
+func (j justification) key(subject ID) RuleKey {
+	return RuleKey{
+		Subject:   subject,
+		Peer:      MakePeer(PeerKind(j>>60), uint32(j>>36)),
+		Class:     uint16(j>>21) & (1<<15 - 1),
+		Direction: Direction(j >> crossingBits & 1),
+	}
+}
+
+// rules makes every rule again, subject by subject, and compares: then the rules
+// admit exactly what the crossings declare.
+func (v *verifier) rules() error {
+	sides := v.sides()
+	var have []justification
+	var want Rule
+	at := 0
+	for _, s := range v.subjects() {
+		var err error
+		if have, err = v.justifications(have[:0], sides, s); err != nil {
+			return err
+		}
+		slices.Sort(have)
+		for rest := have; len(rest) > 0; at++ {
+			if rest = v.first(&want, rest, s.id); len(want.Crossings) > MaxAlternatives {
+				return fmt.Errorf("rule for %s needs %d crossings, at most %d fit",
+					want.RuleKey, len(want.Crossings), MaxAlternatives)
+			}
+			if at == len(v.img.Rules) {
+				return fmt.Errorf("rule for %s is missing", want.RuleKey)
+			}
+			got := &v.img.Rules[at]
+			switch order := compareKeys(got.RuleKey, want.RuleKey); {
+			case order < 0:
+				return fmt.Errorf("rule for %s: no crossing declares it", got.RuleKey)
+			case order > 0:
+				return fmt.Errorf("rule for %s is missing", want.RuleKey)
+			case !slices.Equal(got.Crossings, want.Crossings):
+				return fmt.Errorf("rule for %s lists crossings %d, declared are %d", got.RuleKey, got.Crossings, want.Crossings)
+			}
+		}
+	}
+	if at < len(v.img.Rules) {
+		return fmt.Errorf("rule for %s: no crossing declares it", v.img.Rules[at].RuleKey)
+	}
+	return nil
+}
+
+// first takes the justifications of the first key and makes its rule: up to the
+// first crossing that is always open, because none after it can decide.
+func (v *verifier) first(rule *Rule, all []justification, subject ID) (rest []justification) {
+	rule.RuleKey, rule.Crossings = all[0].key(subject), rule.Crossings[:0]
+	key := all[0] >> crossingBits
+	open := false
+	for len(all) > 0 && all[0]>>crossingBits == key {
+		i := all[0].crossing()
+		if !open {
+			rule.Crossings = append(rule.Crossings, i)
+		}
+		open = open || v.img.Crossings[i].Since == 0 && v.img.Crossings[i].Until == 0
+		all = all[1:]
+	}
+	return all
+}
+
+// subject is one end that rules speak for.
+type subject struct {
+	id    ID
+	terms []Term // how a crossing can name it
+}
+
+// subjects are the workloads and the unmanaged processes, by identity.
+func (v *verifier) subjects() []subject {
+	out := []subject{{Unmanaged, []Term{{Kind: TermUnmanaged}, {Kind: TermAny}}}}
+	for i := range v.img.Workloads {
+		w := &v.img.Workloads[i]
+		out = append(out, subject{w.ID, []Term{
+			{TermWorkload, uint32(i)}, {TermZone, uint32(w.Zone)}, {Kind: TermAny},
+		}})
+	}
+	slices.SortFunc(out, func(a, b subject) int { return cmp.Compare(a.id, b.id) })
+	return out
+}
+
+// sides lists for each direction and term the crossings that have the term on
+// the subject's side.
+func (v *verifier) sides() (sides [2]map[Term][]uint32) {
+	for d := range sides {
+		sides[d] = make(map[Term][]uint32)
+	}
+	for i := range v.img.Crossings {
+		for _, t := range v.img.Crossings[i].From {
+			sides[Egress][t] = append(sides[Egress][t], uint32(i))
+		}
+		for _, t := range v.img.Crossings[i].To {
+			sides[Ingress][t] = append(sides[Ingress][t], uint32(i))
+		}
+	}
+	return sides
+}
+
+// justifications lists everything that admits something to or from the subject.
+func (v *verifier) justifications(out []justification, sides [2]map[Term][]uint32, s subject) ([]justification, error) {
+	for d, side := range sides {
+		var crossings []uint32
+		for _, t := range s.terms {
+			crossings = append(crossings, side[t]...)
+		}
+		slices.Sort(crossings)
+		for _, i := range slices.Compact(crossings) {
+			others := v.img.Crossings[i].To
+			if Direction(d) == Ingress {
+				others = v.img.Crossings[i].From
+			}
+			peers := v.peers(others)
+			if err := v.spend(len(others) + len(peers)*len(v.classesOf[i])); err != nil {
+				return nil, err
+			}
+			for _, class := range v.classesOf[i] {
+				for _, p := range peers {
+					out = append(out, justify(p, class, Direction(d), i))
+				}
+			}
+		}
+	}
+	return out, nil
+}
+
+// peers are the look-ups that find the terms of a crossing's other side.
+func (v *verifier) peers(terms []Term) []Peer {
+	out := make([]Peer, 0, len(terms)+1)
+	for _, t := range terms {
+		switch t.Kind {
+		case TermWorkload:
+			out = append(out, MakePeer(PeerIdentity, uint32(v.img.Workloads[t.Index].ID)))
+		case TermZone:
+			out = append(out, MakePeer(PeerZone, t.Index))
+		case TermNetwork:
+			for _, class := range v.addressesOf[t.Index] {
+				out = append(out, MakePeer(PeerAddress, uint32(class)))
+			}
+		case TermUnmanaged:
+			out = append(out, MakePeer(PeerIdentity, uint32(Unmanaged)))
+		case TermAny:
+			out = append(out, MakePeer(PeerAny, 0))
+		}
+	}
+	if provable(terms) {
+		out = append(out, MakePeer(PeerProven, 0))
+	}
+	slices.Sort(out)
+	return slices.Compact(out) // an address class can lie in two networks of one crossing
+}
+
+func compareKeys(a, b RuleKey) int {
+	return cmp.Or(cmp.Compare(a.Subject, b.Subject), cmp.Compare(a.Peer, b.Peer),
+		cmp.Compare(a.Class, b.Class), cmp.Compare(a.Direction, b.Direction))
+}
+
+func (k RuleKey) String() string {
+	return fmt.Sprintf("subject %d, peer %d/%d, port class %d, direction %d",
+		k.Subject, k.Peer.Kind(), k.Peer.Value(), k.Class, k.Direction)
+}
