@@ -1,0 +1,245 @@
+package core
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"os/user"
+	"path/filepath"
+	"strconv"
+
+	"github.com/demarc/demarc/agent/core/proto"
+)
+
+// Config is everything that a node of its own needs, so that two can live on one
+// kernel. ParseConfig makes it.
+type Config struct {
+	CgroupRoot string     // directory the managed tree starts at; "" = the cgroup2 mount; relative = below it
+	BPFFS      string     // pins; made below a mounted BPF file system
+	RunDir     string     // the socket
+	StateDir   string     // images and keyring; survives a reboot
+	TrustDir   string     // keys that sign images; "" = none
+	Keyring    string     // tag keys
+	AgentUID   uint32     // may connect, beside root
+	LogLevel   slog.Level // least severe line that is written
+	LogJSON    bool       // one JSON object a line instead of text
+}
+
+// Socket is where the agent finds the core.
+func (c *Config) Socket() string { return filepath.Join(c.RunDir, "core.sock") }
+
+// LoadConfig reads the configuration from a file.
+func LoadConfig(file string) (Config, error) {
+	src, err := os.ReadFile(file)
+	if err != nil {
+		return Config{}, fmt.Errorf("read configuration: %w", err)
+	}
+	return ParseConfig(file, src)
+}
+
+// ParseConfig reads one JSON object with nothing unknown, nothing twice and
+// nothing behind it. Errors start with file:line:col.
+func ParseConfig(file string, src []byte) (Config, error) {
+	p := configParser{file: file, src: src, decoder: json.NewDecoder(bytes.NewReader(src))}
+	c := Config{BPFFS: "/sys/fs/bpf/demarc", RunDir: "/run/demarc", StateDir: "/var/lib/demarc"}
+	if err := p.object(&c); err != nil {
+		return Config{}, err
+	}
+	if c.Keyring == "" {
+		c.Keyring = filepath.Join(c.StateDir, "keyring")
+	}
+	return c, nil
+}
+
+type configParser struct {
+	file    string
+	src     []byte
+	decoder *json.Decoder
+	at      int64 // where the current key or value starts
+}
+
+func (p *configParser) object(c *Config) error {
+	if token, err := p.token(); err != nil {
+		return err
+	} else if token != json.Delim('{') {
+		return p.fail("a JSON object is needed")
+	}
+	seen := map[string]bool{}
+	for p.decoder.More() {
+		token, err := p.token()
+		if err != nil {
+			return err
+		}
+		key, _ := token.(string)
+		if seen[key] {
+			return p.fail("%q is given twice", key)
+		}
+		seen[key] = true
+		if err := p.set(c, key); err != nil {
+			return err
+		}
+	}
+	if _, err := p.token(); err != nil { // the closing brace
+		return err
+	}
+	p.advance()
+	if _, err := p.decoder.Token(); !errors.Is(err, io.EOF) {
+		return p.fail("something follows the object")
+	}
+	return nil
+}
+
+// set reads the value of one key.
+func (p *configParser) set(c *Config, key string) error {
+	switch key {
+	case "cgroup_root":
+		return p.value(&c.CgroupRoot)
+	case "bpffs":
+		return p.directory(&c.BPFFS)
+	case "run_dir":
+		return p.directory(&c.RunDir)
+	case "state_dir":
+		return p.directory(&c.StateDir)
+	case "trust_dir":
+		return p.directory(&c.TrustDir)
+	case "keyring":
+		return p.directory(&c.Keyring)
+	case "devices":
+		return p.devices()
+	case "agent_user":
+		return p.user(&c.AgentUID)
+	case "log_level":
+		if err := p.value(&c.LogLevel); err != nil {
+			return p.fail("log_level is one of debug, info, warn, error")
+		}
+		return nil
+	case "log_format":
+		return p.format(&c.LogJSON)
+	}
+	return p.fail("unknown key %q", key)
+}
+
+func (p *configParser) directory(out *string) error {
+	if err := p.value(out); err != nil {
+		return err
+	}
+	if !filepath.IsAbs(*out) || filepath.Clean(*out) != *out || *out == "/" {
+		return p.fail("%q is not a clean absolute path", *out)
+	}
+	return nil
+}
+
+func (p *configParser) devices() error {
+	var v string
+	if err := p.value(&v); err != nil || v != "auto" {
+		return p.fail(`devices is "auto": boundaries at named devices are not available in this version`)
+	}
+	return nil
+}
+
+// user takes a name or a number.
+func (p *configParser) user(out *uint32) error {
+	var raw json.RawMessage
+	if err := p.value(&raw); err != nil {
+		return err
+	}
+	text := string(raw)
+	if name := ""; json.Unmarshal(raw, &name) == nil {
+		text = name
+		if found, err := user.Lookup(name); err == nil {
+			text = found.Uid
+		}
+	}
+	uid, err := strconv.ParseUint(text, 10, 32)
+	if err != nil {
+		return p.fail("agent_user %s is no user of this machine", raw)
+	}
+	*out = uint32(uid)
+	return nil
+}
+
+func (p *configParser) format(out *bool) error {
+	var v string
+	if err := p.value(&v); err != nil {
+		return err
+	}
+	if v != "text" && v != "json" {
+		return p.fail("log_format is text or json")
+	}
+	*out = v == "json"
+	return nil
+}
+
+func (p *configParser) token() (json.Token, error) {
+	p.advance()
+	token, err := p.decoder.Token()
+	if err != nil {
+		return nil, p.wrap(err)
+	}
+	return token, nil
+}
+
+func (p *configParser) value(out any) error {
+	p.advance()
+	if err := p.decoder.Decode(out); err != nil {
+		return p.wrap(err)
+	}
+	return nil
+}
+
+// advance moves to the first byte of the next token.
+func (p *configParser) advance() {
+	p.at = p.decoder.InputOffset()
+	for p.at < int64(len(p.src)) && bytes.IndexByte([]byte(" \t\r\n:,"), p.src[p.at]) >= 0 {
+		p.at++
+	}
+}
+
+func (p *configParser) wrap(err error) error {
+	var syntax *json.SyntaxError
+	var kind *json.UnmarshalTypeError
+	switch {
+	case errors.As(err, &syntax):
+		p.at = max(p.at, syntax.Offset-1)
+	case errors.As(err, &kind):
+		return p.fail("a %s is not expected here", kind.Value)
+	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
+		return p.fail("the file ends too early")
+	}
+	return fmt.Errorf("%s: %w", p.position(), err)
+}
+
+func (p *configParser) fail(format string, args ...any) error {
+	return fmt.Errorf("%s: %s", p.position(), fmt.Sprintf(format, args...))
+}
+
+func (p *configParser) position() string {
+	before := p.src[:min(p.at, int64(len(p.src)))]
+	line := 1 + bytes.Count(before, []byte("\n"))
+	column := len(before) - bytes.LastIndexByte(before, '\n')
+	return fmt.Sprintf("%s:%d:%d", p.file, line, column)
+}
+
+// checkTrust refuses a trust directory that holds anything: with a key in it,
+// unsigned images must be refused, and this version cannot verify signed ones.
+func checkTrust(dir string) error {
+	if dir == "" {
+		return nil
+	}
+	entries, err := os.ReadDir(dir)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("read trust directory: %w", err)
+	}
+	if len(entries) > 0 {
+		return proto.Refuse("empty "+dir+", or remove trust_dir from the configuration",
+			"trust directory holds %s: signed images are not available in this version", entries[0].Name())
+	}
+	return nil
+}

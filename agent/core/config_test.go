@@ -1,0 +1,81 @@
+package core
+
+import (
+	"log/slog"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+)
+
+func TestParseConfig(t *testing.T) {
+	defaults := Config{BPFFS: "/sys/fs/bpf/demarc", RunDir: "/run/demarc", StateDir: "/var/lib/demarc", Keyring: "/var/lib/demarc/keyring"}
+	tests := []struct {
+		name, src string
+		want      Config
+		err       string
+	}{
+		{name: "OK empty", src: "{}", want: defaults},
+		{name: "OK everything",
+			src: `{"cgroup_root": "lab", "bpffs": "/b/d", "run_dir": "/r", "state_dir": "/s", "trust_dir": "/t", "keyring": "/k",
+				"devices": "auto", "agent_user": "root", "log_level": "debug", "log_format": "json"}`,
+			want: Config{CgroupRoot: "lab", BPFFS: "/b/d", RunDir: "/r", StateDir: "/s", TrustDir: "/t", Keyring: "/k",
+				LogLevel: slog.LevelDebug, LogJSON: true}},
+		{name: "OK user by number", src: `{"agent_user": 1234}`, want: func() Config { c := defaults; c.AgentUID = 1234; return c }()},
+		{name: "OK keyring follows state_dir", src: `{"state_dir": "/s"}`,
+			want: func() Config { c := defaults; c.StateDir, c.Keyring = "/s", "/s/keyring"; return c }()},
+		{name: "bad empty file", src: "", err: "f:1:1: the file ends too early"},
+		{name: "bad array", src: "[]", err: "f:1:1: a JSON object is needed"},
+		{name: "bad unknown key", src: "{\n  \"bpffs\": \"/b\",\n  \"bpfs\": \"/b\"\n}", err: "f:3:3: unknown key \"bpfs\""},
+		{name: "bad key twice", src: "{\"run_dir\": \"/a\", \"run_dir\": \"/b\"}", err: `f:1:19: "run_dir" is given twice`},
+		{name: "bad type", src: "{\"run_dir\": 7}", err: "f:1:13: a number is not expected here"},
+		{name: "bad relative directory", src: `{"run_dir": "run"}`, err: `f:1:13: "run" is not a clean absolute path`},
+		{name: "bad directory with dots", src: `{"run_dir": "/run/../etc"}`, err: `f:1:13: "/run/../etc" is not a clean absolute path`},
+		{name: "bad root directory", src: `{"state_dir": "/"}`, err: `f:1:15: "/" is not a clean absolute path`},
+		{name: "bad devices", src: `{"devices": ["eth0"]}`, err: `f:1:13: devices is "auto": boundaries at named devices are not available in this version`},
+		{name: "bad user", src: `{"agent_user": "no such user"}`, err: `f:1:16: agent_user "no such user" is no user of this machine`},
+		{name: "bad negative user", src: `{"agent_user": -1}`, err: `f:1:16: agent_user -1 is no user of this machine`},
+		{name: "bad level", src: `{"log_level": "loud"}`, err: `f:1:15: log_level is one of debug, info, warn, error`},
+		{name: "bad format", src: `{"log_format": "xml"}`, err: `f:1:16: log_format is text or json`},
+		{name: "bad trailing object", src: "{}\n{}", err: "f:2:1: something follows the object"},
+		{name: "bad trailing garbage", src: "{} x", err: "f:1:4: something follows the object"},
+		{name: "bad comma", src: "{\"run_dir\": \"/a\",}", err: "f:1:18: invalid character '}' looking for beginning of object key string"},
+		{name: "bad cut off", src: "{\"run_dir\": \"/a\"", err: "f:1:17: the file ends too early"},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			got, err := ParseConfig("f", []byte(tt.src))
+			text := ""
+			if err != nil {
+				text = err.Error()
+			}
+			if diff := cmp.Diff(tt.err, text); diff != "" {
+				t.Errorf("error (-want +got):\n%s", diff)
+			}
+			if diff := cmp.Diff(tt.want, got); diff != "" {
+				t.Errorf("config (-want +got):\n%s", diff)
+			}
+		})
+	}
+}
+
+// A trust key asks for signed images. Reading unsigned ones all the same would be
+// the opposite of what its owner wants.
+func TestTrustDirectoryRefuses(t *testing.T) {
+	dir := t.TempDir()
+	if err := checkTrust(dir); err != nil {
+		t.Errorf("empty trust directory: %v", err)
+	}
+	if err := checkTrust(filepath.Join(dir, "absent")); err != nil {
+		t.Errorf("absent trust directory: %v", err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "ops.pub"), []byte("key"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	err := checkTrust(dir)
+	want := "trust directory holds ops.pub: signed images are not available in this version"
+	if err == nil || err.Error() != want {
+		t.Errorf("got %v, want %s", err, want)
+	}
+}
