@@ -1,0 +1,126 @@
+// Package api is what the agent says on its socket, and a client for it.
+//
+// It is HTTP/1.1, or HTTP/2 without TLS, on a Unix socket. Answers are JSON; flows
+// are JSON lines; images travel as they are. An error is an Error with a status
+// code of 400 and above.
+package api
+
+import (
+	"time"
+
+	"github.com/demarc/demarc/agent/core/proto"
+	"github.com/demarc/demarc/agent/flow"
+)
+
+// Paths of the API.
+const (
+	PathStatus     = "/v1/status"          // GET: Status
+	PathFlows      = "/v1/flows"           // GET: lines of Line
+	PathIdentities = "/v1/identities"      // GET: []Identity
+	PathZones      = "/v1/zones"           // GET: []Zone
+	PathPolicy     = "/v1/policy"          // GET: the active image; POST: apply the image in the body, Status
+	PathRollback   = "/v1/policy/rollback" // POST: Status
+)
+
+// DefaultServer is where the agent listens unless told otherwise.
+const DefaultServer = "unix:///run/demarc/agent.sock"
+
+// Error is an answer that says no.
+type Error struct {
+	Message string `json:"error"`
+	Hint    string `json:"hint,omitempty"`
+	Code    int    `json:"-"` // HTTP status
+}
+
+func (e *Error) Error() string { return e.Message }
+
+// Status is what the agent knows of itself and of the core.
+type Status struct {
+	Node      string      `json:"node"`
+	Version   string      `json:"version"`
+	State     proto.State `json:"state"` // of enforcement, as the core found it just now; "unknown" while the core is away
+	Core      Core        `json:"core"`
+	Policy    *Policy     `json:"policy,omitempty"`
+	Rings     []Ring      `json:"rings"`
+	Inventory *Inventory  `json:"inventory,omitempty"`
+	Problems  []string    `json:"problems,omitempty"`
+}
+
+// StateUnknown is the state while the core does not answer.
+const StateUnknown proto.State = "unknown"
+
+// Core is the trusted core as the agent sees it.
+type Core struct {
+	Connected bool          `json:"connected"`
+	Since     time.Time     `json:"since,omitzero"` // of the connection
+	Problem   string        `json:"problem,omitempty"`
+	Status    *proto.Status `json:"status,omitempty"`
+}
+
+// Policy is the image in force.
+type Policy struct {
+	Name      string    `json:"name"`
+	Version   uint64    `json:"version"`
+	Digest    string    `json:"digest"` // hex SHA-256 of the encoded image
+	Mode      string    `json:"mode"`
+	Since     time.Time `json:"since"`
+	Workloads int       `json:"workloads"`
+	Crossings int       `json:"crossings"`
+}
+
+// Ring is one event ring: Made = Received + Lost + what is on its way, counted
+// from the rings' creation for Made and Lost, from the agent's start for the others.
+type Ring struct {
+	Name     string `json:"name"` // denied, allowed
+	Made     uint64 `json:"made"`
+	Lost     uint64 `json:"lost"`
+	Received uint64 `json:"received"`
+	Missed   uint64 `json:"missed"` // gaps that the agent saw in the events' numbers
+}
+
+// Inventory is the file of the `file` provider and what came of it.
+type Inventory struct {
+	File      string    `json:"file"`
+	Read      time.Time `json:"read,omitzero"` // when the content in use was read
+	Workloads int       `json:"workloads"`
+	Bound     int       `json:"bound"`
+	Problems  []string  `json:"problems,omitempty"` // the file's, or why a workload is not bound
+}
+
+// Line is one line of a stream of flows: a flow, or a loss of some.
+type Line struct {
+	*flow.Flow
+	Lost  uint64     `json:"lost,omitempty"` // flows that are missing here
+	Where *flow.Loss `json:"where,omitempty"`
+}
+
+// Identity is one identity of the active image.
+type Identity struct {
+	Identity  uint32   `json:"identity" yaml:"identity"`
+	Workload  string   `json:"workload,omitempty" yaml:"workload,omitempty"`
+	Zone      string   `json:"zone,omitempty" yaml:"zone,omitempty"`
+	Reserved  string   `json:"reserved,omitempty" yaml:"reserved,omitempty"` // unmanaged, pending
+	SPIFFE    string   `json:"spiffe,omitempty" yaml:"spiffe,omitempty"`
+	Roles     []string `json:"roles,omitempty" yaml:"roles,omitempty"`
+	Selectors []string `json:"selectors,omitempty" yaml:"selectors,omitempty"`
+	Bindings  int      `json:"bindings" yaml:"bindings"`                   // cgroups that have it
+	Cgroups   []string `json:"cgroups,omitempty" yaml:"cgroups,omitempty"` // their paths, the topmost ones, at most 16
+}
+
+// Name is the identity in one word.
+func (i Identity) Name() string {
+	if i.Reserved != "" {
+		return i.Reserved
+	}
+	return i.Zone + "/" + i.Workload
+}
+
+// Zone is one zone of the active image.
+type Zone struct {
+	Name      string   `json:"name" yaml:"name"`
+	Trust     uint16   `json:"trust" yaml:"trust"`
+	Unmanaged bool     `json:"unmanaged,omitempty" yaml:"unmanaged,omitempty"` // unmanaged processes are here
+	Workloads []string `json:"workloads,omitempty" yaml:"workloads,omitempty"`
+	Networks  []string `json:"networks,omitempty" yaml:"networks,omitempty"`
+	Bindings  int      `json:"bindings" yaml:"bindings"` // cgroups of its workloads
+}

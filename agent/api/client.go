@@ -1,0 +1,190 @@
+package api
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"iter"
+	"net"
+	"net/http"
+	"net/url"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/demarc/demarc/policy/image"
+)
+
+// ErrNotRunning means that nobody listens on the agent's socket, ErrPermission
+// that this user may not do that.
+var (
+	ErrNotRunning = errors.New("agent is not running")
+	ErrPermission = errors.New("permission denied")
+)
+
+// Client asks one agent. Its methods may be used at the same time.
+type Client struct {
+	path string
+	http *http.Client
+}
+
+// SocketPath takes a server of the form unix:///path or /path apart.
+func SocketPath(server string) (string, error) {
+	path := strings.TrimPrefix(server, "unix://")
+	if !strings.HasPrefix(path, "/") || strings.ContainsRune(path, 0) {
+		return "", fmt.Errorf("server %q: want unix:///PATH", server)
+	}
+	// The kernel's sun_path holds 108 bytes with the terminating NUL.
+	if len(path) > 107 {
+		return "", fmt.Errorf("server %q: path of %d bytes, a socket's may have 107", server, len(path))
+	}
+	return path, nil
+}
+
+// NewClient makes a client. It does not connect yet.
+func NewClient(server string) (*Client, error) {
+	path, err := SocketPath(server)
+	if err != nil {
+		return nil, err
+	}
+	dial := func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return (&net.Dialer{Timeout: 5 * time.Second}).DialContext(ctx, "unix", path)
+	}
+	return &Client{path: path, http: &http.Client{Transport: &http.Transport{DialContext: dial}}}, nil
+}
+
+// Close ends idle connections.
+func (c *Client) Close() { c.http.CloseIdleConnections() }
+
+// Status asks for the agent's status.
+func (c *Client) Status(ctx context.Context) (*Status, error) {
+	return getJSON[*Status](ctx, c, PathStatus)
+}
+
+// Identities asks for the identities of the active image.
+func (c *Client) Identities(ctx context.Context) ([]Identity, error) {
+	return getJSON[[]Identity](ctx, c, PathIdentities)
+}
+
+// Zones asks for the zones of the active image.
+func (c *Client) Zones(ctx context.Context) ([]Zone, error) {
+	return getJSON[[]Zone](ctx, c, PathZones)
+}
+
+// Apply puts an encoded image in force.
+func (c *Client) Apply(ctx context.Context, img []byte) (*Status, error) {
+	return doJSON[*Status](ctx, c, http.MethodPost, PathPolicy, bytes.NewReader(img))
+}
+
+// Rollback goes back to the previous image.
+func (c *Client) Rollback(ctx context.Context) (*Status, error) {
+	return doJSON[*Status](ctx, c, http.MethodPost, PathRollback, nil)
+}
+
+// Image returns the encoded image in force.
+func (c *Client) Image(ctx context.Context) ([]byte, error) {
+	res, err := c.do(ctx, http.MethodGet, PathPolicy, nil)
+	if err != nil {
+		return nil, err
+	}
+	defer res.Body.Close()
+	b, err := io.ReadAll(io.LimitReader(res.Body, image.MaxSize+1))
+	if err != nil {
+		return nil, fmt.Errorf("read image: %w", err)
+	}
+	return b, nil
+}
+
+// Flows streams lines; query holds filters and options. The sequence ends at the
+// stream's end or with one error.
+func (c *Client) Flows(ctx context.Context, query url.Values) iter.Seq2[Line, error] {
+	return func(yield func(Line, error) bool) {
+		res, err := c.do(ctx, http.MethodGet, PathFlows+"?"+query.Encode(), nil)
+		if err != nil {
+			yield(Line{}, err)
+			return
+		}
+		defer res.Body.Close()
+		d := json.NewDecoder(bufio.NewReader(res.Body))
+		for {
+			var line Line
+			if err := d.Decode(&line); err != nil {
+				if !errors.Is(err, io.EOF) {
+					yield(Line{}, fmt.Errorf("read flows: %w", err))
+				}
+				return
+			}
+			if !yield(line, nil) {
+				return
+			}
+		}
+	}
+}
+
+func getJSON[T any](ctx context.Context, c *Client, path string) (T, error) {
+	return doJSON[T](ctx, c, http.MethodGet, path, nil)
+}
+
+func doJSON[T any](ctx context.Context, c *Client, method, path string, body io.Reader) (T, error) {
+	var out T
+	res, err := c.do(ctx, method, path, body)
+	if err != nil {
+		return out, err
+	}
+	defer res.Body.Close()
+	if err := json.NewDecoder(res.Body).Decode(&out); err != nil {
+		return out, fmt.Errorf("read answer to %s %s: %w", method, path, err)
+	}
+	return out, nil
+}
+
+// do sends a request and returns a good answer, whose body the caller closes.
+func (c *Client) do(ctx context.Context, method, path string, body io.Reader) (*http.Response, error) {
+	req, err := http.NewRequestWithContext(ctx, method, "http://demarc"+path, body)
+	if err != nil {
+		return nil, fmt.Errorf("make request: %w", err)
+	}
+	res, err := c.http.Do(req)
+	if err != nil {
+		return nil, c.explain(err)
+	}
+	if res.StatusCode < 400 {
+		return res, nil
+	}
+	defer res.Body.Close()
+	refused := &Error{Code: res.StatusCode}
+	b, _ := io.ReadAll(io.LimitReader(res.Body, 64<<10))
+	if json.Unmarshal(b, refused) != nil || refused.Message == "" {
+		refused.Message = fmt.Sprintf("agent answered %s", res.Status)
+	}
+	if res.StatusCode == http.StatusForbidden {
+		return nil, fmt.Errorf("%w: %w", ErrPermission, refused)
+	}
+	return nil, refused
+}
+
+// explain tells a missing agent and a missing right from other errors.
+func (c *Client) explain(err error) error {
+	var wrapped *url.Error
+	if errors.As(err, &wrapped) {
+		err = wrapped.Err
+	}
+	var dial *net.OpError
+	if !errors.As(err, &dial) || dial.Op != "dial" {
+		return err
+	}
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return fmt.Errorf("connect to %s: %w: no such socket", c.path, ErrNotRunning)
+	case errors.Is(err, syscall.ECONNREFUSED):
+		return fmt.Errorf("connect to %s: %w: nobody listens", c.path, ErrNotRunning)
+	case errors.Is(err, fs.ErrPermission):
+		return fmt.Errorf("connect to %s: %w", c.path, ErrPermission)
+	}
+	return fmt.Errorf("connect to %s: %w", c.path, dial.Err)
+}

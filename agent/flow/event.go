@@ -1,0 +1,75 @@
+// Package flow is what the agent knows of conversations: kernel events decoded,
+// named, kept for a while and handed to whoever follows them.
+package flow
+
+import (
+	"encoding/binary"
+	"fmt"
+
+	"github.com/demarc/demarc/bpf/abi"
+)
+
+// EventSize is the length of struct demarc_event in bpf/abi/abi.h, with its
+// trailing padding.
+const EventSize = 120
+
+// DecodeEvent reads struct demarc_event in the byte order of the machine that
+// both the kernel and the agent run on. It allocates nothing.
+func DecodeEvent(b []byte, e *abi.Event) error {
+	if len(b) < EventSize {
+		return fmt.Errorf("decode event: %d bytes, want %d", len(b), EventSize)
+	}
+	b = b[:EventSize]
+	n := binary.NativeEndian
+	e.Time = n.Uint64(b[0:])
+	e.Seq = n.Uint64(b[8:])
+	e.Cgroup = n.Uint64(b[16:])
+	e.CPU = n.Uint32(b[24:])
+	e.PID = n.Uint32(b[28:])
+	e.Subject = n.Uint32(b[32:])
+	e.Peer = n.Uint32(b[36:])
+	e.Crossing = n.Uint32(b[40:])
+	e.Epoch = n.Uint32(b[44:])
+	e.Kind = b[48]
+	e.Hook = abi.Hook(b[49])
+	e.Verdict = abi.Verdict(b[50])
+	e.Reason = abi.Reason(b[51])
+	e.Direction = abi.Direction(b[52])
+	e.Proof = abi.Proof(b[53])
+	e.Slot = b[54]
+	e.Tuple.Source = [16]byte(b[56:72])
+	e.Tuple.Destination = [16]byte(b[72:88])
+	e.Tuple.SourcePort = n.Uint16(b[88:])
+	e.Tuple.DestinationPort = n.Uint16(b[90:])
+	e.Tuple.Proto = b[92]
+	e.Comm = [16]byte(b[96:112])
+	return nil
+}
+
+// Gaps finds lost events by their sequence numbers, which run from 1 without a
+// gap for each CPU of a ring. The zero value is ready. Not for concurrent use.
+type Gaps struct{ cpus map[uint32]span }
+
+type span struct{ first, last uint64 }
+
+// See takes the next event's CPU and number and returns how many events are now
+// known to be lost: more than zero at a gap, -1 when an event that was counted as
+// lost arrives after all (an interrupt on the same CPU may overtake), 0 otherwise.
+// The first event of a CPU sets where counting starts.
+func (g *Gaps) See(cpu uint32, seq uint64) int64 {
+	s, ok := g.cpus[cpu]
+	switch {
+	case !ok:
+		if g.cpus == nil {
+			g.cpus = make(map[uint32]span)
+		}
+		g.cpus[cpu] = span{first: seq, last: seq}
+		return 0
+	case seq > s.last:
+		g.cpus[cpu] = span{first: s.first, last: seq}
+		return int64(seq - s.last - 1)
+	case seq > s.first && seq < s.last:
+		return -1
+	}
+	return 0
+}

@@ -1,0 +1,267 @@
+package flow
+
+import (
+	"fmt"
+	"net/netip"
+	"net/url"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/demarc/demarc/bpf/abi"
+)
+
+// Filter selects flows. Several values of one field mean any of them, several
+// fields mean all of them, and a negated value must not hold. The zero value
+// selects everything.
+type Filter struct {
+	conditions []condition
+}
+
+type condition struct {
+	field string
+	not   bool
+	value string // as given, for Values
+	holds func(*Flow) bool
+}
+
+// negated prefixes a field's name in a query string.
+const negated = "not-"
+
+// Field is one thing that flows are filtered by.
+type Field struct {
+	Name  string // of the flag and of the query parameter
+	Help  string
+	Words []string // all values there are; nil where they depend on the policy
+	parse func(string) (func(*Flow) bool, error)
+}
+
+// Fields lists what a Filter can filter by.
+var Fields = []Field{
+	{"verdict", "deny, allow, provisional or audit", []string{"deny", "allow", "provisional", "audit"}, parseVerdict},
+	{"reason", "reason of the verdict", reasons(), parseReason},
+	{"direction", "egress or ingress, the side that was judged", []string{"egress", "ingress"}, parseDirection},
+	{"protocol", "tcp, udp, icmp, icmp6, sctp or proto-N", []string{"tcp", "udp", "icmp", "icmp6", "sctp"}, parseProtocol},
+	{"crossing", "name of the crossing that decided", nil, parseCrossing},
+	{"port", "destination port", nil, parsePort},
+	{"from", "source: WORKLOAD, ZONE/WORKLOAD, network/NAME, unmanaged, kernel, pending or unknown", nil, party(source)},
+	{"to", "destination, in the words of --from", nil, party(destination)},
+	{"from-zone", "zone of the source", nil, zone(source)},
+	{"to-zone", "zone of the destination", nil, zone(destination)},
+	{"from-ip", "source address or CIDR", nil, within(source)},
+	{"to-ip", "destination address or CIDR", nil, within(destination)},
+}
+
+func field(name string) (Field, bool) {
+	i := slices.IndexFunc(Fields, func(f Field) bool { return f.Name == name })
+	if i < 0 {
+		return Field{}, false
+	}
+	return Fields[i], true
+}
+
+// maxConditions bounds the work that one request can ask for on each flow.
+const maxConditions = 256
+
+// Add adds a value of a field; not selects the flows for which it does not hold.
+func (f *Filter) Add(name, value string, not bool) error {
+	known, ok := field(name)
+	if !ok {
+		return fmt.Errorf("unknown filter %q", name)
+	}
+	if len(f.conditions) == maxConditions {
+		return fmt.Errorf("more than %d filters", maxConditions)
+	}
+	holds, err := known.parse(value)
+	if err != nil {
+		return fmt.Errorf("filter %s: %w", name, err)
+	}
+	f.conditions = append(f.conditions, condition{name, not, value, holds})
+	return nil
+}
+
+// Match reports whether the filter selects a flow.
+func (f *Filter) Match(flow *Flow) bool {
+	for i, c := range f.conditions {
+		holds := c.holds(flow)
+		if c.not {
+			if holds {
+				return false
+			}
+			continue
+		}
+		if holds {
+			continue
+		}
+		// Another value of the same field may hold; ask only once for each field.
+		same := func(d condition) bool { return !d.not && d.field == c.field }
+		if slices.IndexFunc(f.conditions, same) != i {
+			continue
+		}
+		if !slices.ContainsFunc(f.conditions[i+1:], func(d condition) bool { return same(d) && d.holds(flow) }) {
+			return false
+		}
+	}
+	return true
+}
+
+// Values is the filter as query parameters; ParseFilter reads them back.
+func (f *Filter) Values() url.Values {
+	v := url.Values{}
+	for _, c := range f.conditions {
+		name := c.field
+		if c.not {
+			name = negated + name
+		}
+		v.Add(name, c.value)
+	}
+	return v
+}
+
+// ParseFilter takes the parameters that are filters off v; what is left there
+// belongs to somebody else.
+func ParseFilter(v url.Values) (*Filter, error) {
+	f := &Filter{}
+	for _, known := range Fields {
+		for _, not := range []bool{false, true} {
+			name := known.Name
+			if not {
+				name = negated + name
+			}
+			for _, value := range v[name] {
+				if err := f.Add(known.Name, value, not); err != nil {
+					return nil, err
+				}
+			}
+			delete(v, name)
+		}
+	}
+	return f, nil
+}
+
+func source(f *Flow) *Endpoint      { return &f.Source }
+func destination(f *Flow) *Endpoint { return &f.Destination }
+
+// parseVerdict also takes the words of other tools, in any case.
+func parseVerdict(s string) (func(*Flow) bool, error) {
+	word := strings.ToLower(s)
+	switch word {
+	case "denied", "dropped":
+		word = "deny"
+	case "allowed", "forwarded":
+		word = "allow"
+	}
+	var want abi.Verdict
+	if err := want.UnmarshalText([]byte(word)); err != nil {
+		return nil, fmt.Errorf("unknown verdict %q", s)
+	}
+	return func(f *Flow) bool { return f.Verdict == want }, nil
+}
+
+func reasons() []string {
+	var words []string
+	for r := abi.Undecided + 1; r < abi.Reasons; r++ {
+		words = append(words, r.String())
+	}
+	return words
+}
+
+func parseReason(s string) (func(*Flow) bool, error) {
+	var want abi.Reason
+	if err := want.UnmarshalText([]byte(s)); err != nil {
+		return nil, err
+	}
+	return func(f *Flow) bool { return f.Reason == want }, nil
+}
+
+func parseDirection(s string) (func(*Flow) bool, error) {
+	var want abi.Direction
+	if err := want.UnmarshalText([]byte(strings.ToLower(s))); err != nil {
+		return nil, err
+	}
+	return func(f *Flow) bool { return f.Direction == want }, nil
+}
+
+func parseProtocol(s string) (func(*Flow) bool, error) {
+	word := strings.ToLower(s)
+	known := strings.HasPrefix(word, "proto-")
+	for _, name := range protocols {
+		known = known || name == word
+	}
+	if !known {
+		return nil, fmt.Errorf("unknown protocol %q", s)
+	}
+	return func(f *Flow) bool { return f.Protocol == word }, nil
+}
+
+func parseCrossing(s string) (func(*Flow) bool, error) {
+	if s == "" {
+		return nil, fmt.Errorf("empty name")
+	}
+	return func(f *Flow) bool { return f.Crossing == s }, nil
+}
+
+// parsePort takes "443" and "tcp/443".
+func parsePort(s string) (func(*Flow) bool, error) {
+	protocol, number, ok := strings.Cut(s, "/")
+	if !ok {
+		protocol, number = "", s
+	}
+	n, err := strconv.ParseUint(number, 10, 16)
+	if err != nil {
+		return nil, fmt.Errorf("%q is no port", s)
+	}
+	return func(f *Flow) bool {
+		return f.Destination.Port == uint16(n) && (protocol == "" || f.Protocol == protocol)
+	}, nil
+}
+
+// party takes what Label prints, and the words of the policy language. A claimed
+// identity is nobody's: it matches only "unknown".
+func party(side func(*Flow) *Endpoint) func(string) (func(*Flow) bool, error) {
+	return func(s string) (func(*Flow) bool, error) {
+		kind, name, slash := strings.Cut(s, "/")
+		match := func(e *Endpoint) bool { return e.Workload == s || (e.Reserved == s && s != "") }
+		switch {
+		case s == "" || slash && name == "":
+			return nil, fmt.Errorf("%q names nobody", s)
+		case s == "unknown":
+			return func(f *Flow) bool {
+				e := side(f)
+				return e.Claimed || e.Identity == 0 && len(e.Networks) == 0
+			}, nil
+		case slash && kind == "workload":
+			match = func(e *Endpoint) bool { return e.Workload == name }
+		case slash && kind == "network":
+			match = func(e *Endpoint) bool { return slices.Contains(e.Networks, name) }
+		case slash && kind == "zone":
+			match = func(e *Endpoint) bool { return e.Zone == name }
+		case slash:
+			match = func(e *Endpoint) bool { return e.Zone == kind && e.Workload == name }
+		}
+		return func(f *Flow) bool { e := side(f); return !e.Claimed && match(e) }, nil
+	}
+}
+
+func zone(side func(*Flow) *Endpoint) func(string) (func(*Flow) bool, error) {
+	return func(s string) (func(*Flow) bool, error) {
+		if s == "" {
+			return nil, fmt.Errorf("empty name")
+		}
+		return func(f *Flow) bool { e := side(f); return !e.Claimed && e.Zone == s }, nil
+	}
+}
+
+func within(side func(*Flow) *Endpoint) func(string) (func(*Flow) bool, error) {
+	return func(s string) (func(*Flow) bool, error) {
+		prefix, err := netip.ParsePrefix(s)
+		if err != nil {
+			a, err := netip.ParseAddr(s)
+			if err != nil {
+				return nil, fmt.Errorf("%q is no address or CIDR", s)
+			}
+			prefix = netip.PrefixFrom(a, a.BitLen())
+		}
+		return func(f *Flow) bool { return prefix.Contains(side(f).Address) }, nil
+	}
+}

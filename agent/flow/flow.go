@@ -1,0 +1,207 @@
+package flow
+
+import (
+	"bytes"
+	"net/netip"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/demarc/demarc/bpf/abi"
+	"github.com/demarc/demarc/policy/image"
+)
+
+// Flow is one verdict on a conversation, in words. Strings that come from the
+// kernel hold no control characters.
+type Flow struct {
+	Time        time.Time     `json:"time"`
+	Node        string        `json:"node,omitempty"`
+	Verdict     abi.Verdict   `json:"verdict"`
+	Reason      abi.Reason    `json:"reason"`
+	Direction   abi.Direction `json:"direction"` // the side that was judged: egress = Source
+	Hook        abi.Hook      `json:"hook"`
+	Protocol    string        `json:"protocol,omitempty"` // "tcp", "udp", "icmp", ..., "proto-89"
+	Source      Endpoint      `json:"source"`             // who opened the conversation
+	Destination Endpoint      `json:"destination"`
+	Crossing    string        `json:"crossing,omitempty"`
+	Line        uint32        `json:"line,omitempty"` // of the crossing in the policy's source
+	Proof       abi.Proof     `json:"proof"`          // what was known of the peer
+	PID         uint32        `json:"pid,omitempty"`
+	Comm        string        `json:"comm,omitempty"`
+	CPU         uint32        `json:"cpu"`
+	Seq         uint64        `json:"seq"` // of the event, for each CPU and ring
+	Epoch       uint32        `json:"epoch"`
+}
+
+// Endpoint is one side of a flow.
+type Endpoint struct {
+	Address  netip.Addr `json:"address,omitzero"`
+	Port     uint16     `json:"port,omitempty"` // ICMP echo: the identifier, at the source
+	Identity uint32     `json:"identity,omitempty"`
+	Workload string     `json:"workload,omitempty"`
+	Zone     string     `json:"zone,omitempty"`
+	Reserved string     `json:"reserved,omitempty"` // unmanaged, kernel, pending
+	Claimed  bool       `json:"claimed,omitempty"`  // the identity was claimed with a bad proof: do not believe it
+	Networks []string   `json:"networks,omitempty"` // that contain the address; only where nothing was proved
+	Cgroup   string     `json:"cgroup,omitempty"`   // path below the managed root; only of the judged side
+}
+
+// Label is the endpoint in one word: "edge/web", "unmanaged", "network/anywhere",
+// "claims edge/web", or "unknown".
+func (e Endpoint) Label() string {
+	label := e.Reserved
+	switch {
+	case e.Workload != "":
+		label = e.Zone + "/" + e.Workload
+	case label == "" && e.Identity != 0:
+		label = "identity-" + strconv.FormatUint(uint64(e.Identity), 10)
+	case label == "" && len(e.Networks) > 0:
+		return "network/" + strings.Join(e.Networks, ",")
+	case label == "":
+		return "unknown"
+	}
+	if e.Claimed {
+		return "claims " + label
+	}
+	return label
+}
+
+// Place is address and port as far as they are known: "10.0.0.1:80", "[::1]:80",
+// "10.0.0.1", or "".
+func (e Endpoint) Place() string {
+	switch {
+	case !e.Address.IsValid():
+		return ""
+	case e.Port == 0:
+		return e.Address.String()
+	}
+	return netip.AddrPortFrom(e.Address, e.Port).String()
+}
+
+// ReservedName names a reserved identity, or returns "".
+func ReservedName(id uint32) string {
+	switch image.ID(id) {
+	case image.Unmanaged:
+		return "unmanaged"
+	case image.Kernel:
+		return "kernel"
+	case image.Pending:
+		return "pending"
+	}
+	return ""
+}
+
+// protocols by IANA number; UDP-Lite and IGMP are no words of the policy language,
+// but they are what users see in captures.
+var protocols = map[uint8]string{
+	uint8(image.ICMP): "icmp", 2: "igmp", uint8(image.TCP): "tcp", uint8(image.UDP): "udp", 47: "gre", 50: "esp", 51: "ah",
+	uint8(image.ICMP6): "icmp6", uint8(image.SCTP): "sctp", 136: "udplite",
+}
+
+// ProtocolName names an IP protocol; 0, which no packet carries here, is "".
+func ProtocolName(p uint8) string {
+	switch name, ok := protocols[p]; {
+	case ok:
+		return name
+	case p == 0:
+		return ""
+	}
+	return "proto-" + strconv.Itoa(int(p))
+}
+
+// Resolver turns events into flows.
+type Resolver struct {
+	Node   string
+	Book   *Book
+	Cgroup func(id uint64) string      // path of a cgroup, or ""; may be nil
+	Wall   func(boot uint64) time.Time // wall clock for CLOCK_BOOTTIME nanoseconds
+}
+
+// Flow says an event in words.
+func (r *Resolver) Flow(e *abi.Event) Flow {
+	f := Flow{
+		Time: r.Wall(e.Time), Node: r.Node,
+		Verdict: e.Verdict, Reason: e.Reason, Direction: e.Direction, Hook: e.Hook, Proof: e.Proof,
+		Protocol: ProtocolName(e.Tuple.Proto),
+		PID:      e.PID, Comm: printable(e.Comm[:]), CPU: e.CPU, Seq: e.Seq, Epoch: e.Epoch,
+	}
+	f.Source = Endpoint{Address: address(e.Tuple.Source), Port: e.Tuple.SourcePort}
+	f.Destination = Endpoint{Address: address(e.Tuple.Destination), Port: e.Tuple.DestinationPort}
+	subject, peer := &f.Source, &f.Destination
+	if e.Direction == abi.Ingress {
+		subject, peer = peer, subject
+	}
+	r.identify(subject, e.Epoch, e.Subject)
+	if r.Cgroup != nil && e.Cgroup != 0 {
+		subject.Cgroup = escape(r.Cgroup(e.Cgroup))
+	}
+	switch e.Proof {
+	case abi.ProofIdentity:
+		r.identify(peer, e.Epoch, e.Peer)
+	case abi.ProofBad:
+		r.identify(peer, e.Epoch, e.Peer)
+		peer.Claimed = e.Peer != 0
+	}
+	if e.Proof != abi.ProofIdentity {
+		peer.Networks = r.Book.Networks(e.Epoch, peer.Address)
+	}
+	if c, ok := r.Book.Crossing(e.Epoch, e.Crossing); ok && e.Crossing != 0 {
+		f.Crossing, f.Line = c.Name, c.Line
+	} else if e.Crossing != 0 {
+		f.Crossing = "crossing-" + strconv.FormatUint(uint64(e.Crossing), 10)
+	}
+	return f
+}
+
+func (r *Resolver) identify(at *Endpoint, epoch, id uint32) {
+	at.Identity = id
+	if at.Reserved = ReservedName(id); at.Reserved != "" {
+		if at.Reserved == "unmanaged" {
+			at.Zone = r.Book.UnmanagedZone(epoch)
+		}
+		return
+	}
+	at.Workload, at.Zone, _ = r.Book.Workload(epoch, id)
+}
+
+// address of a tuple; a socket without one yet has 16 zero bytes.
+func address(b [16]byte) netip.Addr {
+	if b == ([16]byte{}) {
+		return netip.Addr{}
+	}
+	return netip.AddrFrom16(b).Unmap()
+}
+
+// printable is a NUL-terminated kernel string made safe for terminals and logs.
+func printable(b []byte) string {
+	if i := bytes.IndexByte(b, 0); i >= 0 {
+		b = b[:i]
+	}
+	return escape(string(b))
+}
+
+// escape writes everything but printable ASCII and a single backslash as \xNN, so
+// that a process name can move no cursor and start no line.
+func escape(s string) string {
+	const hex = "0123456789abcdef"
+	clean := func(c byte) bool { return c >= 0x20 && c < 0x7f && c != '\\' }
+	for i := 0; ; i++ {
+		if i == len(s) {
+			return s
+		}
+		if !clean(s[i]) {
+			break
+		}
+	}
+	var b strings.Builder
+	for i := 0; i < len(s); i++ {
+		if clean(s[i]) {
+			b.WriteByte(s[i])
+			continue
+		}
+		b.WriteString(`\x`)
+		b.WriteByte(hex[s[i]>>4])
+		b.WriteByte(hex[s[i]&15])
+	}
+	return b.String()
+}

@@ -1,0 +1,198 @@
+package flow
+
+import (
+	"context"
+	"sync"
+
+	"github.com/demarc/demarc/bpf/abi"
+)
+
+// StoreSize is how many events of each ring a Store keeps by default.
+const StoreSize = 16384
+
+// Store keeps the last events of each ring in bounded memory. Each ring has its own
+// room, so a flood of allowed flows pushes no denial out. Readers are cursors: the
+// writer never waits for one, and a cursor that falls behind is told how many events
+// it lost. Safe for concurrent use.
+type Store struct {
+	mu      sync.Mutex
+	rings   [abi.Rings]buffer
+	changed chan struct{} // closed at the next change; nil while nobody waits
+	closed  bool
+}
+
+// buffer is one ring's events; number n is at kept[n % len].
+type buffer struct {
+	kept   []abi.Event
+	next   uint64 // number of the next event; numbers count from 0
+	missed uint64 // events that the kernel lost, ever
+}
+
+func (b *buffer) oldest() uint64 {
+	if n := uint64(len(b.kept)); b.next > n {
+		return b.next - n
+	}
+	return 0
+}
+
+// NewStore makes a store for size events a ring.
+func NewStore(size int) *Store {
+	s := &Store{}
+	for i := range s.rings {
+		s.rings[i].kept = make([]abi.Event, size)
+	}
+	return s
+}
+
+// Add keeps an event, and pushes out the ring's oldest one if there is no room.
+func (s *Store) Add(ring int, e *abi.Event) {
+	s.mu.Lock()
+	b := &s.rings[ring]
+	b.kept[b.next%uint64(len(b.kept))] = *e
+	b.next++
+	s.wake()
+	s.mu.Unlock()
+}
+
+// Missed notes events that never arrived; a negative number takes some back.
+func (s *Store) Missed(ring int, n int64) {
+	s.mu.Lock()
+	s.rings[ring].missed += uint64(n)
+	s.wake()
+	s.mu.Unlock()
+}
+
+// Close ends all waiting cursors.
+func (s *Store) Close() {
+	s.mu.Lock()
+	s.closed = true
+	s.wake()
+	s.mu.Unlock()
+}
+
+func (s *Store) wake() {
+	if s.changed != nil {
+		close(s.changed)
+		s.changed = nil
+	}
+}
+
+// Counts of one ring since the store was made.
+type Counts struct {
+	Received uint64 `json:"received"` // events that arrived
+	Missed   uint64 `json:"missed"`   // gaps in their numbers
+}
+
+// Counts returns the counts of every ring.
+func (s *Store) Counts() [abi.Rings]Counts {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var c [abi.Rings]Counts
+	for i, b := range s.rings {
+		c[i] = Counts{Received: b.next, Missed: b.missed}
+	}
+	return c
+}
+
+// Loss is what a cursor did not get to see.
+type Loss struct {
+	Kernel uint64 `json:"kernel,omitempty"` // found no room in a kernel ring
+	Agent  uint64 `json:"agent,omitempty"`  // pushed out of the store before it was read
+}
+
+// Total of both.
+func (l Loss) Total() uint64 { return l.Kernel + l.Agent }
+
+// Cursor reads a store from some place on. It belongs to one goroutine and needs
+// no closing.
+type Cursor struct {
+	store  *Store
+	at     [abi.Rings]uint64
+	missed [abi.Rings]uint64
+}
+
+// Oldest returns a cursor at the oldest events that are still kept.
+func (s *Store) Oldest() *Cursor { return s.cursor((*buffer).oldest) }
+
+// Newest returns a cursor behind the newest events.
+func (s *Store) Newest() *Cursor { return s.cursor(func(b *buffer) uint64 { return b.next }) }
+
+func (s *Store) cursor(from func(*buffer) uint64) *Cursor {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	c := &Cursor{store: s}
+	for i := range s.rings {
+		c.at[i], c.missed[i] = from(&s.rings[i]), s.rings[i].missed
+	}
+	return c
+}
+
+// Read fills events with what is there, by time across the rings, and returns how
+// many it wrote and what was lost before them. It does not wait; 0 events and no
+// loss mean that nothing is new.
+func (c *Cursor) Read(events []abi.Event) (int, Loss) {
+	s := c.store
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var loss Loss
+	for i := range s.rings {
+		b := &s.rings[i]
+		if first := b.oldest(); c.at[i] < first {
+			loss.Agent += first - c.at[i]
+			c.at[i] = first
+		}
+		// A late event takes a loss back; what was told stays told.
+		if b.missed > c.missed[i] {
+			loss.Kernel += b.missed - c.missed[i]
+			c.missed[i] = b.missed
+		}
+	}
+	n := 0
+	for ; n < len(events); n++ {
+		var first *abi.Event
+		ring := 0
+		for i := range s.rings {
+			b := &s.rings[i]
+			if c.at[i] == b.next {
+				continue
+			}
+			if e := &b.kept[c.at[i]%uint64(len(b.kept))]; first == nil || e.Time < first.Time {
+				first, ring = e, i
+			}
+		}
+		if first == nil {
+			break
+		}
+		events[n] = *first
+		c.at[ring]++
+	}
+	return n, loss
+}
+
+// Wait returns when something is new, with false when ctx or the store ended.
+func (c *Cursor) Wait(ctx context.Context) bool {
+	for {
+		s := c.store
+		s.mu.Lock()
+		if s.closed {
+			s.mu.Unlock()
+			return false
+		}
+		for i, b := range s.rings {
+			if c.at[i] != b.next || c.missed[i] < b.missed {
+				s.mu.Unlock()
+				return true
+			}
+		}
+		if s.changed == nil {
+			s.changed = make(chan struct{})
+		}
+		changed := s.changed
+		s.mu.Unlock()
+		select {
+		case <-ctx.Done():
+			return false
+		case <-changed:
+		}
+	}
+}
