@@ -86,6 +86,9 @@ func (f *File) Run(ctx context.Context) error {
 // Ready is closed as soon as the file is followed.
 func (f *File) Ready() <-chan struct{} { return f.ready }
 
+// Path is where the file is.
+func (f *File) Path() string { return f.path }
+
 func (f *File) String() string { return "inventory " + f.path }
 
 // Changed receives after every reading, good or bad. There is one receiver.

@@ -1,0 +1,151 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"sync"
+	"time"
+
+	"go.uber.org/zap"
+
+	"github.com/demarc/demarc/agent/api"
+	"github.com/demarc/demarc/agent/core/proto"
+	"github.com/demarc/demarc/agent/flow"
+	"github.com/demarc/demarc/identity"
+	"github.com/demarc/demarc/policy/image"
+)
+
+// retryEvery is how long a refused claim waits for the next attempt: its cgroup may
+// not have existed yet.
+const retryEvery = 2 * time.Second
+
+// binder is the task that claims the inventory's cgroups from the core for the
+// workloads of the active image. It works again whenever the inventory, the image
+// or the connection changes.
+type binder struct {
+	link  *link
+	file  *identity.File
+	log   *zap.Logger
+	ready chan struct{}
+
+	mu       sync.Mutex
+	made     map[string]image.ID // claims that the core accepted on this connection
+	since    time.Time           // of that connection
+	names    *flow.Names         // of the image they were made under
+	problems []string
+}
+
+func newBinder(l *link, file *identity.File, log *zap.Logger) *binder {
+	return &binder{link: l, file: file, log: log, ready: make(chan struct{})}
+}
+
+// Ready is closed when the binder follows its sources.
+func (b *binder) Ready() <-chan struct{} { return b.ready }
+
+func (b *binder) String() string { return "binder" }
+
+// Run binds until ctx ends. Claims stay with the core when it does: the agent's end
+// changes nobody's identity.
+func (b *binder) Run(ctx context.Context) error {
+	close(b.ready)
+	retry := time.NewTicker(retryEvery)
+	defer retry.Stop()
+	for {
+		b.reconcile()
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-b.link.news:
+		case <-b.file.Changed():
+		case <-retry.C:
+		}
+	}
+}
+
+// reconcile makes the core's claims what inventory and image say.
+func (b *binder) reconcile() {
+	inv, _, bad := b.file.Current()
+	v := b.link.view()
+	var problems []string
+	if bad != nil {
+		problems = append(problems, bad.Error())
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	defer func() {
+		if !slices.Equal(problems, b.problems) && len(problems) > 0 {
+			b.log.Warn("inventory", zap.Strings("problems", problems))
+		}
+		b.problems = problems
+	}()
+	if !v.Connected || !v.Since.Equal(b.since) {
+		// A core that restarted has forgotten our claims, and one that did not
+		// accepts them twice.
+		b.made, b.since = nil, v.Since
+	}
+	if !v.Connected || v.Names == nil || inv == nil {
+		return
+	}
+	want, clashes := identity.Claims(inv, v.Names.Image)
+	problems = append(problems, clashes...)
+	for _, path := range slices.Sorted(maps.Keys(b.made)) {
+		if _, ok := want[path]; ok {
+			continue
+		}
+		if err := b.ask(path, "unbind", func(c core) error { return c.Unbind(path) }); err != nil {
+			problems = append(problems, err.Error())
+			continue
+		}
+		delete(b.made, path)
+	}
+	// A core that took another image has judged the claims again and may have
+	// dropped some that an image after it allows: claim them all.
+	again := b.names != v.Names
+	b.names = v.Names
+	for _, path := range slices.Sorted(maps.Keys(want)) {
+		id := want[path]
+		if had, ok := b.made[path]; ok && had == id && !again {
+			continue
+		}
+		if err := b.ask(path, "bind", func(c core) error { return c.Bind(path, uint32(id)) }); err != nil {
+			delete(b.made, path)
+			problems = append(problems, err.Error())
+			continue
+		}
+		if b.made == nil {
+			b.made = make(map[string]image.ID)
+		}
+		b.made[path] = id
+	}
+}
+
+func (b *binder) ask(path, verb string, request func(core) error) error {
+	err := b.link.with(request)
+	var refused *proto.Refused
+	switch {
+	case err == nil:
+		b.log.Info(verb, zap.String("cgroup", path))
+		return nil
+	case errors.As(err, &refused) && refused.Hint != "":
+		return fmt.Errorf("%s %s: %s (%s)", verb, path, refused.Message, refused.Hint)
+	}
+	return fmt.Errorf("%s %s: %w", verb, path, err)
+}
+
+// status is what the API says of the inventory.
+func (b *binder) status() *api.Inventory {
+	inv, read, bad := b.file.Current()
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	s := &api.Inventory{File: b.file.Path(), Read: read, Bound: len(b.made), Problems: slices.Clone(b.problems)}
+	if bad != nil && len(s.Problems) == 0 {
+		s.Problems = []string{bad.Error()}
+	}
+	if inv != nil {
+		s.Workloads = len(inv.Workloads)
+	}
+	return s
+}

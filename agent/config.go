@@ -1,0 +1,135 @@
+package agent
+
+import (
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"strconv"
+
+	"go.uber.org/zap/zapcore"
+
+	"github.com/demarc/demarc/agent/api"
+	"github.com/demarc/demarc/internal/yamlfile"
+)
+
+// Config is a valid configuration of the agent.
+type Config struct {
+	Node      string // name of this node
+	Server    string // path of the agent's socket
+	Core      string // path of the core's socket
+	Metrics   string // HOST:PORT; "" = no metrics
+	Inventory string // file of the `file` provider; "" = not used
+	LogLevel  zapcore.Level
+	LogJSON   bool
+}
+
+// document is agent.yaml as it is written.
+type document struct {
+	Node    string `yaml:"node"`
+	Server  string `yaml:"server"`
+	Core    string `yaml:"core"`
+	Metrics struct {
+		Listen string `yaml:"listen"`
+	} `yaml:"metrics"`
+	Identity struct {
+		Providers []string `yaml:"providers"`
+		Inventory string   `yaml:"inventory"`
+	} `yaml:"identity"`
+	Journal map[string]any `yaml:"journal"`
+	Detect  map[string]any `yaml:"detect"`
+	Log     struct {
+		Level  string `yaml:"level"`
+		Format string `yaml:"format"`
+	} `yaml:"log"`
+}
+
+// ReadConfig reads and checks a configuration file.
+func ReadConfig(file string) (*Config, error) {
+	src, err := os.ReadFile(file)
+	if err != nil {
+		return nil, fmt.Errorf("read configuration: %w", err)
+	}
+	return ParseConfig(file, src)
+}
+
+// ParseConfig checks a configuration. Relative paths in it are relative to the
+// directory of the file.
+func ParseConfig(file string, src []byte) (*Config, error) {
+	d := document{Server: api.DefaultServer, Core: "unix:///run/demarc/core.sock"}
+	d.Log.Level, d.Log.Format = "info", "text"
+	f, err := yamlfile.Decode(file, src, &d)
+	if err != nil {
+		return nil, err
+	}
+	c := &Config{Node: d.Node, Metrics: d.Metrics.Listen}
+	if c.Node == "" {
+		if c.Node, err = os.Hostname(); err != nil {
+			return nil, f.Errorf("$.node", "set `node` to this node's name", "find out the host's name: %s", err)
+		}
+	}
+	if !printable(c.Node) || len(c.Node) > 253 {
+		return nil, f.Errorf("$.node", "use at most 253 printable ASCII characters", "node name %q is no name", c.Node)
+	}
+	if c.Server, err = api.SocketPath(d.Server); err != nil {
+		return nil, f.Errorf("$.server", "for example "+api.DefaultServer, "%s", err)
+	}
+	if c.Core, err = api.SocketPath(d.Core); err != nil {
+		return nil, f.Errorf("$.core", "for example unix:///run/demarc/core.sock", "%s", err)
+	}
+	if c.Server == c.Core {
+		return nil, f.Errorf("$.server", "the agent and the core each need a socket of their own", "server and core are the same socket")
+	}
+	if c.Metrics != "" && !validListen(c.Metrics) {
+		return nil, f.Errorf("$.metrics.listen", "for example 127.0.0.1:9477", "%q is no HOST:PORT", c.Metrics)
+	}
+	for i, p := range d.Identity.Providers {
+		if p != "file" {
+			return nil, f.Errorf(fmt.Sprintf("$.identity.providers[%d]", i), "this version has one provider: file", "unknown identity provider %q", p)
+		}
+	}
+	switch {
+	case len(d.Identity.Providers) > 0 && d.Identity.Inventory == "":
+		return nil, f.Errorf("$.identity.providers", "set identity.inventory to its file", "provider file needs an inventory")
+	case len(d.Identity.Providers) == 0 && d.Identity.Inventory != "":
+		return nil, f.Errorf("$.identity.inventory", "add `providers: [file]`", "the inventory is not used by any provider")
+	}
+	if c.Inventory = d.Identity.Inventory; c.Inventory != "" && !filepath.IsAbs(c.Inventory) {
+		c.Inventory = filepath.Join(filepath.Dir(file), c.Inventory)
+	}
+	if len(d.Journal) > 0 {
+		return nil, f.Errorf("$.journal", "leave the section empty", "the journal is not available in this version")
+	}
+	if len(d.Detect) > 0 {
+		return nil, f.Errorf("$.detect", "leave the section empty", "detection is not available in this version")
+	}
+	if err := c.LogLevel.UnmarshalText([]byte(d.Log.Level)); err != nil || c.LogLevel > zapcore.ErrorLevel {
+		return nil, f.Errorf("$.log.level", "use debug, info, warn or error", "unknown log level %q", d.Log.Level)
+	}
+	switch d.Log.Format {
+	case "text":
+	case "json":
+		c.LogJSON = true
+	default:
+		return nil, f.Errorf("$.log.format", "use text or json", "unknown log format %q", d.Log.Format)
+	}
+	return c, nil
+}
+
+func validListen(s string) bool {
+	_, port, err := net.SplitHostPort(s)
+	if err != nil {
+		return false
+	}
+	_, err = strconv.ParseUint(port, 10, 16)
+	return err == nil
+}
+
+func printable(s string) bool {
+	for _, b := range []byte(s) {
+		if b <= 0x20 || b > 0x7e {
+			return false
+		}
+	}
+	return true
+}

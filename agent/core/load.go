@@ -1,0 +1,92 @@
+package core
+
+import (
+	"crypto/sha256"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"strings"
+
+	"github.com/cilium/ebpf"
+
+	"github.com/demarc/demarc/agent/core/proto"
+	"github.com/demarc/demarc/bpf/abi"
+)
+
+// objects are the programs and maps in the kernel. Close leaves pinned ones
+// there.
+type objects struct {
+	*ebpf.Collection
+	spec *ebpf.CollectionSpec
+}
+
+// readSpec reads the compiled programs and makes them those of one tree.
+func readSpec(t *tree) (*ebpf.CollectionSpec, error) {
+	spec, err := loadDemarc()
+	if err != nil {
+		return nil, fmt.Errorf("read programs: %w", err)
+	}
+	// The depth of the root is not asked for: paths are enough.
+	for name, value := range map[string]any{
+		"managed_root":     t.id,
+		"root_path_length": uint32(len(t.path)),
+	} {
+		v, found := spec.Variables[name]
+		if !found {
+			return nil, fmt.Errorf("read programs: no variable %s", name)
+		}
+		if err := v.Set(value); err != nil {
+			return nil, fmt.Errorf("set %s: %w", name, err)
+		}
+	}
+	return spec, nil
+}
+
+// loadObjects gives the programs to the kernel. They use the pinned maps where
+// there are any, else new ones.
+func loadObjects(spec *ebpf.CollectionSpec, pinned map[string]*ebpf.Map) (*objects, error) {
+	c, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{MapReplacements: pinned})
+	if errors.Is(err, ebpf.ErrNotSupported) {
+		return nil, proto.Refuse("use a kernel that has it (6.1 or later)", "this kernel lacks a feature: load %w", err)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("load: %w", err)
+	}
+	return &objects{Collection: c, spec: spec}, nil
+}
+
+// kept says whether a map is pinned and outlives the core. Compiler-made maps
+// belong to one load of the programs.
+func kept(name string) bool { return !strings.HasPrefix(name, ".") }
+
+// keptMaps names the maps to pin, in a fixed order.
+func keptMaps(spec *ebpf.CollectionSpec) []string {
+	var names []string
+	for _, name := range sortedKeys(spec.Maps) {
+		if kept(name) {
+			names = append(names, name)
+		}
+	}
+	return names
+}
+
+// identityCard is what the `abi` pin says of the pins beside it. All in host
+// byte order.
+type identityCard struct {
+	Version     uint64 // abi.Version
+	ManagedRoot uint64 // cgroup id
+	Layout      uint64 // of all maps
+}
+
+var cardSpec = ebpf.MapSpec{Name: "abi", Type: ebpf.Array, KeySize: 4, ValueSize: 24, MaxEntries: 1}
+
+// card describes what these programs would pin for the tree.
+func card(spec *ebpf.CollectionSpec, t *tree) identityCard {
+	h := sha256.New()
+	for _, name := range keptMaps(spec) {
+		for m := spec.Maps[name]; m != nil; m = m.InnerMap {
+			fmt.Fprintln(h, name, m.Type, m.KeySize, m.ValueSize, m.MaxEntries, m.Flags)
+		}
+	}
+	return identityCard{Version: abi.Version, ManagedRoot: t.id, Layout: binary.LittleEndian.Uint64(h.Sum(nil))}
+}

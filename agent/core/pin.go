@@ -1,0 +1,257 @@
+package core
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+	"golang.org/x/sys/unix"
+
+	"github.com/demarc/demarc/agent/core/proto"
+)
+
+// pins are where programs and maps stay while no core runs:
+//
+//	DIR/maps/NAME    every map but the compiler's own
+//	DIR/links/NAME   every attached program
+//	DIR/abi          identityCard; pinned last, so that pins without it are what
+//	                 an interrupted start left behind
+//
+// Whoever can write here decides what is enforced, so the directory must be
+// root's alone, and anything unexpected in it is refused, never mended.
+type pins struct{ dir string }
+
+func (p pins) maps(name string) string  { return filepath.Join(p.dir, "maps", name) }
+func (p pins) links(name string) string { return filepath.Join(p.dir, "links", name) }
+func (p pins) abi() string              { return filepath.Join(p.dir, "abi") }
+
+// aside is where a link waits to take the place of its predecessor. BPF file
+// systems allow no dot in a name.
+func (p pins) aside(name string) string { return p.links(name) + "_new" }
+
+// check looks at the directory and changes nothing. It reports whether a core
+// finished its start here.
+func (p pins) check(spec *ebpf.CollectionSpec) (committed bool, err error) {
+	if _, err := os.Lstat(p.dir); errors.Is(err, fs.ErrNotExist) {
+		return false, checkBPFFS(filepath.Dir(p.dir))
+	}
+	if err := checkBPFFS(p.dir); err != nil {
+		return false, err
+	}
+	known := map[string][]string{p.dir: {"maps", "links", "abi"}, p.maps(""): keptMaps(spec), p.links(""): nil}
+	for _, name := range attachOrder {
+		known[p.links("")] = append(known[p.links("")], name, filepath.Base(p.aside(name)))
+	}
+	for _, dir := range []string{p.dir, p.maps(""), p.links("")} {
+		if err := checkDirectory(dir, known[dir]); err != nil {
+			if errors.Is(err, fs.ErrNotExist) {
+				continue
+			}
+			return false, err
+		}
+	}
+	_, err = os.Lstat(p.abi())
+	return err == nil, nil
+}
+
+func checkBPFFS(dir string) error {
+	var stat unix.Statfs_t
+	if err := unix.Statfs(dir, &stat); err != nil {
+		return proto.Refuse("mount -t bpf bpf "+dir, "open bpffs %s: %w", dir, err)
+	}
+	if stat.Type != unix.BPF_FS_MAGIC {
+		return proto.Refuse("mount -t bpf bpf "+dir, "bpffs: %s is not in a BPF file system", dir)
+	}
+	return nil
+}
+
+// checkDirectory wants root's own directory with nothing unknown in it.
+func checkDirectory(dir string, known []string) error {
+	if err := checkOwner(dir, fs.ModeDir|0o700); err != nil {
+		return err
+	}
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return fmt.Errorf("read pins: %w", err)
+	}
+	for _, e := range entries {
+		path := filepath.Join(dir, e.Name())
+		if !slices.Contains(known, e.Name()) {
+			return proto.Refuse("find out who made it, and remove it", "adopt pins: %s is not ours", path)
+		}
+		if !e.IsDir() {
+			if err := checkOwner(path, 0o600); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+func checkOwner(path string, mode fs.FileMode) error {
+	var stat unix.Stat_t
+	if err := unix.Lstat(path, &stat); err != nil {
+		return fmt.Errorf("check owner of %s: %w", path, err)
+	}
+	info, err := os.Lstat(path)
+	if err != nil {
+		return fmt.Errorf("check owner of %s: %w", path, err)
+	}
+	if stat.Uid != 0 || info.Mode() != mode {
+		return proto.Refuse("find out who changed it; chown root and chmod it if nobody did",
+			"adopt pins: %s belongs to user %d with mode %v, not to root with %v", path, stat.Uid, info.Mode(), mode)
+	}
+	return nil
+}
+
+// mend tells what to do about pins that cannot be adopted.
+const mend = "stop demarc-core and run `demarc-core detach --yes`; nothing is enforced until it is started again"
+
+// adopt opens the pinned maps and links of a finished start, if they are exactly
+// what this core would pin. The caller closes them.
+func (p pins) adopt(spec *ebpf.CollectionSpec, t *tree) (maps map[string]*ebpf.Map, links map[string]link.Link, err error) {
+	maps, links = map[string]*ebpf.Map{}, map[string]link.Link{}
+	defer func() {
+		if err != nil {
+			closeAll(maps)
+			closeAll(links)
+		}
+	}()
+	about, err := openPinnedMap(p.abi(), &cardSpec)
+	if err != nil {
+		return nil, nil, err
+	}
+	defer about.Close()
+	var found identityCard
+	if err := about.Lookup(uint32(0), &found); err != nil {
+		return nil, nil, fmt.Errorf("read %s: %w", p.abi(), err)
+	}
+	if want := card(spec, t); found != want {
+		return nil, nil, proto.Refuse(mend, "adopt pins: %s was made by another version or for another cgroup_root: %+v, not %+v",
+			p.dir, found, want)
+	}
+	for _, name := range keptMaps(spec) {
+		if maps[name], err = openPinnedMap(p.maps(name), spec.Maps[name]); err != nil {
+			return nil, nil, err
+		}
+	}
+	for _, name := range attachOrder {
+		if links[name], err = openPinnedLink(p.links(name), spec.Programs[name], t); err != nil {
+			return nil, nil, err
+		}
+	}
+	return maps, links, nil
+}
+
+func openPinnedMap(path string, spec *ebpf.MapSpec) (*ebpf.Map, error) {
+	m, err := ebpf.LoadPinnedMap(path, nil)
+	if err != nil {
+		return nil, proto.Refuse(mend, "adopt pins: open %s: %w", path, err)
+	}
+	if err := spec.Compatible(m); err != nil {
+		m.Close()
+		return nil, proto.Refuse(mend, "adopt pins: %s: %w", path, err)
+	}
+	return m, nil
+}
+
+func openPinnedLink(path string, spec *ebpf.ProgramSpec, t *tree) (link.Link, error) {
+	l, err := link.LoadPinnedLink(path, nil)
+	if err != nil {
+		return nil, proto.Refuse(mend, "adopt pins: open %s: %w", path, err)
+	}
+	if err := leadsTo(l, spec, t); err != nil {
+		l.Close()
+		return nil, proto.Refuse(mend, "adopt pins: %s %w", path, err)
+	}
+	return l, nil
+}
+
+// leadsTo checks that a link is attached where the program belongs.
+func leadsTo(l link.Link, spec *ebpf.ProgramSpec, t *tree) error {
+	info, err := l.Info()
+	if err != nil {
+		return fmt.Errorf("cannot be read: %w", err)
+	}
+	if spec.Type == ebpf.Tracing {
+		if raw := info.RawTracepoint(); raw == nil {
+			return fmt.Errorf("is a link of type %v, not a tracepoint", info.Type)
+		}
+		return nil
+	}
+	switch at := info.Cgroup(); {
+	case at == nil:
+		return fmt.Errorf("is a link of type %v, not of a cgroup", info.Type)
+	case at.CgroupId == 0:
+		return errors.New("was detached")
+	case at.CgroupId != t.id:
+		return fmt.Errorf("leads to cgroup %d, not %d", at.CgroupId, t.id)
+	case ebpf.AttachType(at.AttachType) != spec.AttachType:
+		return fmt.Errorf("is attached as %v, not %v", ebpf.AttachType(at.AttachType), spec.AttachType)
+	}
+	return nil
+}
+
+// pinMaps makes the directory and pins the maps.
+func (p pins) pinMaps(o *objects) error {
+	for _, dir := range []string{p.dir, p.maps(""), p.links("")} {
+		if err := os.Mkdir(dir, 0o700); err != nil {
+			return fmt.Errorf("pin maps: %w", err)
+		}
+	}
+	for _, name := range keptMaps(o.spec) {
+		if err := o.Maps[name].Pin(p.maps(name)); err != nil {
+			return fmt.Errorf("pin map %s: %w", name, err)
+		}
+	}
+	return nil
+}
+
+// commit says that everything is pinned.
+func (p pins) commit(spec *ebpf.CollectionSpec, t *tree) error {
+	m, err := ebpf.NewMap(&cardSpec)
+	if err != nil {
+		return fmt.Errorf("make abi map: %w", err)
+	}
+	defer m.Close()
+	if err := m.Put(uint32(0), card(spec, t)); err != nil {
+		return fmt.Errorf("fill abi map: %w", err)
+	}
+	if err := m.Pin(p.abi()); err != nil {
+		return fmt.Errorf("pin abi map: %w", err)
+	}
+	return nil
+}
+
+// clear removes every pin that could be ours, what judges packets first, and the
+// directory. Programs that nobody else holds are detached by it. `abi` goes
+// before all else: what an interruption leaves is then known to be unfinished.
+func (p pins) clear(spec *ebpf.CollectionSpec) error {
+	paths := []string{p.abi()}
+	for _, name := range slices.Backward(attachOrder) {
+		paths = append(paths, p.links(name), p.aside(name))
+	}
+	for _, name := range keptMaps(spec) {
+		paths = append(paths, p.maps(name))
+	}
+	for _, path := range append(paths, p.links(""), p.maps(""), p.dir) {
+		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("remove pin: %w", err)
+		}
+	}
+	return nil
+}
+
+// closeAll closes whatever is open.
+func closeAll[C interface{ Close() error }](all map[string]C) {
+	for _, c := range all {
+		if any(c) != nil {
+			_ = c.Close()
+		}
+	}
+}

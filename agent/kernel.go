@@ -1,0 +1,200 @@
+package agent
+
+import (
+	"errors"
+	"fmt"
+	"os"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/ringbuf"
+	"golang.org/x/sys/unix"
+
+	"github.com/demarc/demarc/agent/core/proto"
+	"github.com/demarc/demarc/bpf/abi"
+)
+
+// kernel is what the agent reads of the kernel's state. donated is the real one; the
+// reading methods may be used at the same time, but not during or after Close.
+type kernel interface {
+	// Next waits for a ring's next event. It returns os.ErrClosed once the kernel
+	// is closed. One goroutine reads each ring; the bytes hold until its next call.
+	Next(ring int) ([]byte, error)
+	// RingID tells one ring from another that takes its place.
+	RingID(ring int) uint64
+	Counts() (map[abi.CountKey]uint64, error)
+	Rings() ([abi.Rings]abi.RingState, error)
+	Faults() ([abi.Faults]uint64, error)
+	// Bindings returns the identity of every bound cgroup in the active generation.
+	Bindings() (map[uint64]uint32, error)
+	// Close ends the waiting readers; it may be called while they wait.
+	Close() error
+}
+
+// donated are the maps behind the descriptors that the core donated.
+type donated struct {
+	rings    [abi.Rings]*ringbuf.Reader
+	buffers  [abi.Rings]*ebpf.Map      // of the rings; closing one would end its reader's polling
+	records  [abi.Rings]ringbuf.Record // owned by the ring's reader
+	ids      [abi.Rings]uint64
+	counts   *ebpf.Map
+	states   *ebpf.Map
+	faults   *ebpf.Map
+	bindings *ebpf.Map
+	active   *ebpf.Map
+}
+
+// openMaps takes over the descriptors: it closes them, also when it fails.
+func openMaps(d *proto.Descriptors) (_ kernel, err error) {
+	defer d.Close()
+	m := &donated{}
+	defer func() {
+		if err != nil {
+			m.Close()
+		}
+	}()
+	for i, f := range []*os.File{abi.RingDenied: d.Denied, abi.RingAllowed: d.Allowed} {
+		if m.buffers[i], err = openMap(f, ebpf.RingBuf); err != nil {
+			return nil, fmt.Errorf("open %s ring: %w", ringNames[i], err)
+		}
+		if m.rings[i], err = ringbuf.NewReader(m.buffers[i]); err != nil {
+			return nil, fmt.Errorf("open %s ring: %w", ringNames[i], err)
+		}
+		info, err := m.buffers[i].Info()
+		if err != nil {
+			return nil, fmt.Errorf("identify %s ring: %w", ringNames[i], err)
+		}
+		id, _ := info.ID() // 0 where the kernel tells none
+		m.ids[i] = uint64(id)
+	}
+	for _, o := range []struct {
+		name string
+		file *os.File
+		kind ebpf.MapType
+		to   **ebpf.Map
+	}{
+		{"counts", d.Counts, ebpf.PerCPUHash, &m.counts},
+		{"ring states", d.Rings, ebpf.PerCPUArray, &m.states},
+		{"faults", d.Faults, ebpf.PerCPUArray, &m.faults},
+		{"bindings", d.Bindings, ebpf.Hash, &m.bindings},
+		{"state", d.State, ebpf.Array, &m.active},
+	} {
+		if *o.to, err = openMap(o.file, o.kind); err != nil {
+			return nil, fmt.Errorf("open %s: %w", o.name, err)
+		}
+	}
+	return m, nil
+}
+
+var ringNames = [abi.Rings]string{abi.RingDenied: "denied", abi.RingAllowed: "allowed"}
+
+func openMap(f *os.File, kind ebpf.MapType) (*ebpf.Map, error) {
+	fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("duplicate descriptor: %w", err)
+	}
+	m, err := ebpf.NewMapFromFD(fd)
+	if err != nil {
+		return nil, err
+	}
+	if m.Type() != kind {
+		m.Close()
+		return nil, fmt.Errorf("the core sent a map of type %s, want %s", m.Type(), kind)
+	}
+	return m, nil
+}
+
+func (m *donated) Next(ring int) ([]byte, error) {
+	err := m.rings[ring].ReadInto(&m.records[ring])
+	if errors.Is(err, ringbuf.ErrClosed) {
+		err = os.ErrClosed
+	}
+	return m.records[ring].RawSample, err
+}
+
+func (m *donated) RingID(ring int) uint64 { return m.ids[ring] }
+
+// Counts sums the counters over the CPUs. Keys that come and go during the walk may
+// restart it; a key is counted once all the same.
+func (m *donated) Counts() (map[abi.CountKey]uint64, error) {
+	counts := make(map[abi.CountKey]uint64)
+	var key abi.CountKey
+	var cpus []uint64
+	walk := m.counts.Iterate()
+	for walk.Next(&key, &cpus) {
+		counts[key] = sum(cpus)
+	}
+	if err := walk.Err(); err != nil {
+		return nil, fmt.Errorf("read counts: %w", err)
+	}
+	return counts, nil
+}
+
+func (m *donated) Rings() (states [abi.Rings]abi.RingState, err error) {
+	for i := range states {
+		var cpus []abi.RingState
+		if err := m.states.Lookup(uint32(i), &cpus); err != nil {
+			return states, fmt.Errorf("read ring states: %w", err)
+		}
+		for _, s := range cpus {
+			states[i].Seq += s.Seq
+			states[i].Lost += s.Lost
+		}
+	}
+	return states, nil
+}
+
+func (m *donated) Faults() (faults [abi.Faults]uint64, err error) {
+	for i := range faults {
+		var cpus []uint64
+		if err := m.faults.Lookup(uint32(i), &cpus); err != nil {
+			return faults, fmt.Errorf("read faults: %w", err)
+		}
+		faults[i] = sum(cpus)
+	}
+	return faults, nil
+}
+
+func (m *donated) Bindings() (map[uint64]uint32, error) {
+	var state abi.State
+	if err := m.active.Lookup(uint32(0), &state); err != nil {
+		return nil, fmt.Errorf("read state: %w", err)
+	}
+	slot := abi.ActiveSlot(state.Active)
+	if slot >= abi.Slots {
+		return nil, fmt.Errorf("read state: slot %d of %d", slot, abi.Slots)
+	}
+	bound := make(map[uint64]uint32)
+	var id uint64
+	var b abi.Binding
+	walk := m.bindings.Iterate()
+	for walk.Next(&id, &b) {
+		bound[id] = b.Identity[slot]
+	}
+	if err := walk.Err(); err != nil {
+		return nil, fmt.Errorf("read bindings: %w", err)
+	}
+	return bound, nil
+}
+
+func (m *donated) Close() error {
+	var errs []error
+	for _, r := range m.rings {
+		if r != nil {
+			errs = append(errs, r.Close())
+		}
+	}
+	for _, o := range m.buffers {
+		errs = append(errs, o.Close())
+	}
+	for _, o := range []*ebpf.Map{m.counts, m.states, m.faults, m.bindings, m.active} {
+		errs = append(errs, o.Close())
+	}
+	return errors.Join(errs...)
+}
+
+func sum(cpus []uint64) (total uint64) {
+	for _, n := range cpus {
+		total += n
+	}
+	return total
+}
