@@ -3,6 +3,7 @@ package policy_test
 import (
 	"fmt"
 	"math/rand/v2"
+	"net/netip"
 	"strings"
 	"testing"
 	"time"
@@ -145,8 +146,9 @@ func TestCompileRefuses(t *testing.T) {
 			all := policy.Crossing{Name: "all", From: []policy.Term{policytest.Workload("web")}, Ports: []image.Span{{Proto: image.TCP, High: 65535}}}
 			for i := range 5000 {
 				name := fmt.Sprintf("x%05d", i)
-				p.Workloads = append(p.Workloads, policy.Workload{Name: name, Zone: "app"})
-				all.To = append(all.To, policytest.Workload(name))
+				block := netip.PrefixFrom(netip.AddrFrom4([4]byte{10, byte(i >> 8), byte(i), 0}), 24)
+				p.Networks = append(p.Networks, policy.Network{Name: name, Zone: "internet", CIDRs: []netip.Prefix{block}})
+				all.To = append(all.To, policytest.Network(name))
 				c := window(0)
 				c.Name, c.Ports = name, []image.Span{policytest.TCP(uint16(10000 + i))}
 				p.Crossings = append(p.Crossings, c)

@@ -1,0 +1,101 @@
+package policy_test
+
+import (
+	"math/rand/v2"
+	"net/netip"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/demarc/demarc/policy"
+	"github.com/demarc/demarc/policy/image"
+	"github.com/demarc/demarc/policy/policytest"
+)
+
+func TestBuild(t *testing.T) {
+	p := policytest.Shop()
+	b, err := policy.Build(p)
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, err := image.Decode(b)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want, err := policy.Compile(p)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(want, got, comparePrefix); diff != "" {
+		t.Errorf("built image (-compiled +decoded):\n%s", diff)
+	}
+}
+
+func TestBuildRandom(t *testing.T) {
+	for seed := range uint64(20) {
+		if _, err := policy.Build(policytest.Random(rand.New(rand.NewPCG(seed, 2)), policytest.Small)); err != nil {
+			t.Fatalf("seed %d: %v", seed, err)
+		}
+	}
+}
+
+func TestCheckCoverage(t *testing.T) {
+	for _, tt := range []struct {
+		name       string
+		policy     *policy.Policy
+		exhaustive bool
+	}{
+		{"OK small is exhaustive", policytest.Shop(), true},
+		{"OK large is sampled", policytest.Large(1000, 5000), false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			img, err := policy.Compile(tt.policy)
+			if err != nil {
+				t.Fatal(err)
+			}
+			got, err := policy.Check(tt.policy, img)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if got.Exhaustive != tt.exhaustive || got.Subjects < 5 || got.Comparisons < 10_000 {
+				t.Errorf("coverage: %+v", got)
+			}
+		})
+	}
+}
+
+// TestCheckFindsDifferences breaks an image in ways that a wrong compiler might,
+// each of which changes an answer.
+func TestCheckFindsDifferences(t *testing.T) {
+	for _, tt := range []struct {
+		name  string
+		spoil func(*image.Image)
+		want  string
+	}{
+		{"bad rule missing", func(img *image.Image) { img.Rules = img.Rules[1:] }, "the policy says allow (crossing "},
+		{"bad rule of another class", func(img *image.Image) { img.Rules[0].Class++ }, "image and policy differ"},
+		{"bad crossing", func(img *image.Image) { img.Rules[0].Crossings = []uint32{1} }, "the image allow (crossing "},
+		{"bad window", func(img *image.Image) { img.Crossings[3].Until++ }, "at 2027-01-15T09:00:00Z: the policy says deny (no-crossing), the image deny (tag-missing)"},
+		{"bad unmanaged", func(img *image.Image) { img.UnmanagedInbound = false }, "the policy says allow (unmanaged), the image deny (no-crossing)"},
+		{"bad address class", func(img *image.Image) {
+			for i := range img.Addresses {
+				img.Addresses[i].Class = 1
+			}
+		}, "the policy says allow (crossing office-ssh), the image deny"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			p := policytest.Shop()
+			img, err := policy.Compile(p)
+			if err != nil {
+				t.Fatal(err)
+			}
+			tt.spoil(img)
+			if _, err := policy.Check(p, img); err == nil || !strings.Contains(err.Error(), tt.want) {
+				t.Errorf("got %v, want %s", err, tt.want)
+			}
+		})
+	}
+}
+
+var comparePrefix = cmp.Comparer(func(a, b netip.Prefix) bool { return a == b })
