@@ -271,14 +271,11 @@ struct demarc_pending_syn {
 	__u32 self;	/* identity of the listener */
 	__u32 peer;	/* identity the tag proved; 0 = none */
 	__u32 seq;	/* the SYN's sequence number, host order */
-	__u32 answer;	/* the SYN-ACK's sequence number, host order */
 	__u32 crossing; /* index, or DEMARC_NO_CROSSING_INDEX */
 	__u32 epoch;
 	__u8 proof; /* enum demarc_proof */
-	__u8 answered; /* the SYN-ACK has left, .answer is set */
 	__u8 reason;
-	__u8 zero;
-	__u32 zero2;
+	__u8 zero[2];
 	__u64 until; /* when the crossing's window closes */
 };
 

@@ -1,0 +1,222 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * Everything without a handshake: UDP, UDP-Lite, ping, SCTP, unknown protocols.
+ * The sending hook of this host writes who opened a flow; the receiving hook of
+ * this host takes that as the peer's proof. Nothing is ever taken from an
+ * address alone but membership in a declared network.
+ */
+#ifndef DEMARC_DATAGRAM_H
+#define DEMARC_DATAGRAM_H
+
+static __always_inline bool fresh_flow(const struct demarc_flow *flow, __u64 now)
+{
+	return now - flow->last <= DEMARC_FLOW_IDLE || flow->last > now;
+}
+
+static __always_inline bool icmp_answer(const struct packet *p)
+{
+	return (p->tuple.proto == PROTO_ICMP && p->icmp == 0) || (p->tuple.proto == PROTO_ICMP6 && p->icmp == 129);
+}
+
+/* ICMP cannot prove itself: its answers come from the kernel. */
+static __always_inline bool asks_no_answer(const struct demarc_query *q)
+{
+	struct demarc_crossing *crossing;
+
+	if (q->proto == PROTO_ICMP || q->proto == PROTO_ICMP6)
+		return true;
+	crossing = q->crossing == DEMARC_NO_CROSSING_INDEX ? 0 : table_crossing(q->slot, q->crossing);
+	return crossing && crossing->need == DEMARC_NEED_SENDER;
+}
+
+/* The opener's side of a flow that exists: may this packet leave? */
+GLOBAL int opened_out(struct demarc_flow *flow, struct outcome *o)
+{
+	__u32 epoch;
+
+	if (!flow || !o)
+		return 0;
+	epoch = DEMARC_ACTIVE_EPOCH(o->active);
+	if (flow->epoch_out != epoch || (flow->until_out && o->query.now >= flow->until_out) ||
+	    (flow->verdict_out == DEMARC_PROVISIONAL && flow->acceptor)) {
+		o->query.proof = flow->acceptor ? DEMARC_PROOF_IDENTITY : DEMARC_PROOF_UNKNOWN;
+		o->query.peer = flow->acceptor;
+		if (!(flow->verdict_out == DEMARC_PROVISIONAL ? settle(o) : settle_again(o)))
+			return false;
+		if (flow->verdict_out == DEMARC_PROVISIONAL && o->query.verdict == DEMARC_ALLOW)
+			report(o);
+		flow->verdict_out = o->query.verdict == DEMARC_PROVISIONAL ? DEMARC_PROVISIONAL : DEMARC_ALLOW;
+		flow->sender_only = asks_no_answer(&o->query);
+		flow->until_out = window_end(&o->query);
+		flow->epoch_out = epoch;
+	}
+	if (flow->verdict_out == DEMARC_PROVISIONAL && !flow->sender_only) {
+		if (__sync_fetch_and_add(&flow->unproven, 1) >= DEMARC_UNPROVEN_MAX)
+			return !refused(o, DEMARC_UNPROVEN_LIMIT);
+	}
+	flow->last = o->query.now;
+	return true;
+}
+
+/* A new flow leaves. */
+GLOBAL int open_flow(struct packet *p, struct outcome *o)
+{
+	struct demarc_flow fresh = {};
+
+	if (!p || !o)
+		return 0;
+	o->query.proof = DEMARC_PROOF_UNKNOWN;
+	if (!settle(o))
+		return false;
+	fresh.opener = o->query.subject;
+	fresh.epoch_out = DEMARC_ACTIVE_EPOCH(o->active);
+	fresh.verdict_out = o->query.verdict == DEMARC_PROVISIONAL ? DEMARC_PROVISIONAL : DEMARC_ALLOW;
+	fresh.sender_only = asks_no_answer(&o->query);
+	fresh.unproven = fresh.verdict_out == DEMARC_PROVISIONAL;
+	fresh.until_out = window_end(&o->query);
+	fresh.last = o->query.now;
+	if (bpf_map_update_elem(&flows, &p->tuple, &fresh, BPF_ANY)) {
+		fault(DEMARC_FAULT_FLOW);
+		return !refused(o, DEMARC_MAP_FULL);
+	}
+	if (o->query.verdict != DEMARC_DENY && o->query.verdict != DEMARC_AUDIT)
+		report(o);
+	return true;
+}
+
+GLOBAL int datagram_out(struct packet *p, struct outcome *o)
+{
+	struct demarc_flow *flow;
+	struct demarc_tuple other;
+
+	if (!p || !o)
+		return 0;
+	ask_forward(o, p, DEMARC_EGRESS);
+	flow = icmp_answer(p) ? 0 : bpf_map_lookup_elem(&flows, &p->tuple);
+	if (flow && flow->opener == o->query.subject && flow->epoch_out && fresh_flow(flow, o->query.now))
+		return opened_out(flow, o);
+
+	reverse(&other, &p->tuple);
+	flow = bpf_map_lookup_elem(&flows, &other);
+	if (flow && flow->acceptor == o->query.subject && flow->verdict_in == DEMARC_ALLOW &&
+	    flow->epoch_in == DEMARC_ACTIVE_EPOCH(o->active) && fresh_flow(flow, o->query.now) && !over(flow->until_in)) {
+		flow->last = o->query.now;
+		return true; /* answers what was admitted */
+	}
+
+	return open_flow(p, o);
+}
+
+/* An answer to a flow that we opened. */
+GLOBAL int answered_in(struct demarc_flow *flow, struct outcome *o)
+{
+	__u32 epoch;
+
+	if (!flow || !o)
+		return 0;
+	epoch = DEMARC_ACTIVE_EPOCH(o->active);
+	if (flow->verdict_out == DEMARC_ALLOW && flow->epoch_out == epoch && !over(flow->until_out))
+		goto pass;
+	o->query.proof = flow->acceptor ? DEMARC_PROOF_IDENTITY : DEMARC_PROOF_NONE;
+	o->query.peer = flow->acceptor;
+	if (o->query.proof == DEMARC_PROOF_NONE && flow->sender_only && flow->epoch_out == epoch &&
+	    !over(flow->until_out))
+		goto pass;
+	if (!(flow->verdict_out == DEMARC_PROVISIONAL ? settle(o) : settle_again(o)))
+		return false;
+	flow->verdict_out = DEMARC_ALLOW;
+	flow->until_out = window_end(&o->query);
+	flow->epoch_out = epoch;
+	if (o->query.verdict == DEMARC_ALLOW)
+		report(o);
+pass:
+	flow->last = o->query.now;
+	return true;
+}
+
+/* The entry of a flow that came from elsewhere. */
+GLOBAL int accept_flow(struct packet *p, struct outcome *o)
+{
+	struct demarc_flow fresh = {};
+
+	if (!p || !o)
+		return 0;
+	fresh.acceptor = o->query.subject;
+	fresh.verdict_in = DEMARC_ALLOW;
+	fresh.until_in = window_end(&o->query);
+	fresh.epoch_in = DEMARC_ACTIVE_EPOCH(o->active);
+	fresh.last = o->query.now;
+	if (bpf_map_update_elem(&flows, &p->tuple, &fresh, BPF_ANY)) {
+		fault(DEMARC_FAULT_FLOW);
+		return !refused(o, DEMARC_MAP_FULL);
+	}
+	return true;
+}
+
+GLOBAL int datagram_in(struct packet *p, struct outcome *o)
+{
+	struct demarc_tuple other;
+	struct demarc_flow *flow;
+	__u32 epoch;
+	bool again;
+
+	if (!p || !o)
+		return 0;
+	epoch = DEMARC_ACTIVE_EPOCH(o->active);
+	reverse(&other, &p->tuple);
+	flow = bpf_map_lookup_elem(&flows, &other);
+	if (flow && flow->opener == o->query.subject && flow->epoch_out && fresh_flow(flow, o->query.now)) {
+		ask_back(o, p, DEMARC_EGRESS);
+		return answered_in(flow, o);
+	}
+
+	ask_forward(o, p, DEMARC_INGRESS);
+	flow = bpf_map_lookup_elem(&flows, &p->tuple);
+	if (flow && !fresh_flow(flow, o->query.now))
+		flow = 0;
+	if (flow && flow->acceptor == o->query.subject && flow->verdict_in == DEMARC_ALLOW && flow->epoch_in == epoch &&
+	    !over(flow->until_in)) {
+		flow->last = o->query.now;
+		return true;
+	}
+	o->query.proof = flow && flow->opener ? DEMARC_PROOF_IDENTITY : DEMARC_PROOF_NONE;
+	o->query.peer = flow ? flow->opener : DEMARC_ID_NONE;
+	again = flow && flow->acceptor == o->query.subject && flow->epoch_in;
+	if (!(again ? settle_again(o) : settle(o)))
+		return false;
+	if (!flow) {
+		if (!accept_flow(p, o))
+			return false;
+	} else {
+		flow->acceptor = o->query.subject;
+		flow->verdict_in = DEMARC_ALLOW;
+		flow->until_in = window_end(&o->query);
+		flow->epoch_in = epoch;
+		flow->last = o->query.now;
+	}
+	if (o->query.verdict == DEMARC_ALLOW)
+		report(o);
+	return true;
+}
+
+/* Unmanaged processes among themselves: only who they are is written down, and
+ * only where some crossing names them. */
+GLOBAL int carefree_datagram(struct packet *p, struct outcome *o, bool outgoing)
+{
+	struct demarc_tuple other;
+	struct demarc_flow *flow;
+
+	if (!p || !o)
+		return 0;
+	if (!outgoing || !(DEMARC_ACTIVE_FLAGS(o->active) & DEMARC_ACTIVE_UNMANAGED))
+		return true;
+	reverse(&other, &p->tuple);
+	flow = bpf_map_lookup_elem(&flows, &other);
+	if (flow && flow->opener && flow->opener != DEMARC_ID_UNMANAGED && fresh_flow(flow, o->query.now))
+		flow->acceptor = DEMARC_ID_UNMANAGED;
+	else
+		vouch(&p->tuple, false);
+	return true;
+}
+
+#endif

@@ -1,0 +1,85 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/* A decision with its consequences: limit, count, event, mode. */
+#ifndef DEMARC_JUDGE_H
+#define DEMARC_JUDGE_H
+
+static __always_inline void begin(struct outcome *o, __u64 active, __u32 subject, __u64 cgroup, __u8 hook)
+{
+	__builtin_memset(o, 0, sizeof(*o));
+	o->active = active;
+	o->cgroup = cgroup;
+	o->hook = hook;
+	o->query.slot = DEMARC_ACTIVE_SLOT(active);
+	o->query.subject = subject;
+	o->query.crossing = DEMARC_NO_CROSSING_INDEX;
+	o->query.now = bpf_ktime_get_boot_ns();
+}
+
+/* Puts the question about o->opener: the port that policy speaks of, and the
+ * address of the other side. */
+static __always_inline void ask(struct outcome *o, __u8 icmp, __u8 direction)
+{
+	struct demarc_query *q = &o->query;
+
+	q->direction = direction;
+	q->proto = o->opener.proto;
+	q->port = q->proto == PROTO_ICMP || q->proto == PROTO_ICMP6 ? icmp : o->opener.dport;
+	__builtin_memcpy(q->address, direction == DEMARC_EGRESS ? o->opener.daddr : o->opener.saddr, 16);
+}
+
+/* The same about a packet that goes the way the flow was opened, */
+static __always_inline void ask_forward(struct outcome *o, const struct packet *p, __u8 direction)
+{
+	__builtin_memcpy(&o->opener, &p->tuple, sizeof(o->opener));
+	ask(o, p->icmp, direction);
+}
+
+/* and about one that answers. An ICMP answer is of another type than what was
+ * asked for. */
+static __always_inline void ask_back(struct outcome *o, const struct packet *p, __u8 direction)
+{
+	reverse(&o->opener, &p->tuple);
+	ask(o, p->tuple.proto == PROTO_ICMP ? 8 : 128, direction);
+}
+
+/* Judges a flow for good: what it returns may be cached. True: let it pass. */
+GLOBAL int settle(struct outcome *o)
+{
+	if (!o)
+		return 0;
+	decide(&o->query);
+	if (o->query.verdict == DEMARC_DENY)
+		return !refused(o, o->query.reason);
+	if (o->query.verdict == DEMARC_ALLOW && !within_limit(&o->query))
+		return !refused(o, DEMARC_OVER_LIMIT);
+	return true;
+}
+
+/* Judges a flow that was admitted before: its limit is not charged again. */
+GLOBAL int settle_again(struct outcome *o)
+{
+	if (!o)
+		return 0;
+	decide(&o->query);
+	if (o->query.verdict == DEMARC_DENY)
+		return !refused(o, DEMARC_REVOKED);
+	return true;
+}
+
+/* When the verdict ends by itself. */
+static __always_inline __u64 window_end(const struct demarc_query *q)
+{
+	struct demarc_crossing *crossing;
+
+	if (q->crossing == DEMARC_NO_CROSSING_INDEX)
+		return 0;
+	crossing = table_crossing(q->slot, q->crossing);
+	return crossing ? crossing->until : 0;
+}
+
+static __always_inline bool over(__u64 until)
+{
+	return until && bpf_ktime_get_boot_ns() >= until;
+}
+
+#endif

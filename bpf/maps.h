@@ -1,0 +1,205 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/* Every map: who writes it, who reads it, how large it is, what a miss means. */
+#ifndef DEMARC_MAPS_H
+#define DEMARC_MAPS_H
+
+#include "abi/abi.h"
+
+/* What is in force. Writer: core. Readers: every program. Never misses. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct demarc_state);
+} state SEC(".maps");
+
+/* cgroup id -> who lives there. Writers: cgroup_mkdir and the core's scan.
+ * Readers: every hook. Miss: not below the managed root, or no room: deny. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 131072);
+	__type(key, __u64);
+	__type(value, struct demarc_binding);
+} bindings SEC(".maps");
+
+/* Bindings of removed cgroups, for sockets that outlive them. Writer:
+ * cgroup_rmdir. Miss: the socket's identity is lost: deny. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 16384);
+	__type(key, __u64);
+	__type(value, struct demarc_binding);
+} graveyard SEC(".maps");
+
+/*
+ * The tables of each generation: an outer map by slot, an inner map as large as
+ * the image needs. Writer: core, never in the active slot except to add a bound
+ * path. Miss in an outer map: the slot is empty: deny.
+ */
+#define GENERATION(name, inner_type, inner_flags, key_type, value_type)          \
+	struct name##_table {                                                    \
+		__uint(type, inner_type);                                        \
+		__uint(map_flags, inner_flags);                                  \
+		__uint(max_entries, 1);                                          \
+		__type(key, key_type);                                           \
+		__type(value, value_type);                                       \
+	};                                                                       \
+	struct {                                                                 \
+		__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);                        \
+		__uint(max_entries, DEMARC_SLOTS);                               \
+		__type(key, __u32);                                              \
+		__array(values, struct name##_table);                            \
+	} name SEC(".maps")
+
+/* Crossings by subject, peer and port class. Miss: nothing declared. */
+GENERATION(rules, BPF_MAP_TYPE_HASH, 0, struct demarc_rule_key, struct demarc_rule);
+/* Identities of the image. Miss: no such identity. */
+GENERATION(subjects, BPF_MAP_TYPE_HASH, 0, __u32, struct demarc_subject);
+/* Crossings by index. */
+GENERATION(crossings, BPF_MAP_TYPE_ARRAY, BPF_F_INNER_MAP, __u32, struct demarc_crossing);
+/* Token buckets by index * 2 + direction: when the next flow is due, in ns. */
+GENERATION(buckets, BPF_MAP_TYPE_ARRAY, BPF_F_INNER_MAP, __u32, __u64);
+/* Networks. Miss: address of no network. */
+GENERATION(prefixes, BPF_MAP_TYPE_LPM_TRIE, BPF_F_NO_PREALLOC, struct demarc_prefix_key, __u32);
+/* Port classes by row. */
+GENERATION(ports, BPF_MAP_TYPE_ARRAY, BPF_F_INNER_MAP, __u32, struct demarc_port_classes);
+/* Identities by cgroup path and by unit name. Miss: inherit. */
+GENERATION(paths, BPF_MAP_TYPE_LPM_TRIE, BPF_F_NO_PREALLOC, struct demarc_path_key, __u32);
+GENERATION(units, BPF_MAP_TYPE_LPM_TRIE, BPF_F_NO_PREALLOC, struct demarc_path_key, struct demarc_unit);
+
+/* Tag keys by epoch. Writer: core; readers: sockops, ingress. Miss: no tag can be
+ * made or verified. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, DEMARC_EPOCHS);
+	__type(key, __u32);
+	__type(value, struct demarc_key);
+} keys SEC(".maps");
+
+/* Handshakes whose SYN was admitted. Writer: ingress. Only admitted SYNs enter,
+ * so junk cannot evict. Miss: the handshake is refused. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 65536);
+	__type(key, struct demarc_tuple);
+	__type(value, struct demarc_pending_syn);
+} pending_syns SEC(".maps");
+
+/* Verdict of an established TCP connection. Writers: ingress (SYN-ACK), sockops
+ * (accepted). Miss: no admitted handshake: deny. */
+struct {
+	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, int);
+	__type(value, struct demarc_socket);
+} sockets SEC(".maps");
+
+/* cgroup that a socket other than TCP was made in. Writer: sock_create. Miss: the
+ * socket is older than the programs: the task's cgroup stands for it. */
+struct {
+	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, int);
+	__type(value, __u64);
+} births SEC(".maps");
+
+/* Conversations without handshake, and what the sending hooks saw. Writers:
+ * egress, ingress. Miss: judged anew, or for a reply: deny. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 131072);
+	__type(key, struct demarc_tuple);
+	__type(value, struct demarc_flow);
+} flows SEC(".maps");
+
+/* Who bound a port first. Writers: post_bind, sock_release. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 65536);
+	__type(key, struct demarc_port_key);
+	__type(value, struct demarc_port_owner);
+} port_owners SEC(".maps");
+
+/* Port that a socket counts for in port_owners. */
+struct {
+	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, int);
+	__type(value, struct demarc_port_key);
+} bound_ports SEC(".maps");
+
+/* Events. A flood of allowed flows cannot cost a denial its place. Reader: agent. */
+struct {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, 2 << 20);
+} denied_events SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, 4 << 20);
+} allowed_events SEC(".maps");
+
+/* What each ring was given and what it lost. Reader: agent. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, DEMARC_RINGS);
+	__type(key, __u32);
+	__type(value, struct demarc_ring_state);
+} ring_state SEC(".maps");
+
+/* Exact counts of verdicts. Reader: agent. No room: DEMARC_FAULT_COUNT_FULL. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 65536);
+	__type(key, struct demarc_count_key);
+	__type(value, __u64);
+} counts SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, DEMARC_FAULTS);
+	__type(key, __u32);
+	__type(value, __u64);
+} faults SEC(".maps");
+
+/* Scratch for paths, which do not fit the stack. Only cgroup_mkdir uses it, and
+ * the kernel makes one cgroup at a time. The room behind the key lets an index of
+ * eight bits stay inside. */
+struct demarc_scratch {
+	struct demarc_path_key key;
+	char room[8];
+};
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct demarc_scratch);
+} scratch SEC(".maps");
+
+/* Who the self-test's packets pretend to be. Writer: core; readers: the
+ * selftest programs, which are never attached. */
+struct demarc_selftest {
+	__u32 subject;
+	__u32 slot;
+	__u32 peer;
+	__u32 proof;
+};
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct demarc_selftest);
+} selftest SEC(".maps");
+
+static __always_inline void fault(__u32 which)
+{
+	__u64 *n = bpf_map_lookup_elem(&faults, &which);
+
+	if (n)
+		(*n)++;
+}
+
+#endif

@@ -1,0 +1,106 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/* The boundary of sockets: every packet that a socket of the managed tree sends
+ * or receives. */
+#ifndef DEMARC_SKB_H
+#define DEMARC_SKB_H
+
+/* The verdict that an established connection carries. 1 = pass; 0 = look closer. */
+static __always_inline int carried(struct bpf_sock *sk, __u64 active)
+{
+	struct demarc_socket *kept = bpf_sk_storage_get(&sockets, sk, 0, 0);
+	__u32 tcp_state = sk->state;
+
+	if (!kept || kept->verdict != DEMARC_ALLOW || kept->epoch != DEMARC_ACTIVE_EPOCH(active))
+		return 0;
+	if (tcp_state == TCP_SYN_SENT || tcp_state == TCP_LISTEN || tcp_state == TCP_SYN_RECV)
+		return 0;
+	return !over(kept->until);
+}
+
+/* The kernel's own control sockets live in the root cgroup and are raw: resets,
+ * ICMP errors and answers, neighbour discovery. */
+static __always_inline bool kernel_control(struct bpf_sock *sk, const struct packet *p, __u64 cgroup)
+{
+	if (cgroup != managed_root || sk->type != SOCK_RAW)
+		return false;
+	if (p->tuple.proto == PROTO_ICMP || p->tuple.proto == PROTO_ICMP6)
+		return true;
+	return p->tuple.proto == PROTO_TCP && !(p->flags & FLAG_SYN);
+}
+
+/* True: the packet may pass. */
+static __always_inline bool judge_packet(struct __sk_buff *skb, struct bpf_sock *sk, bool outgoing)
+{
+	__u64 active = active_word();
+	__u32 tcp_state = sk->state;
+	struct packet p;
+	struct outcome o;
+	__u32 subject;
+	__u64 cgroup;
+	int reason;
+
+	if (sk->protocol == PROTO_TCP && sk->type == SOCK_STREAM && carried(sk, active))
+		return true;
+	cgroup = bpf_sk_cgroup_id(sk);
+	subject = identity_of(DEMARC_ACTIVE_SLOT(active), cgroup);
+	begin(&o, active, subject, cgroup, outgoing ? DEMARC_HOOK_EGRESS : DEMARC_HOOK_INGRESS);
+	o.query.direction = outgoing ? DEMARC_EGRESS : DEMARC_INGRESS;
+	if (!(DEMARC_ACTIVE_FLAGS(active) & DEMARC_ACTIVE_ON))
+		return !refused(&o, DEMARC_NO_POLICY);
+	reason = parse(skb, &p);
+	__builtin_memcpy(&o.opener, &p.tuple, sizeof(o.opener));
+	if (carefree(o.query.slot, subject)) {
+		if (reason || sk->type == SOCK_RAW)
+			return true;
+		return p.tuple.proto == PROTO_TCP ? carefree_stream(skb, &p, &o, tcp_state, outgoing) :
+						    carefree_datagram(&p, &o, outgoing);
+	}
+	if (subject == DEMARC_ID_NONE)
+		return !refused(&o, DEMARC_UNBOUND);
+	if (subject == DEMARC_ID_PENDING) /* silently: whoever calls tries again */
+		return !refused(&o, DEMARC_PENDING);
+	if (reason)
+		return !refused(&o, reason);
+	if (sk->type == SOCK_RAW) {
+		if (subject == DEMARC_ID_UNMANAGED && kernel_control(sk, &p, cgroup))
+			return true;
+		return !refused(&o, DEMARC_RAW_SOCKET);
+	}
+	if (p.tuple.proto == PROTO_TCP)
+		return outgoing ? stream_out(skb, &p, &o, tcp_state) : stream_in(skb, &p, &o, tcp_state);
+	return outgoing ? datagram_out(&p, &o) : datagram_in(&p, &o);
+}
+
+static __always_inline int skb_hook(struct __sk_buff *skb, bool outgoing)
+{
+	struct bpf_sock *sk = skb->sk;
+
+	sk = sk ? bpf_sk_fullsock(sk) : 0;
+	if (!sk) /* the hook runs with full sockets only; without one nobody can be judged */
+		return 0;
+	return judge_packet(skb, sk, outgoing) ? 1 : 0;
+}
+
+/* The self-test's packets: who sends or receives comes from a map, the rest is
+ * the same parser and the same decision, in the generation under test. */
+static __always_inline int selftest_hook(struct __sk_buff *skb, bool outgoing)
+{
+	struct demarc_selftest *test;
+	struct packet p;
+	struct outcome o;
+	__u32 zero = 0;
+
+	test = bpf_map_lookup_elem(&selftest, &zero);
+	if (!test || parse(skb, &p))
+		return 0;
+	begin(&o, 0, test->subject, 0, 0);
+	o.query.slot = test->slot;
+	ask_forward(&o, &p, outgoing ? DEMARC_EGRESS : DEMARC_INGRESS);
+	o.query.proof = test->proof;
+	o.query.peer = test->peer;
+	o.query.bad = DEMARC_TAG_BAD_MAC;
+	decide(&o.query);
+	return o.query.verdict == DEMARC_ALLOW || o.query.verdict == DEMARC_PROVISIONAL;
+}
+
+#endif

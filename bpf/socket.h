@@ -1,0 +1,202 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * What a task asks of a socket: to make one, to bind, to connect, to send. These
+ * hooks tell the task at once and by name; the packet hooks decide again, because
+ * some ways around these exist.
+ */
+#ifndef DEMARC_SOCKET_H
+#define DEMARC_SOCKET_H
+
+#define PROTO_MPTCP 262
+
+/* The acting task, as an outcome. Returns false if there is nothing to judge. */
+static __always_inline bool begin_task(struct outcome *o, __u8 hook)
+{
+	__u64 active = active_word(), cgroup = bpf_get_current_cgroup_id();
+	__u32 subject = identity_of(DEMARC_ACTIVE_SLOT(active), cgroup);
+
+	begin(o, active, subject, cgroup, hook);
+	o->task = true;
+	return !carefree(o->query.slot, subject);
+}
+
+static __always_inline bool protocol_known(__u32 type, __u32 protocol)
+{
+	switch (protocol) {
+	case 0:
+	case PROTO_TCP:
+	case PROTO_UDP:
+	case PROTO_UDPLITE:
+	case PROTO_ICMP:
+	case PROTO_ICMP6:
+	case PROTO_SCTP:
+		return true;
+	}
+	return false;
+}
+
+static __always_inline int socket_made(struct bpf_sock *sk)
+{
+	__u64 cgroup = bpf_get_current_cgroup_id();
+	struct outcome o;
+
+	if (sk->type != SOCK_STREAM)
+		bpf_sk_storage_get(&births, sk, &cgroup, BPF_SK_STORAGE_GET_F_CREATE);
+	if (!begin_task(&o, DEMARC_HOOK_SOCK_CREATE))
+		return 1;
+	o.opener.proto = sk->protocol;
+	if (sk->type == SOCK_RAW)
+		return !refused(&o, DEMARC_RAW_SOCKET);
+	if (o.query.subject == DEMARC_ID_UNMANAGED)
+		return 1;
+	/* Multipath TCP opens subflows that carry no tag. */
+	if (sk->protocol == PROTO_MPTCP || !protocol_known(sk->type, sk->protocol))
+		return !refused(&o, DEMARC_PROTOCOL);
+	return 1;
+}
+
+/* The socket's own identity where it can be known here. */
+static __always_inline __u32 socket_identity(struct bpf_sock_addr *ctx, __u32 slot, __u32 otherwise)
+{
+	struct tcp_sock *tcp;
+	__u64 *birth;
+
+	if (!ctx->sk)
+		return otherwise;
+	if (ctx->type == SOCK_STREAM) {
+		tcp = bpf_skc_to_tcp_sock(ctx->sk);
+		return tcp ? identity_of(slot, cgroup_of_tcp(tcp)) : otherwise;
+	}
+	birth = bpf_sk_storage_get(&births, ctx->sk, 0, 0);
+	return birth ? identity_of(slot, *birth) : otherwise;
+}
+
+static __always_inline void read_user_address(struct bpf_sock_addr *ctx, __u8 *out, bool ipv6)
+{
+	__u32 word[4];
+
+	if (!ipv6) {
+		map_ipv4(out, ctx->user_ip4);
+		return;
+	}
+	word[0] = ctx->user_ip6[0];
+	barrier();
+	word[1] = ctx->user_ip6[1];
+	barrier();
+	word[2] = ctx->user_ip6[2];
+	barrier();
+	word[3] = ctx->user_ip6[3];
+	__builtin_memcpy(out, word, 16);
+}
+
+/* connect and sendmsg: could anything declared be there? */
+static __always_inline int addressed(struct bpf_sock_addr *ctx, __u8 hook, bool ipv6)
+{
+	bool free_task;
+	struct outcome o;
+	__u32 identity;
+
+	free_task = !begin_task(&o, hook);
+	identity = socket_identity(ctx, o.query.slot, o.query.subject);
+	o.opener.proto = ctx->protocol;
+	o.opener.dport = bpf_ntohs(ctx->user_port);
+	read_user_address(ctx, o.opener.daddr, ipv6);
+	if (identity != o.query.subject)
+		return !refused(&o, DEMARC_TASK_MISMATCH);
+	if (free_task)
+		return 1;
+	if (o.query.subject == DEMARC_ID_NONE)
+		return !refused(&o, DEMARC_UNBOUND);
+	if (o.query.subject == DEMARC_ID_PENDING)
+		return 1; /* its packets are dropped silently, so that it tries again */
+	/* Whether a datagram opens a flow or answers one, the packet hook knows; its
+	 * refusal reaches the sender as the same error. */
+	if (hook == DEMARC_HOOK_SENDMSG)
+		return 1;
+	o.query.port = o.opener.dport;
+	o.query.proto = o.opener.proto;
+	if (o.query.proto == PROTO_ICMP)
+		o.query.port = 8; /* a ping socket sends nothing but echo requests */
+	else if (o.query.proto == PROTO_ICMP6)
+		o.query.port = 128;
+	o.query.direction = DEMARC_EGRESS;
+	o.query.proof = DEMARC_PROOF_UNKNOWN;
+	__builtin_memcpy(o.query.address, o.opener.daddr, 16);
+	decide(&o.query);
+	return o.query.verdict != DEMARC_DENY || !refused(&o, o.query.reason);
+}
+
+/* A port belongs to the identity that bound it first, as long as it holds it. */
+static __always_inline int port_bound(struct bpf_sock *sk)
+{
+	struct demarc_port_owner *owner, fresh = {};
+	struct demarc_port_key key = {}, *kept;
+	struct outcome o;
+
+	if (sk->protocol != PROTO_TCP && sk->protocol != PROTO_UDP)
+		return 1;
+	begin_task(&o, DEMARC_HOOK_BIND);
+	key.netns = bpf_get_netns_cookie(sk);
+	key.port = sk->src_port;
+	key.proto = sk->protocol;
+	o.opener.proto = key.proto;
+	o.opener.dport = key.port;
+	o.query.direction = DEMARC_INGRESS;
+	owner = bpf_map_lookup_elem(&port_owners, &key);
+	if (!owner) {
+		bpf_map_update_elem(&port_owners, &key, &fresh, BPF_NOEXIST);
+		owner = bpf_map_lookup_elem(&port_owners, &key);
+	}
+	if (!owner) {
+		fault(DEMARC_FAULT_PORT_FULL);
+		return !refused(&o, DEMARC_MAP_FULL);
+	}
+	if (owner->sockets && owner->identity != o.query.subject)
+		return !refused(&o, DEMARC_PORT_OWNED);
+	kept = bpf_sk_storage_get(&bound_ports, sk, &key, BPF_SK_STORAGE_GET_F_CREATE);
+	if (!kept) {
+		fault(DEMARC_FAULT_STORAGE);
+		return !refused(&o, DEMARC_MAP_FULL);
+	}
+	*kept = key;
+	owner->identity = o.query.subject;
+	__sync_fetch_and_add(&owner->sockets, 1);
+	return 1;
+}
+
+static __always_inline int socket_released(struct bpf_sock *sk)
+{
+	struct demarc_port_key *kept = bpf_sk_storage_get(&bound_ports, sk, 0, 0), key;
+	struct demarc_port_owner *owner;
+
+	if (!kept || !kept->port)
+		return 1;
+	key = *kept;
+	kept->port = 0;
+	owner = bpf_map_lookup_elem(&port_owners, &key);
+	/* A bind on another CPU between these two look-ups loses its ownership.
+	 * It keeps its identity, which is what admits flows. */
+	if (owner && __sync_fetch_and_add(&owner->sockets, -1) <= 1)
+		bpf_map_delete_elem(&port_owners, &key);
+	return 1;
+}
+
+/* Options that let a socket send from an address that is not its host's. */
+static __always_inline int option_set(struct bpf_sockopt *ctx)
+{
+	struct outcome o;
+	bool spoof = (ctx->level == 0 && (ctx->optname == 15 || ctx->optname == 19)) || /* IP_FREEBIND, IP_TRANSPARENT */
+		     (ctx->level == 41 && (ctx->optname == 75 || ctx->optname == 78));	/* IPV6_TRANSPARENT, IPV6_FREEBIND */
+
+	/* Whatever its length, the kernel is to use the caller's own value. */
+	if (!spoof) {
+		ctx->optlen = 0;
+		return 1;
+	}
+	if (begin_task(&o, DEMARC_HOOK_SOCKOPT) && o.query.subject != DEMARC_ID_UNMANAGED && refused(&o, DEMARC_SPOOF))
+		return 0;
+	ctx->optlen = 0;
+	return 1;
+}
+
+#endif

@@ -1,0 +1,323 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * TCP. A connection is judged at its handshake and nowhere else: the caller's
+ * side when the SYN leaves (could anything declared be there?) and when the
+ * SYN-ACK arrives (is it?), the listener's side when the SYN arrives. After that
+ * a socket carries its verdict, good while the generation it was given under is
+ * active and its crossing's window is open.
+ */
+#ifndef DEMARC_STREAM_H
+#define DEMARC_STREAM_H
+
+/* Kernel: include/net/tcp_states.h */
+enum {
+	TCP_ESTABLISHED = 1,
+	TCP_SYN_SENT = 2,
+	TCP_SYN_RECV = 3,
+	TCP_LISTEN = 10,
+};
+
+/* Gives the packet's socket the verdict that its connection carries from now on. */
+GLOBAL int remember(struct __sk_buff *skb, const struct outcome *o)
+{
+	struct demarc_socket fresh = {}, *kept;
+	struct bpf_sock *sk = skb->sk;
+
+	sk = sk ? bpf_sk_fullsock(sk) : 0;
+	if (!sk || !o)
+		return 0;
+	fresh.peer = o->query.peer;
+	fresh.epoch = DEMARC_ACTIVE_EPOCH(o->active);
+	fresh.crossing = o->query.crossing;
+	fresh.port = o->query.port;
+	fresh.verdict = DEMARC_ALLOW;
+	fresh.reason = o->query.reason;
+	fresh.proof = o->query.proof;
+	fresh.direction = o->query.direction;
+	fresh.until = window_end(&o->query);
+	kept = bpf_sk_storage_get(&sockets, sk, &fresh, BPF_SK_STORAGE_GET_F_CREATE);
+	if (kept)
+		*kept = fresh; /* the socket may have had a connection before */
+	else
+		fault(DEMARC_FAULT_STORAGE);
+	return 0;
+}
+
+/* A flow entry that only says which local, unmanaged process is at an end. */
+GLOBAL int vouch(const struct demarc_tuple *opener, bool accepts)
+{
+	struct demarc_flow fresh = { .last = bpf_ktime_get_boot_ns() }, *flow;
+
+	if (!opener)
+		return 0;
+	flow = bpf_map_lookup_elem(&flows, opener);
+	if (!flow) {
+		if (bpf_map_update_elem(&flows, opener, &fresh, BPF_NOEXIST))
+			fault(DEMARC_FAULT_FLOW);
+		flow = bpf_map_lookup_elem(&flows, opener);
+	}
+	if (!flow)
+		return 0;
+	flow->last = fresh.last;
+	if (accepts)
+		flow->acceptor = DEMARC_ID_UNMANAGED;
+	else
+		flow->opener = DEMARC_ID_UNMANAGED;
+	return 0;
+}
+
+/* No proof in the packet: was it a local unmanaged process that sent it? */
+static __always_inline void ask_vouchers(struct outcome *o, bool acceptor)
+{
+	struct demarc_flow *flow;
+
+	if (o->query.proof != DEMARC_PROOF_NONE || !(DEMARC_ACTIVE_FLAGS(o->active) & DEMARC_ACTIVE_UNMANAGED))
+		return;
+	flow = bpf_map_lookup_elem(&flows, &o->opener);
+	if (!flow || o->query.now - flow->last > DEMARC_FLOW_IDLE)
+		return;
+	if ((acceptor ? flow->acceptor : flow->opener) != DEMARC_ID_UNMANAGED)
+		return;
+	o->query.proof = DEMARC_PROOF_IDENTITY;
+	o->query.peer = DEMARC_ID_UNMANAGED;
+}
+
+/* Our SYN leaves. */
+GLOBAL int syn_out(struct __sk_buff *skb, struct packet *p, struct outcome *o)
+{
+	struct demarc_tag tag = {};
+	__u32 tagged;
+
+	if (!p || !o)
+		return 0;
+	ask_forward(o, p, DEMARC_EGRESS);
+	o->query.proof = DEMARC_PROOF_UNKNOWN;
+	decide(&o->query);
+	if (o->query.verdict == DEMARC_DENY)
+		return !refused(o, o->query.reason);
+	if (o->query.subject == DEMARC_ID_UNMANAGED) {
+		if (DEMARC_ACTIVE_FLAGS(o->active) & DEMARC_ACTIVE_UNMANAGED)
+			vouch(&p->tuple, false);
+		return true;
+	}
+	tagged = provable_crossing(o->query.slot, o->query.subject, DEMARC_EGRESS, PROTO_TCP, o->query.port,
+				   o->query.now);
+	if (tagged == DEMARC_NO_CROSSING_INDEX)
+		return true;
+	/* The tag was written by sockops. No room for it, no connection; and a
+	 * socket must not speak for another identity than its own. */
+	if (find_tag(skb, p, &tag) != 1)
+		return !refused(o, DEMARC_TAG_NO_ROOM);
+	if (bpf_ntohl(tag.claim) >> 8 != o->query.subject)
+		return !refused(o, DEMARC_TAG_BAD_IDENTITY);
+	return true;
+}
+
+/* A SYN arrives at a listener. */
+GLOBAL int syn_in(struct __sk_buff *skb, struct packet *p, struct outcome *o)
+{
+	struct demarc_pending_syn fresh = {}, *pending;
+
+	if (!p || !o)
+		return 0;
+	ask_forward(o, p, DEMARC_INGRESS);
+	read_proof(skb, p, 0, 0, &o->query);
+	ask_vouchers(o, false);
+	pending = bpf_map_lookup_elem(&pending_syns, &p->tuple);
+	if (pending && pending->seq == p->seq && pending->self == o->query.subject &&
+	    pending->epoch == DEMARC_ACTIVE_EPOCH(o->active) && pending->proof == o->query.proof &&
+	    pending->peer == o->query.peer)
+		return true; /* sent again */
+	if (!settle(o))
+		return false;
+	fresh.self = o->query.subject;
+	fresh.peer = o->query.peer;
+	fresh.seq = p->seq;
+	fresh.crossing = o->query.crossing;
+	fresh.epoch = DEMARC_ACTIVE_EPOCH(o->active);
+	fresh.proof = o->query.proof;
+	fresh.reason = o->query.reason;
+	fresh.until = window_end(&o->query);
+	if (bpf_map_update_elem(&pending_syns, &p->tuple, &fresh, BPF_ANY)) {
+		fault(DEMARC_FAULT_PENDING);
+		return !refused(o, DEMARC_MAP_FULL);
+	}
+	return true;
+}
+
+/* Our SYN-ACK leaves: only for a SYN that was admitted, and with our proof if
+ * the caller gave its own. */
+GLOBAL int synack_out(struct __sk_buff *skb, struct packet *p, struct outcome *o)
+{
+	struct demarc_pending_syn *pending;
+	struct demarc_tag tag = {};
+
+	if (!p || !o)
+		return 0;
+	ask_back(o, p, DEMARC_INGRESS);
+	pending = bpf_map_lookup_elem(&pending_syns, &o->opener);
+	if (!pending || pending->self != o->query.subject || pending->seq + 1 != p->ack)
+		return !refused(o, DEMARC_NO_STATE);
+	o->query.peer = pending->peer;
+	o->query.proof = pending->proof;
+	if (pending->proof == DEMARC_PROOF_IDENTITY && pending->peer != DEMARC_ID_UNMANAGED) {
+		if (find_tag(skb, p, &tag) != 1)
+			return !refused(o, DEMARC_TAG_NO_ROOM);
+		if (bpf_ntohl(tag.claim) >> 8 != o->query.subject)
+			return !refused(o, DEMARC_TAG_BAD_IDENTITY);
+	}
+	if (o->query.subject == DEMARC_ID_UNMANAGED && DEMARC_ACTIVE_FLAGS(o->active) & DEMARC_ACTIVE_UNMANAGED)
+		vouch(&o->opener, true);
+	return true;
+}
+
+/* The answer to our SYN: now the peer's proof is known. */
+GLOBAL int synack_in(struct __sk_buff *skb, struct packet *p, struct outcome *o)
+{
+
+	if (!p || !o)
+		return 0;
+	ask_back(o, p, DEMARC_EGRESS);
+	if ((p->flags & (FLAG_SYN | FLAG_ACK | FLAG_RST)) != (FLAG_SYN | FLAG_ACK)) {
+		/* A reset tells the caller that nobody listens. Nothing else is
+		 * an answer, and two sides that open at once prove nothing. */
+		if ((p->flags & (FLAG_SYN | FLAG_RST)) == FLAG_RST)
+			return true;
+		return !refused(o, p->flags & FLAG_SYN ? DEMARC_PROTOCOL : DEMARC_NO_STATE);
+	}
+	read_proof(skb, p, DEMARC_TAG_SYNACK, p->ack, &o->query);
+	ask_vouchers(o, true);
+	if (!settle(o))
+		return false;
+	remember(skb, o);
+	if (o->query.verdict == DEMARC_ALLOW)
+		report(o);
+	return true;
+}
+
+/* Anything but a SYN arrives at a listener: the end of a handshake, or junk. The
+ * data that may ride on a handshake's last ACK passes here too. */
+GLOBAL int ack_in(struct packet *p, struct outcome *o)
+{
+	struct demarc_pending_syn *pending;
+
+	if (!p || !o)
+		return 0;
+	pending = bpf_map_lookup_elem(&pending_syns, &p->tuple);
+	ask_forward(o, p, DEMARC_INGRESS);
+	if (!pending || pending->self != o->query.subject || p->flags & FLAG_SYN)
+		return !refused(o, DEMARC_NO_STATE);
+	if (p->seq != pending->seq + 1 && !(p->flags & FLAG_RST))
+		return !refused(o, DEMARC_NO_STATE);
+	if (p->flags & FLAG_RST)
+		return true;
+	/* That the peer acknowledges our SYN-ACK is checked by the stack, also
+	 * where that is a SYN cookie. */
+	if (pending->epoch == DEMARC_ACTIVE_EPOCH(o->active) && !over(pending->until))
+		return true;
+	/* The policy changed, or the window closed, within the handshake. */
+	o->query.proof = pending->proof;
+	o->query.peer = pending->peer;
+	if (!settle_again(o))
+		return false;
+	pending->epoch = DEMARC_ACTIVE_EPOCH(o->active);
+	pending->crossing = o->query.crossing;
+	pending->reason = o->query.reason;
+	pending->until = window_end(&o->query);
+	return true;
+}
+
+/* A packet of an established connection whose verdict cannot be taken as it is. */
+GLOBAL int established(struct __sk_buff *skb, struct packet *p, struct outcome *o, bool outgoing)
+{
+	struct demarc_socket *kept = 0;
+	struct bpf_sock *sk;
+
+	if (!p || !o)
+		return 0;
+	sk = skb->sk;
+	sk = sk ? bpf_sk_fullsock(sk) : 0;
+	if (sk)
+		kept = bpf_sk_storage_get(&sockets, sk, 0, 0);
+	if (!kept) {
+		ask_forward(o, p, outgoing ? DEMARC_EGRESS : DEMARC_INGRESS);
+		if (refused(o, DEMARC_NO_STATE))
+			return false;
+		/* Observed: tell it once, not for every packet. */
+		o->query.reason = DEMARC_NO_STATE;
+		remember(skb, o);
+		return true;
+	}
+	if (outgoing == (kept->direction == DEMARC_EGRESS))
+		ask_forward(o, p, kept->direction);
+	else
+		ask_back(o, p, kept->direction);
+	o->query.proof = kept->proof;
+	o->query.peer = kept->peer;
+	if (kept->epoch == DEMARC_ACTIVE_EPOCH(o->active) && kept->verdict == DEMARC_DENY) {
+		o->query.reason = kept->reason;
+		count(&o->query, 0); /* told once, counted each time */
+		return false;
+	}
+	if (settle_again(o)) {
+		kept->verdict = DEMARC_ALLOW;
+	} else {
+		kept->verdict = DEMARC_DENY;
+	}
+	kept->reason = o->query.reason;
+	kept->crossing = o->query.crossing;
+	kept->until = window_end(&o->query);
+	kept->epoch = DEMARC_ACTIVE_EPOCH(o->active);
+	return kept->verdict == DEMARC_ALLOW;
+}
+
+/* Between unmanaged peers everything may pass, except what lies about itself. */
+GLOBAL int carefree_stream(struct __sk_buff *skb, struct packet *p, struct outcome *o, __u32 tcp_state, bool outgoing)
+{
+
+	if (!p || !o)
+		return 0;
+	if (tcp_state != TCP_SYN_SENT && tcp_state != TCP_LISTEN)
+		return true;
+	if (!(p->flags & FLAG_SYN))
+		return true;
+	if (outgoing) {
+		if (!(DEMARC_ACTIVE_FLAGS(o->active) & DEMARC_ACTIVE_UNMANAGED))
+			return true;
+		if (tcp_state == TCP_SYN_SENT) {
+			vouch(&p->tuple, false);
+		} else {
+			reverse(&o->opener, &p->tuple);
+			vouch(&o->opener, true);
+		}
+		return true;
+	}
+	if (tcp_state == TCP_SYN_SENT) {
+		ask_back(o, p, DEMARC_EGRESS);
+		read_proof(skb, p, DEMARC_TAG_SYNACK, p->ack, &o->query);
+	} else {
+		ask_forward(o, p, DEMARC_INGRESS);
+		read_proof(skb, p, 0, 0, &o->query);
+	}
+	return settle(o);
+}
+
+static __always_inline bool stream_out(struct __sk_buff *skb, struct packet *p, struct outcome *o, __u32 tcp_state)
+{
+	if (tcp_state == TCP_SYN_SENT)
+		return syn_out(skb, p, o);
+	if (tcp_state == TCP_LISTEN)
+		return synack_out(skb, p, o);
+	return established(skb, p, o, true);
+}
+
+static __always_inline bool stream_in(struct __sk_buff *skb, struct packet *p, struct outcome *o, __u32 tcp_state)
+{
+	if (tcp_state == TCP_LISTEN)
+		return (p->flags & (FLAG_SYN | FLAG_ACK | FLAG_RST)) == FLAG_SYN ? syn_in(skb, p, o) : ack_in(p, o);
+	if (tcp_state == TCP_SYN_SENT)
+		return synack_in(skb, p, o);
+	return established(skb, p, o, false);
+}
+
+#endif

@@ -1,0 +1,49 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/* From a cgroup to the identity that acts. */
+#ifndef DEMARC_SUBJECT_H
+#define DEMARC_SUBJECT_H
+
+const volatile __u64 managed_root;	  /* cgroup id of the managed root */
+const volatile __u32 root_path_length; /* bytes of its path below the hierarchy's root; 0 for that root itself */
+
+/* Read once for each verdict, so that one verdict sees one generation. */
+static __always_inline __u64 active_word(void)
+{
+	__u32 zero = 0;
+	struct demarc_state *s = bpf_map_lookup_elem(&state, &zero);
+
+	return s ? *(volatile __u64 *)&s->active : 0;
+}
+
+static __always_inline struct demarc_binding *binding_of(__u64 cgroup)
+{
+	struct demarc_binding *binding = bpf_map_lookup_elem(&bindings, &cgroup);
+
+	return binding ? binding : bpf_map_lookup_elem(&graveyard, &cgroup);
+}
+
+static __always_inline __u32 identity_of(__u32 slot, __u64 cgroup)
+{
+	struct demarc_binding *binding = binding_of(cgroup);
+
+	return binding ? binding->identity[slot & (DEMARC_SLOTS - 1)] : DEMARC_ID_NONE;
+}
+
+/* Processes of no workload that the policy lets do as they please among
+ * themselves: only bad proofs are looked for. */
+static __always_inline bool carefree(__u32 slot, __u32 identity)
+{
+	struct demarc_subject *subject;
+
+	if (identity != DEMARC_ID_UNMANAGED)
+		return false;
+	subject = table_subject(slot, identity);
+	return subject && (subject->flags & DEMARC_SUBJECT_OUTBOUND) && (subject->flags & DEMARC_SUBJECT_INBOUND);
+}
+
+static __always_inline __u64 cgroup_of_tcp(struct tcp_sock *tcp)
+{
+	return BPF_CORE_READ(tcp, inet_conn.icsk_inet.sk.sk_cgrp_data.cgroup, kn, id);
+}
+
+#endif

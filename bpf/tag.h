@@ -1,0 +1,223 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * The identity tag in the TCP handshake. Format: abi.h. MAC: SipHash-2-4
+ * (Aumasson, Bernstein: "SipHash: a fast short-input PRF", 2012).
+ */
+#ifndef DEMARC_TAG_H
+#define DEMARC_TAG_H
+
+struct demarc_tag {
+	__u8 kind;
+	__u8 length;
+	__u16 exid;
+	__u32 claim;
+	__u64 mac;
+} __attribute__((packed));
+
+#define ROTL(x, b) (((x) << (b)) | ((x) >> (64 - (b))))
+#define SIPROUND                              \
+	do {                                  \
+		v0 += v1;                     \
+		v1 = ROTL(v1, 13) ^ v0;       \
+		v0 = ROTL(v0, 32);            \
+		v2 += v3;                     \
+		v3 = ROTL(v3, 16) ^ v2;       \
+		v0 += v3;                     \
+		v3 = ROTL(v3, 21) ^ v0;       \
+		v2 += v1;                     \
+		v1 = ROTL(v1, 17) ^ v2;       \
+		v2 = ROTL(v2, 32);            \
+	} while (0)
+
+static __always_inline __u64 siphash(const __u64 *key, const struct demarc_tag_input *input)
+{
+	__u64 v0 = key[0] ^ 0x736f6d6570736575ULL;
+	__u64 v1 = key[1] ^ 0x646f72616e646f6dULL;
+	__u64 v2 = key[0] ^ 0x6c7967656e657261ULL;
+	__u64 v3 = key[1] ^ 0x7465646279746573ULL;
+	const __u64 *word = (const __u64 *)input;
+	__u64 last = (__u64)sizeof(*input) << 56;
+
+#pragma unroll
+	for (int i = 0; i < sizeof(*input) / 8; i++) {
+		v3 ^= word[i];
+		SIPROUND;
+		SIPROUND;
+		v0 ^= word[i];
+	}
+	v3 ^= last;
+	SIPROUND;
+	SIPROUND;
+	v0 ^= last;
+	v2 ^= 0xff;
+	SIPROUND;
+	SIPROUND;
+	SIPROUND;
+	SIPROUND;
+	return v0 ^ v1 ^ v2 ^ v3;
+}
+
+static __always_inline struct demarc_key *key_of(__u32 epoch, __u64 now)
+{
+	struct demarc_key *key = bpf_map_lookup_elem(&keys, &epoch);
+
+	if (!key || !key->valid || now < key->since || (key->until && now >= key->until))
+		return 0;
+	return key;
+}
+
+static __always_inline void tag_input(struct demarc_tag_input *input, __u32 claim, const struct demarc_tuple *sender,
+				      __u32 seq, __u32 acked)
+{
+	input->claim = bpf_htonl(claim);
+	input->seq = bpf_htonl(seq);
+	input->acked = bpf_htonl(acked);
+	input->sport = bpf_htons(sender->sport);
+	input->dport = bpf_htons(sender->dport);
+	__builtin_memcpy(input->saddr, sender->saddr, 16);
+	__builtin_memcpy(input->daddr, sender->daddr, 16);
+}
+
+/* Makes the tag that `identity` puts on a SYN, or on a SYN-ACK that acknowledges
+ * `acked`. Returns 0, or -1 where there is no key to sign with. */
+static __always_inline int make_tag(struct demarc_tag *tag, __u32 identity, __u8 flags,
+				    const struct demarc_tuple *sender, __u32 seq, __u32 acked)
+{
+	struct demarc_tag_input input;
+	struct demarc_state *s;
+	struct demarc_key *key;
+	__u32 zero = 0, epoch, claim;
+
+	s = bpf_map_lookup_elem(&state, &zero);
+	if (!s)
+		return -1;
+	epoch = s->tag_epoch & (DEMARC_EPOCHS - 1);
+	key = key_of(epoch, bpf_ktime_get_boot_ns());
+	if (!key)
+		return -1;
+	claim = identity << 8 | epoch << 4 | flags;
+	tag_input(&input, claim, sender, seq, acked);
+	tag->kind = DEMARC_TAG_KIND;
+	tag->length = DEMARC_TAG_LENGTH;
+	tag->exid = bpf_htons(DEMARC_TAG_EXID);
+	tag->claim = bpf_htonl(claim);
+	tag->mac = siphash(key->key, &input);
+	return 0;
+}
+
+#define TCP_OPTIONS_MAX 40
+
+/* Where a walk over TCP options stands. */
+struct option_walk {
+	__u8 options[64]; /* zero beyond length */
+	__u32 length;
+	__u32 at;
+	__u32 tag; /* offset of the tag + 1; 0 = none yet */
+	bool broken;
+};
+
+/* One option. Returns 1 to end the walk. */
+static long next_option(__u32 n, struct option_walk *walk)
+{
+	__u32 at = walk->at;
+	__u8 kind, size;
+
+	if (at >= walk->length)
+		return 1;
+	kind = walk->options[at & 63];
+	if (kind == 0) /* end of options */
+		return 1;
+	if (kind == 1) { /* padding */
+		walk->at = at + 1;
+		return 0;
+	}
+	size = walk->options[(at + 1) & 63];
+	if (size < 2 || at + size > walk->length) {
+		walk->broken = true;
+		return 1;
+	}
+	if (kind == DEMARC_TAG_KIND && size >= 4 && walk->options[(at + 2) & 63] == (DEMARC_TAG_EXID >> 8) &&
+	    walk->options[(at + 3) & 63] == (DEMARC_TAG_EXID & 0xff)) {
+		if (walk->tag || size != DEMARC_TAG_LENGTH) {
+			walk->broken = true;
+			return 1;
+		}
+		walk->tag = at + 1;
+	}
+	walk->at = at + size;
+	return 0;
+}
+
+/*
+ * Finds the one tag among a segment's options and copies it. Returns 1 if there
+ * is one, 0 if there is none, -1 for anything that a demarc kernel would not have
+ * written: two tags, another length, options that do not add up.
+ */
+GLOBAL int find_tag(struct __sk_buff *skb, const struct packet *p, struct demarc_tag *tag)
+{
+	struct option_walk walk = {};
+	__u32 at;
+
+	if (!p || !tag)
+		return -1;
+	walk.length = p->options;
+	if (walk.length == 0)
+		return 0;
+	if (walk.length > TCP_OPTIONS_MAX)
+		return -1;
+	if (bpf_skb_load_bytes(skb, p->transport + 20, walk.options, walk.length))
+		return -1;
+	bpf_loop(TCP_OPTIONS_MAX, next_option, &walk, 0);
+	if (walk.broken)
+		return -1;
+	if (!walk.tag)
+		return 0;
+	at = walk.tag - 1;
+	if (at > TCP_OPTIONS_MAX - DEMARC_TAG_LENGTH)
+		return -1;
+	__builtin_memcpy(tag, &walk.options[at], sizeof(*tag));
+	return 1;
+}
+
+/*
+ * Reads the proof that a SYN (`flags` 0) or a SYN-ACK (DEMARC_TAG_SYNACK) brings
+ * into a query: nothing, an identity, or a bad proof and its kind. `acked` is what
+ * a SYN-ACK acknowledges.
+ */
+GLOBAL int read_proof(struct __sk_buff *skb, const struct packet *p, __u8 flags, __u32 acked, struct demarc_query *q)
+{
+	struct demarc_tag tag = {};
+	struct demarc_tag_input input;
+	struct demarc_key *key;
+	__u32 claim;
+	int found;
+
+	if (!p || !q)
+		return 0;
+	found = find_tag(skb, p, &tag);
+	q->proof = DEMARC_PROOF_NONE;
+	q->peer = DEMARC_ID_NONE;
+	if (!found)
+		return 0;
+	q->proof = DEMARC_PROOF_BAD;
+	claim = bpf_ntohl(tag.claim);
+	q->peer = claim >> 8; /* claimed, not proven */
+	q->bad = DEMARC_TAG_MALFORMED;
+	if (found < 0 || (claim & 0xf) != flags)
+		return 0;
+	q->bad = DEMARC_TAG_WRONG_EPOCH;
+	key = key_of((claim >> 4) & 0xf, q->now);
+	if (!key)
+		return 0;
+	q->bad = DEMARC_TAG_BAD_MAC;
+	tag_input(&input, claim, &p->tuple, p->seq, acked);
+	if (siphash(key->key, &input) != tag.mac)
+		return 0;
+	q->bad = DEMARC_TAG_BAD_IDENTITY;
+	if (q->peer < DEMARC_ID_FIRST || !table_subject(q->slot, q->peer))
+		return 0;
+	q->proof = DEMARC_PROOF_IDENTITY;
+	return 0;
+}
+
+#endif

@@ -1,0 +1,160 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * The decision, a function of values: who (subject), which way, on what port, to
+ * or from which address, with what proof, at what time. It reads policy tables
+ * and nothing else: no context, no packet, no clock. The same text is compiled
+ * for the kernel and natively, and both are compared with policy/eval.go, which
+ * defines the meaning of the language.
+ */
+#ifndef DEMARC_VERDICT_H
+#define DEMARC_VERDICT_H
+
+#include "abi/abi.h"
+
+static __always_inline __u16 port_class(__u32 slot, __u8 proto, __u16 port)
+{
+	switch (proto) {
+	case PROTO_TCP:
+		return table_port(slot, DEMARC_ROW_TCP, port);
+	case PROTO_UDP:
+		return table_port(slot, DEMARC_ROW_UDP, port);
+	case PROTO_SCTP:
+		return table_port(slot, DEMARC_ROW_SCTP, port);
+	case PROTO_ICMP:
+		return table_port(slot, DEMARC_ROW_OTHER, port & 0xff);
+	case PROTO_ICMP6:
+		return table_port(slot, DEMARC_ROW_OTHER, 256 + (port & 0xff));
+	default:
+		return table_port(slot, DEMARC_ROW_OTHER, 512);
+	}
+}
+
+static __always_inline bool crossing_open(const struct demarc_crossing *crossing, __u64 now)
+{
+	return now >= crossing->since && (!crossing->until || now < crossing->until);
+}
+
+/* What the look-ups of one decision found so far. */
+struct demarc_match {
+	__u32 crossing; /* lowest index whose window is open */
+	bool closed;	/* some crossing matched outside its window */
+};
+
+/* Looks one peer up and keeps the lowest open crossing. */
+static __always_inline void match_peer(__u32 slot, struct demarc_rule_key *key, __u32 kind, __u32 value, __u64 now,
+				       struct demarc_match *match)
+{
+	struct demarc_rule *rule;
+
+	key->peer = kind << 24 | (value & 0xffffff);
+	rule = table_rule(slot, key);
+	if (!rule)
+		return;
+	for (int i = 0; i < DEMARC_ALTERNATIVES; i++) {
+		__u32 index = rule->crossing[i];
+		struct demarc_crossing *crossing;
+
+		if (index == DEMARC_NO_CROSSING_INDEX)
+			return;
+		crossing = table_crossing(slot, index);
+		if (!crossing) /* a rule without its crossing admits nothing */
+			return;
+		if (crossing_open(crossing, now)) {
+			if (index < match->crossing)
+				match->crossing = index;
+			return;
+		}
+		match->closed = true;
+	}
+}
+
+/* Says whether some crossing lets the subject meet a peer that proves itself on
+ * this port: such a SYN carries a tag. */
+static __always_inline __u32 provable_crossing(__u32 slot, __u32 subject, __u8 direction, __u8 proto, __u16 port,
+					       __u64 now)
+{
+	struct demarc_match match = { .crossing = DEMARC_NO_CROSSING_INDEX };
+	struct demarc_rule_key key = {
+		.subject = subject,
+		.class = port_class(slot, proto, port),
+		.direction = direction,
+	};
+
+	match_peer(slot, &key, DEMARC_PEER_PROVEN, 0, now, &match);
+	return match.crossing;
+}
+
+static __always_inline void answer(struct demarc_query *q, __u8 verdict, __u8 reason, __u32 crossing)
+{
+	q->verdict = verdict;
+	q->reason = reason;
+	q->crossing = crossing;
+}
+
+GLOBAL int decide(struct demarc_query *q)
+{
+	struct demarc_match allowed = { .crossing = DEMARC_NO_CROSSING_INDEX };
+	struct demarc_match proven = { .crossing = DEMARC_NO_CROSSING_INDEX };
+	struct demarc_subject *subject, *peer;
+	struct demarc_rule_key key = {};
+	__u32 networks;
+
+	if (!q)
+		return 0;
+	answer(q, DEMARC_DENY, DEMARC_UNDECIDED, DEMARC_NO_CROSSING_INDEX);
+	if (q->proof == DEMARC_PROOF_BAD) {
+		q->reason = q->bad;
+		return 0;
+	}
+	if (q->subject == DEMARC_ID_PENDING) {
+		q->reason = DEMARC_PENDING;
+		return 0;
+	}
+	subject = table_subject(q->slot, q->subject);
+	if (!subject) {
+		q->reason = DEMARC_UNBOUND;
+		return 0;
+	}
+
+	key.subject = q->subject;
+	key.direction = q->direction;
+	key.class = port_class(q->slot, q->proto, q->port);
+	if (q->proof == DEMARC_PROOF_IDENTITY) {
+		match_peer(q->slot, &key, DEMARC_PEER_IDENTITY, q->peer, q->now, &allowed);
+		peer = q->peer >= DEMARC_ID_FIRST ? table_subject(q->slot, q->peer) : 0;
+		if (peer)
+			match_peer(q->slot, &key, DEMARC_PEER_ZONE, peer->zone, q->now, &allowed);
+	}
+	networks = table_address(q->slot, q->address);
+	if (networks)
+		match_peer(q->slot, &key, DEMARC_PEER_ADDRESS, networks, q->now, &allowed);
+	match_peer(q->slot, &key, DEMARC_PEER_ANY, 0, q->now, &allowed);
+	if (allowed.crossing != DEMARC_NO_CROSSING_INDEX) {
+		answer(q, DEMARC_ALLOW, DEMARC_BY_CROSSING, allowed.crossing);
+		return 0;
+	}
+
+	if (q->proof == DEMARC_PROOF_UNKNOWN) {
+		match_peer(q->slot, &key, DEMARC_PEER_PROVEN, 0, q->now, &proven);
+		match_peer(q->slot, &key, DEMARC_PEER_IDENTITY, DEMARC_ID_UNMANAGED, q->now, &proven);
+		if (proven.crossing != DEMARC_NO_CROSSING_INDEX) {
+			answer(q, DEMARC_PROVISIONAL, DEMARC_UNPROVEN, proven.crossing);
+			return 0;
+		}
+		allowed.closed |= proven.closed;
+	}
+	if (subject->flags & (q->direction == DEMARC_EGRESS ? DEMARC_SUBJECT_OUTBOUND : DEMARC_SUBJECT_INBOUND)) {
+		answer(q, DEMARC_ALLOW, DEMARC_BY_UNMANAGED, DEMARC_NO_CROSSING_INDEX);
+		return 0;
+	}
+	if (allowed.closed) {
+		q->reason = DEMARC_NOT_IN_WINDOW;
+		return 0;
+	}
+	if (q->proof == DEMARC_PROOF_NONE)
+		match_peer(q->slot, &key, DEMARC_PEER_PROVEN, 0, q->now, &proven);
+	q->reason = proven.crossing != DEMARC_NO_CROSSING_INDEX ? DEMARC_TAG_MISSING : DEMARC_NO_CROSSING;
+	return 0;
+}
+
+#endif
