@@ -14,7 +14,7 @@ import (
 // asked of them, sockets are known before packets are judged.
 var attachOrder = []string{
 	"cgroup_mkdir", "cgroup_rmdir",
-	"sock_create", "sock_release", "setsockopt", "post_bind4", "post_bind6", "sockops",
+	"sock_create", "sock_release", "setsockopt", "post_bind4", "post_bind6", "sock_ops",
 	"connect4", "connect6", "sendmsg4", "sendmsg6", "egress", "ingress",
 }
 
@@ -29,6 +29,7 @@ type links struct {
 	tree    *tree
 	pins    pins
 	open    map[string]link.Link
+	running map[string]ebpf.ProgramID // what each is known to run
 	// attaching is told of each program before it is attached, and may say no.
 	// Tests break the attachment there.
 	attaching func(name string) error
@@ -38,7 +39,7 @@ type links struct {
 func (l *links) attach(names []string) error {
 	for i, name := range names {
 		if err := l.attachOne(name, l.pins.links(name)); err != nil {
-			l.detach(names[:i])
+			l.detach(names[:i+1])
 			return err
 		}
 	}
@@ -60,6 +61,16 @@ func (l *links) attachOne(name, pin string) error {
 		return fmt.Errorf("pin link %s: %w", name, err)
 	}
 	l.open[name] = fresh
+	return l.note(name)
+}
+
+// note remembers which program a link runs.
+func (l *links) note(name string) error {
+	info, err := l.open[name].Info()
+	if err != nil {
+		return fmt.Errorf("read link %s: %w", name, err)
+	}
+	l.running[name] = info.Program
 	return nil
 }
 
@@ -92,6 +103,9 @@ func (l *links) update() error {
 			} else {
 				err = l.open[name].Update(l.objects.Programs[name])
 			}
+		}
+		if err == nil {
+			err = l.note(name)
 		}
 		if err != nil {
 			return fmt.Errorf("update link %s: %w", name, err)
@@ -147,6 +161,9 @@ func (l *links) status() []proto.Link {
 		}
 		s := proto.Link{Name: name}
 		err := leadsTo(open, l.objects.spec.Programs[name], l.tree)
+		if info, bad := open.Info(); err == nil && bad == nil && info.Program != l.running[name] {
+			err = fmt.Errorf("runs program %d, which is not ours", info.Program)
+		}
 		s.Attached = err == nil
 		if err == nil {
 			_, err = os.Lstat(l.pins.links(name))

@@ -67,11 +67,6 @@ func (g *generation) fill(o *objects) (err error) {
 		return err
 	}
 	g.tables = map[string]*ebpf.Map{}
-	defer func() {
-		if err != nil {
-			g.empty(o)
-		}
-	}()
 	img := g.image
 	subjects, facts := subjectEntries(img)
 	rules, lists := ruleEntries(img)
@@ -129,38 +124,46 @@ func putAll[K, V any](m *ebpf.Map, keys []K, values []V) error {
 	return nil
 }
 
-// insert puts the tables into the slot. Each insertion waits until no program
-// reads what was there before, so they wait together.
+// tableNames are the outer maps.
+var tableNames = []string{"rules", "subjects", "crossings", "buckets", "prefixes", "ports", "paths", "units"}
+
+// insert puts the tables into the slot.
 func (g *generation) insert(o *objects) error {
-	done := make(chan error, len(g.tables))
-	for name, inner := range g.tables {
-		go func() {
-			if err := o.Maps[name].Put(g.slot, inner); err != nil {
-				done <- fmt.Errorf("insert table %s into slot %d: %w", name, g.slot, err)
-				return
-			}
-			done <- nil
-		}()
+	return eachTable(func(name string) error {
+		if err := o.Maps[name].Put(g.slot, g.tables[name]); err != nil {
+			return fmt.Errorf("insert table %s into slot %d: %w", name, g.slot, err)
+		}
+		return nil
+	})
+}
+
+// emptySlot takes the tables of whatever generation out of a slot that is not
+// active, and frees them.
+func emptySlot(o *objects, slot uint32) error {
+	return eachTable(func(name string) error {
+		if err := o.Maps[name].Delete(slot); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+			return fmt.Errorf("empty slot %d of %s: %w", slot, name, err)
+		}
+		return nil
+	})
+}
+
+// eachTable works on all outer maps at once: each change of one waits until no
+// program reads what was there before.
+func eachTable(work func(name string) error) error {
+	done := make(chan error, len(tableNames))
+	for _, name := range tableNames {
+		go func() { done <- work(name) }()
 	}
-	var errs []error
-	for range g.tables {
-		errs = append(errs, <-done)
+	errs := make([]error, len(tableNames))
+	for i := range errs {
+		errs[i] = <-done
 	}
 	return errors.Join(errs...)
 }
 
-// empty takes the tables out of the slot and frees them. The slot must not be
-// active.
-func (g *generation) empty(o *objects) {
-	for name, inner := range g.tables {
-		_ = o.Maps[name].Delete(g.slot) // absent is as good
-		inner.Close()
-	}
-	g.tables = nil
-}
-
-// release closes the tables and leaves them in the kernel.
-func (g *generation) release() { closeAll(g.tables) }
+// close gives up the tables' descriptors. Those in a slot stay in the kernel.
+func (g *generation) close() { closeAll(g.tables) }
 
 func indexes(n int) []uint32 {
 	out := make([]uint32, n)

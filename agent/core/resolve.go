@@ -14,13 +14,14 @@ const pathBytes = abi.PathMax - 1
 // selectors say which workload a cgroup belongs to. They hold the entries of the
 // kernel's selector tries and answer as bpf/cgroup.h does.
 type selectors struct {
-	paths map[string]uint32   // "/lab/web/": identity
-	units map[string]abi.Unit // what is before the '*', or a whole name and a NUL
+	paths  map[string]uint32   // "/lab/web/": identity
+	units  map[string]abi.Unit // what is before the '*', or a whole name and a NUL
+	claims map[string]uint32   // as paths; what the agent said, not the image
 }
 
 // newSelectors takes the selectors that need no metadata from an image.
 func newSelectors(img *image.Image) *selectors {
-	s := &selectors{paths: map[string]uint32{}, units: map[string]abi.Unit{}}
+	s := &selectors{paths: map[string]uint32{}, units: map[string]abi.Unit{}, claims: map[string]uint32{}}
 	patterns := map[string][]abi.UnitMatch{}
 	for i := range img.Selectors {
 		sel := &img.Selectors[i]
@@ -83,6 +84,9 @@ func (s *selectors) byPath(path string) uint32 {
 		if id := s.paths[path[:end]]; id != 0 {
 			return id
 		}
+		if id := s.claims[path[:end]]; id != 0 {
+			return id
+		}
 	}
 	return 0
 }
@@ -122,6 +126,9 @@ func selectorKey(s string) abi.PathKey {
 func (s *selectors) entries() (paths []abi.PathKey, ids []uint32, names []abi.PathKey, units []abi.Unit) {
 	for _, key := range sortedKeys(s.paths) {
 		paths, ids = append(paths, selectorKey(key)), append(ids, s.paths[key])
+	}
+	for _, key := range sortedKeys(s.claims) {
+		paths, ids = append(paths, selectorKey(key)), append(ids, s.claims[key])
 	}
 	for _, key := range sortedKeys(s.units) {
 		names, units = append(names, selectorKey(key)), append(units, s.units[key])

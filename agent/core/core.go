@@ -1,0 +1,453 @@
+// Package core is the trusted part of demarc: it verifies images, writes them to
+// the kernel, attaches the programs and names cgroups. It believes neither the
+// compiler nor the agent.
+//
+// Enforcement lives in pinned programs and maps and goes on without the core. A
+// core that starts adopts them without a gap, or refuses them and changes
+// nothing.
+package core
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"github.com/cilium/ebpf/link"
+	"golang.org/x/sys/unix"
+
+	"github.com/demarc/demarc/agent/core/proto"
+	"github.com/demarc/demarc/bpf/abi"
+)
+
+// Core is one running core. Open makes it, Close ends it.
+type Core struct {
+	config  Config
+	log     *slog.Logger
+	lock    *os.File // held while this core runs
+	tree    *tree
+	pins    pins
+	store   store
+	objects *objects
+	links   *links
+	donated *proto.Descriptors
+
+	mu       sync.Mutex
+	active   *generation       // what this core put in force; nil = nothing
+	previous *proto.Generation // what rollback returns to; nil = nothing
+	retired  int               // slot that packets may still be judged in; -1 = none
+	standing []string          // problems that last until the core is started again
+}
+
+// hooks let tests break a start. The zero value breaks nothing.
+type hooks struct {
+	load      func() error            // before the programs are loaded
+	attaching func(name string) error // before each program is attached
+}
+
+// Open checks what enforcement needs, adopts what a former core left in the
+// kernel, and puts the stored image in force. On an error the kernel decides as
+// it did before.
+func Open(config Config, log *slog.Logger) (*Core, error) { return open(config, log, hooks{}) }
+
+func open(config Config, log *slog.Logger, h hooks) (_ *Core, err error) {
+	c := &Core{config: config, log: log, pins: pins{config.BPFFS}, store: store{config.StateDir}, retired: -1}
+	defer func() {
+		if err != nil {
+			c.Close()
+		}
+	}()
+	if c.lock, err = lockState(config.StateDir); err != nil {
+		return nil, err
+	}
+	t := &trial{config: config, hooks: h}
+	defer t.close()
+	if err := t.passed(); err != nil {
+		return nil, err
+	}
+	c.tree, c.objects, t.objects = t.tree, t.objects, nil
+	c.links = &links{objects: c.objects, tree: c.tree, pins: c.pins, attaching: h.attaching,
+		open: map[string]link.Link{}, running: t.running()}
+	if t.committed {
+		c.links.open, t.links = t.links, nil
+	} else if err := c.begin(); err != nil {
+		return nil, err
+	}
+	if c.donated, err = c.donate(); err != nil {
+		return nil, err
+	}
+	if err := c.useKeys(t); err != nil {
+		return nil, err
+	}
+	if err := c.resume(t.committed); err != nil {
+		return nil, err
+	}
+	if t.committed {
+		return c, c.links.update()
+	}
+	return c, nil
+}
+
+// lockState makes the state directory and keeps a second core out of it.
+func lockState(dir string) (*os.File, error) {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, fmt.Errorf("make state_dir: %w", err)
+	}
+	f, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("lock state_dir: %w", err)
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		f.Close()
+		return nil, proto.Refuse("stop the other one first", "another demarc-core uses %s", dir)
+	}
+	return f, nil
+}
+
+// begin takes away what an interrupted start left, and pins new maps.
+func (c *Core) begin() error {
+	if err := c.pins.clear(c.objects.spec); err != nil {
+		return err
+	}
+	return c.pins.pinMaps(c.objects)
+}
+
+func (c *Core) useKeys(t *trial) error {
+	if err := loadKeys(c.objects, t.keys); err != nil {
+		return err
+	}
+	state, err := readState(c.objects)
+	if err != nil {
+		return err
+	}
+	state.TagEpoch = t.tagEpoch
+	return writeState(c.objects, state)
+}
+
+// resume puts the stored image in force. If it cannot be read, the one before it
+// is better than none.
+func (c *Core) resume(committed bool) error {
+	g, err := c.stored(c.store.active())
+	previous, badPrevious := c.stored(c.store.previous())
+	if badPrevious != nil {
+		c.log.Warn("previous image cannot be used", "problem", badPrevious)
+	} else if previous != nil {
+		c.previous = previous.describe()
+	}
+	switch {
+	case err != nil && previous != nil:
+		c.stand("%v; the image before it is in force", err)
+		g, c.previous = previous, nil
+	case err != nil && committed, g == nil && committed:
+		c.stand("the image in force is not on disk (%v): apply one", err)
+		return nil
+	case err != nil:
+		return proto.Refuse("remove "+c.store.active()+" to start without a policy", "%w", err)
+	case g == nil:
+		return nil
+	}
+	if g.expired(time.Now()) {
+		c.stand("the image expired at %s; apply a newer one", time.Unix(g.image.NotAfter, 0).UTC().Format(time.RFC3339))
+	}
+	if committed {
+		c.recoverClaims(g)
+	}
+	return c.install(g, false)
+}
+
+func (c *Core) stored(file string) (*generation, error) {
+	b, err := c.store.load(file)
+	if b == nil || err != nil {
+		return nil, err
+	}
+	g, err := openImage(b)
+	if err != nil {
+		return nil, fmt.Errorf("stored image %s: %w", file, err)
+	}
+	return g, nil
+}
+
+func (c *Core) stand(format string, args ...any) {
+	c.standing = append(c.standing, fmt.Sprintf(format, args...))
+	c.log.Error("degraded", "problem", c.standing[len(c.standing)-1])
+}
+
+// Apply puts an image in force: it is verified, written beside what is in force,
+// tested there, and takes over in one step. On an error nothing has changed.
+func (c *Core) Apply(b []byte) (*proto.Status, error) {
+	g, err := openImage(b)
+	if err != nil {
+		return nil, err
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.active == nil || c.active.digest != g.digest {
+		if err := c.admissible(g); err != nil {
+			return nil, err
+		}
+		c.keepClaims(g)
+		if err := c.install(g, true); err != nil {
+			return nil, err
+		}
+	}
+	return c.status(), nil
+}
+
+// admissible refuses images that would turn time back.
+func (c *Core) admissible(g *generation) error {
+	if g.expired(time.Now()) {
+		return proto.Refuse("build it again", "image expired at %s", time.Unix(g.image.NotAfter, 0).UTC().Format(time.RFC3339))
+	}
+	known := []*proto.Generation{c.previous}
+	if c.active != nil {
+		known = append(known, c.active.describe())
+	}
+	offered := g.describe()
+	for _, k := range known {
+		switch {
+		case k == nil:
+		case offered.Version < k.Version:
+			return proto.Refuse("raise metadata.version, or use rollback",
+				"image has version %d, and version %d was in force already", offered.Version, k.Version)
+		case offered.Version == k.Version && offered.Digest != k.Digest:
+			return proto.Refuse("raise metadata.version", "version %d was in force already with other content", k.Version)
+		}
+	}
+	return nil
+}
+
+// Rollback goes back to the previous image; the present one becomes the previous.
+func (c *Core) Rollback() (*proto.Status, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	g, err := c.stored(c.store.previous())
+	if err != nil {
+		return nil, err
+	}
+	if g == nil || c.active == nil {
+		return nil, proto.Refuse("apply a policy", "there is no previous image")
+	}
+	if g.expired(time.Now()) {
+		return nil, proto.Refuse("apply a newer policy", "previous image has expired")
+	}
+	c.keepClaims(g)
+	if err := c.install(g, true); err != nil {
+		return nil, err
+	}
+	return c.status(), nil
+}
+
+// install puts a verified generation in force, and on disk if it is not from
+// there. Each step is undone if a later one fails; what was in force stays in its
+// slot until the next time, because packets may still be judged there.
+func (c *Core) install(g *generation, durable bool) (err error) {
+	before, err := readState(c.objects)
+	if err != nil {
+		return err
+	}
+	var undo []func()
+	defer func() {
+		for i := len(undo) - 1; err != nil && i >= 0; i-- {
+			undo[i]()
+		}
+	}()
+	on := abi.ActiveFlags(before.Active)&abi.ActiveOn != 0
+	g.slot = c.freeSlot(before, on)
+	s := scanner{objects: c.objects, tree: c.tree, slot: g.slot, selectors: g.selectors}
+	if err := s.prepare(); err != nil {
+		return err
+	}
+	undo = append(undo, func() { _ = emptySlot(c.objects, g.slot); g.close() })
+	if err := g.fill(c.objects); err != nil {
+		return err
+	}
+
+	state := before
+	state.Filling = 1 << g.slot
+	if on {
+		state.Filling |= 1 << abi.ActiveSlot(before.Active)
+	}
+	undo = append(undo, func() { c.restore(before) })
+	if err := writeState(c.objects, state); err != nil {
+		return err
+	}
+	first := len(c.links.open) == 0
+	if first {
+		if err := c.links.attach(attachOrder[:namers]); err != nil {
+			return err
+		}
+		undo = append(undo, func() { c.links.detach(attachOrder) })
+	}
+	if g.bindings, _, err = s.scan("/"); err != nil {
+		return err
+	}
+	if err := runSelftest(c.objects, g); err != nil {
+		return err
+	}
+	if durable {
+		if err := c.store.stage(g.bytes); err != nil {
+			return err
+		}
+	}
+
+	g.epoch = abi.ActiveEpoch(before.Active) + 1
+	state.Active = abi.MakeActive(g.slot, activeFlags(g.image), g.epoch)
+	state.Filling = 1 << g.slot
+	if err := writeState(c.objects, state); err != nil {
+		return err
+	}
+	if first {
+		if err := c.links.attach(attachOrder[namers:]); err != nil {
+			return err
+		}
+		undo = append(undo, func() { _ = os.Remove(c.pins.abi()) })
+		if err := c.pins.commit(c.objects.spec, c.tree); err != nil {
+			return err
+		}
+	}
+	if durable {
+		if err := c.store.commit(); err != nil {
+			return err
+		}
+	}
+	c.succeed(g, before, on, durable)
+	return nil
+}
+
+// freeSlot is a slot that no packet is judged in.
+func (c *Core) freeSlot(s abi.State, on bool) uint32 {
+	slot := uint32(0)
+	for on && slot == abi.ActiveSlot(s.Active) || int(slot) == c.retired {
+		slot++
+	}
+	return slot
+}
+
+// restore takes a flip back. The epoch must still grow: verdicts may have been
+// cached under the one in between.
+func (c *Core) restore(before abi.State) {
+	now, err := readState(c.objects)
+	if err == nil && now.Active != before.Active {
+		epoch := abi.ActiveEpoch(now.Active) + 1
+		before.Active = abi.MakeActive(abi.ActiveSlot(before.Active), abi.ActiveFlags(before.Active), epoch)
+		if c.active != nil {
+			c.active.epoch = epoch
+		}
+	}
+	if err := writeState(c.objects, before); err != nil {
+		c.stand("take back what failed: %v", err)
+	}
+}
+
+// succeed notes what is in force and frees what was retired before. Failing to
+// free it costs memory until the next time, nothing else.
+func (c *Core) succeed(g *generation, before abi.State, on, durable bool) {
+	g.since = time.Now()
+	retired := -1
+	if on {
+		retired = int(abi.ActiveSlot(before.Active))
+	}
+	for slot := range abi.Slots {
+		if slot != int(g.slot) && slot != retired {
+			if err := emptySlot(c.objects, uint32(slot)); err != nil {
+				c.log.Warn("old generation is not freed", "problem", err)
+			}
+		}
+	}
+	if durable {
+		c.previous, c.standing = nil, nil
+	}
+	if c.active != nil {
+		c.active.close()
+		if durable {
+			c.previous = c.active.describe()
+			c.previous.Slot, c.previous.Epoch = 0, 0
+		}
+	}
+	c.active, c.retired = g, retired
+	c.log.Info("policy in force", "policy", g.image.Name, "version", g.image.Version, "slot", g.slot, "epoch", g.epoch,
+		"crossings", len(g.image.Crossings), "bindings", g.bindings)
+}
+
+// Status asks the kernel what is attached and in force.
+func (c *Core) Status() *proto.Status {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.status()
+}
+
+func (c *Core) status() *proto.Status {
+	s := &proto.Status{State: proto.StateIdle, Previous: c.previous, Links: c.links.status(), Problems: append([]string(nil), c.standing...)}
+	if c.active != nil {
+		s.Active, s.State, s.Claims = c.active.describe(), proto.StateEnforcing, len(c.active.selectors.claims)
+		if s.Active.Mode == "observe" {
+			s.State = proto.StateObserving
+		}
+		word := abi.MakeActive(c.active.slot, activeFlags(c.active.image), c.active.epoch)
+		if state, err := readState(c.objects); err != nil {
+			s.Problems = append(s.Problems, err.Error())
+		} else if state.Active != word {
+			s.Problems = append(s.Problems, fmt.Sprintf("the kernel's state is %#x, not %#x: somebody else wrote it", state.Active, word))
+		}
+		if len(s.Links) != len(attachOrder) {
+			s.Problems = append(s.Problems, fmt.Sprintf("%d of %d programs are attached", len(s.Links), len(attachOrder)))
+		}
+	}
+	for _, l := range s.Links {
+		if l.Problem != "" {
+			s.Problems = append(s.Problems, l.Problem)
+		}
+	}
+	if len(s.Problems) > 0 {
+		s.State = proto.StateDegraded
+	}
+	return s
+}
+
+// Close gives up the descriptors. What is in force stays in force; if nothing is,
+// nothing stays.
+func (c *Core) Close() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	var err error
+	if c.donated != nil {
+		c.donated.Close()
+	}
+	if c.objects != nil {
+		if c.links != nil && len(c.links.open) == 0 {
+			err = c.pins.clear(c.objects.spec)
+		}
+		if c.links != nil {
+			closeAll(c.links.open)
+		}
+		if c.active != nil {
+			c.active.close()
+		}
+		c.objects.Close()
+	}
+	if c.lock != nil {
+		err = errors.Join(err, c.lock.Close())
+	}
+	return err
+}
+
+// Detach ends enforcement: it removes every pin. No core may be running.
+func Detach(config Config) error {
+	lock, err := lockState(config.StateDir)
+	if err != nil {
+		return err
+	}
+	defer lock.Close()
+	spec, err := loadDemarc()
+	if err != nil {
+		return fmt.Errorf("read programs: %w", err)
+	}
+	p := pins{config.BPFFS}
+	if _, err := p.check(spec); err != nil {
+		return err
+	}
+	return p.clear(spec)
+}

@@ -1,0 +1,93 @@
+package core
+
+import (
+	"fmt"
+	"io"
+	"os"
+
+	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
+
+	"github.com/demarc/demarc/agent/core/proto"
+	"github.com/demarc/demarc/policy/image"
+)
+
+// donate opens the maps that the agent may have. A ring must be opened for
+// writing to be read, because its reader keeps its place in it; nothing else can
+// be done with that descriptor.
+func (c *Core) donate() (*proto.Descriptors, error) {
+	var d proto.Descriptors
+	for _, m := range []struct {
+		name string
+		to   **os.File
+		ring bool
+	}{
+		{"denied_events", &d.Denied, true},
+		{"allowed_events", &d.Allowed, true},
+		{"counts", &d.Counts, false},
+		{"ring_state", &d.Rings, false},
+		{"faults", &d.Faults, false},
+		{"bindings", &d.Bindings, false},
+		{"state", &d.State, false},
+	} {
+		opened, err := ebpf.LoadPinnedMap(c.pins.maps(m.name), &ebpf.LoadPinOptions{ReadOnly: !m.ring})
+		if err != nil {
+			d.Close()
+			return nil, fmt.Errorf("open map %s for the agent: %w", m.name, err)
+		}
+		fd, err := unix.FcntlInt(uintptr(opened.FD()), unix.F_DUPFD_CLOEXEC, 0)
+		opened.Close()
+		if err != nil {
+			d.Close()
+			return nil, fmt.Errorf("open map %s for the agent: %w", m.name, err)
+		}
+		*m.to = os.NewFile(uintptr(fd), m.name)
+	}
+	return &d, nil
+}
+
+// Image returns the image in force in a file that nobody can change. The caller
+// closes it.
+func (c *Core) Image() (*os.File, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.active == nil {
+		return nil, proto.Refuse("apply a policy", "no policy is in force")
+	}
+	fd, err := unix.MemfdCreate("image", unix.MFD_CLOEXEC|unix.MFD_ALLOW_SEALING)
+	if err != nil {
+		return nil, fmt.Errorf("make image file: %w", err)
+	}
+	f := os.NewFile(uintptr(fd), "image")
+	if _, err = f.Write(c.active.bytes); err == nil {
+		_, err = f.Seek(0, io.SeekStart)
+	}
+	if err == nil {
+		_, err = unix.FcntlInt(f.Fd(), unix.F_ADD_SEALS, unix.F_SEAL_WRITE|unix.F_SEAL_GROW|unix.F_SEAL_SHRINK|unix.F_SEAL_SEAL)
+	}
+	if err != nil {
+		f.Close()
+		return nil, fmt.Errorf("make image file: %w", err)
+	}
+	return f, nil
+}
+
+// readImage takes the bytes of a received image once, so that what is verified is
+// what is used, whatever its sender does to the file.
+func readImage(f *os.File) ([]byte, error) {
+	var stat unix.Stat_t
+	if err := unix.Fstat(int(f.Fd()), &stat); err != nil {
+		return nil, fmt.Errorf("read image: %w", err)
+	}
+	if stat.Mode&unix.S_IFMT != unix.S_IFREG {
+		return nil, proto.Refuse("send a file or a memfd", "read image: the descriptor is not a regular file")
+	}
+	if stat.Size > image.MaxSize {
+		return nil, proto.Refuse("", "read image: %d bytes, at most %d", stat.Size, image.MaxSize)
+	}
+	b, err := io.ReadAll(io.NewSectionReader(f, 0, image.MaxSize))
+	if err != nil {
+		return nil, fmt.Errorf("read image: %w", err)
+	}
+	return b, nil
+}

@@ -1,0 +1,87 @@
+package core
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"strconv"
+	"strings"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// kept are the privileges of a running core, and what for. All else is given up,
+// by every thread and for good.
+var keptCapabilities = []int{
+	unix.CAP_BPF,       // make maps and run programs
+	unix.CAP_PERFMON,   // attach tracepoints at the first policy
+	unix.CAP_NET_ADMIN, // attach to cgroups at the first policy, run packet programs
+}
+
+// DropPrivileges leaves a started core with the few capabilities that it needs to
+// apply policies, unable to gain any by execve, and closed to ptrace and core
+// dumps of others: its memory holds the tag keys.
+func DropPrivileges() error {
+	var keep uint64
+	for _, c := range keptCapabilities {
+		keep |= 1 << c
+	}
+	last, err := lastCapability()
+	if err != nil {
+		return fmt.Errorf("drop privileges: %w", err)
+	}
+	for c := 0; c <= last; c++ {
+		if err := onAllThreads(syscall.SYS_PRCTL, unix.PR_CAPBSET_DROP, uintptr(c), 0); err != nil {
+			return fmt.Errorf("drop capability %d from the bounding set: %w", c, err)
+		}
+	}
+	if err := onAllThreads(syscall.SYS_PRCTL, unix.PR_CAP_AMBIENT, unix.PR_CAP_AMBIENT_CLEAR_ALL, 0); err != nil {
+		return fmt.Errorf("clear ambient capabilities: %w", err)
+	}
+	if err := setCapabilities(keep); err != nil {
+		return fmt.Errorf("drop capabilities: %w", err)
+	}
+	if err := onAllThreads(syscall.SYS_PRCTL, unix.PR_SET_NO_NEW_PRIVS, 1, 0); err != nil {
+		return fmt.Errorf("set no_new_privs: %w", err)
+	}
+	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
+		return fmt.Errorf("set not dumpable: %w", err)
+	}
+	return nil
+}
+
+// onAllThreads makes a system call on every thread. Go cannot do that in a
+// program that is linked with C.
+func onAllThreads(trap, a1, a2, a3 uintptr) error {
+	if _, _, errno := syscall.AllThreadsSyscall6(trap, a1, a2, a3, 0, 0, 0); errno != 0 {
+		if errno == syscall.ENOTSUP {
+			return errors.New("this binary is linked with C: build it with CGO_ENABLED=0")
+		}
+		return errno
+	}
+	return nil
+}
+
+// lastCapability is the highest one that this kernel knows.
+func lastCapability() (int, error) {
+	text, err := os.ReadFile("/proc/sys/kernel/cap_last_cap")
+	if err != nil {
+		return 0, err
+	}
+	return strconv.Atoi(strings.TrimSpace(string(text)))
+}
+
+// readCapabilities returns the effective ones of this process.
+func readCapabilities() (uint64, error) {
+	text, err := os.ReadFile("/proc/self/status")
+	if err != nil {
+		return 0, fmt.Errorf("read capabilities: %w", err)
+	}
+	for line := range strings.Lines(string(text)) {
+		if hex, found := strings.CutPrefix(line, "CapEff:"); found {
+			return strconv.ParseUint(strings.TrimSpace(hex), 16, 64)
+		}
+	}
+	return 0, errors.New("read capabilities: /proc/self/status does not list them")
+}

@@ -1,0 +1,286 @@
+package core
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/btf"
+	"github.com/cilium/ebpf/link"
+	"golang.org/x/sys/unix"
+
+	"github.com/demarc/demarc/agent/core/proto"
+	"github.com/demarc/demarc/bpf/abi"
+)
+
+// Check is one thing that enforcement needs, and whether it is there. It is found
+// out by trying, never from a version.
+type Check struct {
+	Name    string `json:"name"`
+	OK      bool   `json:"ok"`
+	Tried   string `json:"tried"`             // what was done to find out
+	Problem string `json:"problem,omitempty"` // why it is not there
+	Fix     string `json:"fix,omitempty"`     // what to do
+}
+
+// Preflight tries everything that enforcement needs and leaves nothing behind.
+func Preflight(config Config) []Check {
+	t := &trial{config: config}
+	defer t.close()
+	return t.run()
+}
+
+// trial collects what the checks opened, so that a start need not do it again.
+type trial struct {
+	config    Config
+	hooks     hooks
+	tree      *tree
+	spec      *ebpf.CollectionSpec
+	committed bool // a former core finished its start here
+	maps      map[string]*ebpf.Map
+	links     map[string]link.Link
+	objects   *objects
+	keys      [abi.Epochs]abi.Key
+	tagEpoch  uint64
+}
+
+func (t *trial) close() {
+	closeAll(t.maps)
+	closeAll(t.links)
+	if t.objects != nil {
+		t.objects.Close()
+	}
+}
+
+// checks run in this order. Each may use what those before it found, so after a
+// failed one those that need it are not tried.
+var checks = []struct {
+	name, needs, tried, fix string
+	try                     func(*trial) error
+}{
+	{"privileges", "", "read the effective capabilities", "run as root, with CAP_BPF, CAP_PERFMON, CAP_NET_ADMIN and CAP_SYS_ADMIN", (*trial).privileges},
+	{"trust", "", "read trust_dir", "", func(t *trial) error { return checkTrust(t.config.TrustDir) }},
+	{"state", "", "write and flush a file in state_dir", "make state_dir a directory of root's on a sound disk with room", (*trial).state},
+	{"keyring", "state", "read the tag keys, and their owner and mode", "", (*trial).keyring},
+	{"clock", "", "read CLOCK_BOOTTIME", "", (*trial).clock},
+	{"cgroup2", "", "find the cgroup2 mount by its type, and cgroup_root in it", "mount cgroup2", (*trial).cgroup2},
+	{"cgroup namespace", "cgroup2", "compare /proc/self/ns/cgroup with the initial one", "run in the host's cgroup namespace (cgroup: host)", (*trial).namespace},
+	{"btf", "", "read the kernel's type information", "use a kernel with CONFIG_DEBUG_INFO_BTF", (*trial).btf},
+	{"pins", "cgroup2", "compare what is pinned below bpffs with what this version would pin", "", (*trial).pins},
+	{"programs", "pins", "load every program and map", "use a kernel that has it (6.1 or later)", (*trial).load},
+	{"attach", "programs", "attach every program to a scratch cgroup and detach it", "look for another program that does not share the hook", (*trial).attach},
+	{"ring buffer", "programs", "map the events ring into memory", "use a kernel with BPF_MAP_TYPE_RINGBUF", (*trial).ring},
+	{"self-test", "programs", "ask the loaded decision a question", "use a kernel with BPF_PROG_RUN for syscall programs", (*trial).judge},
+}
+
+func (t *trial) run() []Check {
+	results := make([]Check, len(checks))
+	failed := map[string]bool{}
+	for i, c := range checks {
+		r := Check{Name: c.name, OK: true, Tried: c.tried}
+		var err error
+		if failed[c.needs] {
+			err = fmt.Errorf("not tried: it needs %s", c.needs)
+		} else {
+			err = c.try(t)
+		}
+		if err != nil {
+			failed[c.name] = true
+			r.OK, r.Problem, r.Fix = false, err.Error(), c.fix
+			var refused *proto.Refused
+			if errors.As(err, &refused) && refused.Hint != "" {
+				r.Fix = refused.Hint
+			}
+		}
+		results[i] = r
+	}
+	return results
+}
+
+// passed turns the first failed check into an error.
+func (t *trial) passed() error {
+	for _, c := range t.run() {
+		if !c.OK {
+			return proto.Refuse(c.Fix, "preflight: %s: %s", c.Name, c.Problem)
+		}
+	}
+	return nil
+}
+
+// running says which programs the adopted links run. A link that cannot be read
+// has none.
+func (t *trial) running() map[string]ebpf.ProgramID {
+	all := map[string]ebpf.ProgramID{}
+	for name, l := range t.links {
+		if info, err := l.Info(); err == nil {
+			all[name] = info.Program
+		}
+	}
+	return all
+}
+
+func (t *trial) privileges() error {
+	caps, err := readCapabilities()
+	if err != nil {
+		return err
+	}
+	for _, c := range []struct {
+		number int
+		name   string
+	}{
+		{unix.CAP_BPF, "CAP_BPF"},
+		{unix.CAP_PERFMON, "CAP_PERFMON"},
+		{unix.CAP_NET_ADMIN, "CAP_NET_ADMIN"},
+		{unix.CAP_SYS_ADMIN, "CAP_SYS_ADMIN"},
+	} {
+		if caps&(1<<c.number) == 0 {
+			return fmt.Errorf("%s is missing", c.name)
+		}
+	}
+	return nil
+}
+
+func (t *trial) state() error {
+	dir := t.config.StateDir
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return err
+	}
+	var stat unix.Stat_t
+	if err := unix.Lstat(dir, &stat); err != nil {
+		return err
+	}
+	if stat.Mode&unix.S_IFMT != unix.S_IFDIR || stat.Uid != 0 || stat.Mode&0o022 != 0 {
+		return fmt.Errorf("%s can be written by others than root (mode %#o, owner %d)", dir, stat.Mode&0o7777, stat.Uid)
+	}
+	f, err := os.CreateTemp(dir, "preflight-")
+	if err != nil {
+		return err
+	}
+	defer os.Remove(f.Name())
+	_, err = f.WriteString("demarc")
+	return errors.Join(err, f.Sync(), f.Close())
+}
+
+func (t *trial) keyring() (err error) {
+	t.keys, t.tagEpoch, err = loadKeyring(t.config.Keyring)
+	return err
+}
+
+func (t *trial) clock() error {
+	clock, err := readBootClock()
+	if err == nil && clock.now() == 0 {
+		return errors.New("it stands at zero")
+	}
+	return err
+}
+
+func (t *trial) cgroup2() (err error) {
+	t.tree, err = openTree(t.config.CgroupRoot)
+	return err
+}
+
+// namespace: paths that the kernel programs see start at the hierarchy's root, so
+// the core must see that root too. The initial namespace has a fixed number
+// (PROC_CGROUP_INIT_INO in include/linux/proc_ns.h).
+func (t *trial) namespace() error {
+	const initial = "cgroup:[4026531835]"
+	name, err := os.Readlink("/proc/self/ns/cgroup")
+	if err == nil && name != initial {
+		return fmt.Errorf("this is %s, not %s", name, initial)
+	}
+	return err
+}
+
+func (t *trial) btf() error {
+	_, err := btf.LoadKernelSpec()
+	return err
+}
+
+func (t *trial) pins() (err error) {
+	if t.spec, err = readSpec(t.tree); err != nil {
+		return err
+	}
+	p := pins{t.config.BPFFS}
+	if t.committed, err = p.check(t.spec); err != nil || !t.committed {
+		return err
+	}
+	t.maps, t.links, err = p.adopt(t.spec, t.tree)
+	return err
+}
+
+func (t *trial) load() (err error) {
+	if t.hooks.load != nil {
+		if err := t.hooks.load(); err != nil {
+			return err
+		}
+	}
+	t.objects, err = loadObjects(t.spec, t.maps)
+	return err
+}
+
+// attach tries every hook where nobody is: in a cgroup of its own.
+func (t *trial) attach() (err error) {
+	dir := filepath.Join(t.tree.dir, fmt.Sprintf("demarc-preflight-%d", os.Getpid()))
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, os.Remove(dir)) }()
+	for _, name := range attachOrder {
+		l, err := attachProgram(t.objects.Programs[name], t.spec.Programs[name], dir)
+		if err != nil {
+			return fmt.Errorf("%s: %w", name, err)
+		}
+		if err := l.Close(); err != nil {
+			return fmt.Errorf("%s: %w", name, err)
+		}
+	}
+	return nil
+}
+
+func (t *trial) ring() error {
+	page, err := unix.Mmap(t.objects.Maps["denied_events"].FD(), 0, os.Getpagesize(), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+	if err != nil {
+		return err
+	}
+	return unix.Munmap(page)
+}
+
+func (t *trial) judge() error {
+	in, out := abi.Query{Subject: 1 << 31, Proof: abi.ProofNone}, abi.Query{}
+	if _, err := t.objects.Programs["judge"].Run(&ebpf.RunOptions{Context: &in, ContextOut: &out}); err != nil {
+		return err
+	}
+	if out.Verdict != abi.Deny || out.Reason != abi.Unbound {
+		return fmt.Errorf("a subject that does not exist got %v, %v", out.Verdict, out.Reason)
+	}
+	return nil
+}
+
+// FormatChecks renders results for people: one line each, and what to do.
+func FormatChecks(results []Check) string {
+	var out strings.Builder
+	width := 0
+	for _, c := range results {
+		width = max(width, len(c.Name))
+	}
+	for _, c := range results {
+		mark, what := "ok  ", c.Tried
+		if !c.OK {
+			mark, what = "FAIL", c.Problem
+		}
+		fmt.Fprintf(&out, "%s  %-*s  %s\n", mark, width, c.Name, what)
+		if c.Fix != "" {
+			fmt.Fprintf(&out, "      %*s  fix: %s\n", width, "", c.Fix)
+		}
+	}
+	return out.String()
+}
+
+// Passed says whether nothing is missing.
+func Passed(results []Check) bool {
+	return !slices.ContainsFunc(results, func(c Check) bool { return !c.OK })
+}

@@ -1,0 +1,260 @@
+package core
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/demarc/demarc/agent/core/proto"
+	"github.com/demarc/demarc/bpf/abi"
+)
+
+const (
+	maxConnections = 4
+	frameTimeout   = 10 * time.Second // for a frame that has begun, in either direction
+)
+
+// Listen makes the socket. It needs the privileges of the start.
+func (c *Core) Listen() (*net.UnixListener, error) {
+	path := c.config.Socket()
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		return nil, fmt.Errorf("make run_dir: %w", err)
+	}
+	// Of a core that was killed: the lock says that no other one runs.
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("remove old socket: %w", err)
+	}
+	old := unix.Umask(0o177)
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
+	unix.Umask(old)
+	if err != nil {
+		return nil, fmt.Errorf("listen: %w", err)
+	}
+	if uid := int(c.config.AgentUID); uid != 0 {
+		if err := errors.Join(os.Chown(path, uid, 0), os.Chmod(path, 0o660)); err != nil {
+			l.Close()
+			return nil, fmt.Errorf("give socket to the agent: %w", err)
+		}
+	}
+	return l, nil
+}
+
+// Serve answers the agent until the context ends, and then closes the socket.
+func (c *Core) Serve(ctx context.Context, l *net.UnixListener) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	var all sync.WaitGroup
+	defer all.Wait()
+	stop := context.AfterFunc(ctx, func() { l.Close() })
+	defer stop()
+	places := make(chan struct{}, maxConnections)
+	for {
+		conn, err := l.AcceptUnix()
+		if ctx.Err() != nil {
+			if err == nil {
+				conn.Close()
+			}
+			return nil
+		}
+		if err != nil {
+			return fmt.Errorf("accept: %w", err)
+		}
+		select {
+		case places <- struct{}{}:
+		default:
+			c.turnAway(conn, proto.Refuse("close one", "there are %d connections already", maxConnections))
+			continue
+		}
+		all.Go(func() {
+			defer func() { <-places }()
+			defer conn.Close()
+			defer context.AfterFunc(ctx, func() { conn.Close() })()
+			if err := c.serveOne(conn); err != nil && ctx.Err() == nil {
+				c.log.Warn("connection ended", "problem", err)
+			}
+		})
+	}
+}
+
+func (c *Core) turnAway(conn *net.UnixConn, r *proto.Refused) {
+	_ = conn.SetDeadline(time.Now().Add(time.Second))
+	_ = proto.WriteFrame(conn, proto.Response{Error: r.Message, Hint: r.Hint})
+	conn.Close()
+}
+
+// serveOne answers one connection. It trusts nothing that arrives: whoever is at
+// the other end may be in an attacker's hands.
+func (c *Core) serveOne(conn *net.UnixConn) error {
+	if err := c.checkPeer(conn); err != nil {
+		c.turnAway(conn, proto.Refuse("", "%w", err))
+		return err
+	}
+	s := session{core: c}
+	for {
+		if err := awaitFrame(conn); err != nil {
+			if errors.Is(err, io.EOF) {
+				return nil
+			}
+			return err
+		}
+		if err := conn.SetDeadline(time.Now().Add(frameTimeout)); err != nil {
+			return err
+		}
+		var q proto.Request
+		files, err := proto.ReadFrame(conn, &q)
+		if err != nil {
+			if errors.Is(err, io.EOF) {
+				return nil
+			}
+			c.turnAway(conn, proto.Refuse("", "%w", err))
+			return err
+		}
+		r, answer, mine := s.handle(q, files)
+		proto.CloseFiles(files)
+		if err = conn.SetDeadline(time.Now().Add(frameTimeout)); err == nil {
+			err = proto.WriteFrame(conn, r, answer...)
+		}
+		if mine {
+			proto.CloseFiles(answer)
+		}
+		if err != nil {
+			return err
+		}
+	}
+}
+
+// awaitFrame waits, for as long as it takes, until something can be read.
+func awaitFrame(conn *net.UnixConn) error {
+	if err := conn.SetDeadline(time.Time{}); err != nil {
+		return err
+	}
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var one [1]byte
+	var n int
+	var peekErr error
+	err = raw.Read(func(fd uintptr) bool {
+		n, _, peekErr = unix.Recvfrom(int(fd), one[:], unix.MSG_PEEK|unix.MSG_DONTWAIT)
+		return !errors.Is(peekErr, unix.EAGAIN)
+	})
+	if err = errors.Join(err, peekErr); err == nil && n == 0 {
+		err = io.EOF
+	}
+	return err
+}
+
+// checkPeer asks the kernel who opened the connection.
+func (c *Core) checkPeer(conn *net.UnixConn) error {
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var peer *unix.Ucred
+	var optErr error
+	if err := raw.Control(func(fd uintptr) {
+		peer, optErr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
+	}); err != nil {
+		return err
+	}
+	if optErr != nil {
+		return fmt.Errorf("read peer credentials: %w", optErr)
+	}
+	if peer.Uid != 0 && peer.Uid != c.config.AgentUID {
+		return fmt.Errorf("user %d may not talk to the core", peer.Uid)
+	}
+	return nil
+}
+
+// session is the state of one connection: nothing but hello is answered before
+// hello, and hello only once.
+type session struct {
+	core    *Core
+	greeted bool
+}
+
+// handle answers one request. The files stay the caller's; so do those of the
+// answer, unless mine.
+func (s *session) handle(q proto.Request, files []*os.File) (r proto.Response, answer []*os.File, mine bool) {
+	var err error
+	switch {
+	case (q.Op == proto.OpHello) == s.greeted:
+		err = proto.Refuse("say hello first, and once", "%s is out of order", q.Op)
+	case !wellFormed(q, len(files)):
+		err = proto.Refuse("", "malformed %q request", q.Op)
+	default:
+		r, answer, mine, err = s.core.answer(q, files)
+	}
+	if err != nil {
+		r, answer = proto.Response{Error: err.Error()}, nil
+		var refused *proto.Refused
+		if errors.As(err, &refused) {
+			r.Hint = refused.Hint
+		}
+		return r, nil, false
+	}
+	s.greeted = true
+	return r, answer, mine
+}
+
+// wellFormed says whether a request has the fields and descriptors of its kind,
+// and no others.
+func wellFormed(q proto.Request, files int) bool {
+	want := proto.Request{Op: q.Op}
+	wantFiles := 0
+	switch q.Op {
+	case proto.OpHello:
+		want.Version = q.Version
+	case proto.OpBind:
+		want.Path, want.Identity = q.Path, q.Identity
+	case proto.OpUnbind:
+		want.Path = q.Path
+	case proto.OpApply:
+		wantFiles = 1
+	case proto.OpStatus, proto.OpRollback, proto.OpImage:
+	default:
+		return false
+	}
+	return q == want && files == wantFiles
+}
+
+func (c *Core) answer(q proto.Request, files []*os.File) (r proto.Response, answer []*os.File, mine bool, err error) {
+	switch q.Op {
+	case proto.OpHello:
+		if q.Version != proto.Version {
+			return r, nil, false, proto.Refuse("install core and agent of one version",
+				"the agent speaks protocol %d, the core %d", q.Version, proto.Version)
+		}
+		r.Hello = &proto.Hello{Version: proto.Version, ABI: abi.Version, CgroupRoot: c.tree.dir}
+		return r, c.donated.Files(), false, nil
+	case proto.OpStatus:
+		r.Status = c.Status()
+	case proto.OpApply:
+		var image []byte
+		if image, err = readImage(files[0]); err == nil {
+			r.Status, err = c.Apply(image)
+		}
+	case proto.OpRollback:
+		r.Status, err = c.Rollback()
+	case proto.OpImage:
+		var f *os.File
+		if f, err = c.Image(); err == nil {
+			return r, []*os.File{f}, true, nil
+		}
+	case proto.OpBind:
+		err = c.Bind(q.Path, q.Identity)
+	case proto.OpUnbind:
+		err = c.Unbind(q.Path)
+	}
+	return r, nil, false, err
+}
