@@ -235,6 +235,20 @@ func (l *link) with(request func(core) error) error {
 func (l *link) refresh() error {
 	l.asking.Lock()
 	defer l.asking.Unlock()
+	return l.ask()
+}
+
+// refreshIfIdle does so unless somebody else is doing it. What goes wrong shows in
+// the view.
+func (l *link) refreshIfIdle() {
+	if l.asking.TryLock() {
+		defer l.asking.Unlock()
+		_ = l.ask()
+	}
+}
+
+// ask is refresh with l.asking held.
+func (l *link) ask() error {
 	l.clock.adjust()
 	return l.with(func(c core) error {
 		status, err := c.Status()
@@ -372,4 +386,14 @@ func (l *link) look(f func(view, kernel)) {
 func (l *link) view() (v view) {
 	l.look(func(now view, _ kernel) { v = now })
 	return v
+}
+
+// age is how long ago the core last told its status.
+func (l *link) age() time.Duration {
+	l.mu.RLock()
+	defer l.mu.RUnlock()
+	if l.session == nil {
+		return 0 // there is nobody to ask
+	}
+	return time.Since(l.session.asked)
 }

@@ -104,7 +104,9 @@ func (t *selftest) askRules() {
 				q.Address = a
 			}
 		case image.PeerProven:
-			q.Proof = abi.ProofUnknown
+			if q.Direction == abi.Egress { // who accepts knows what the caller proved
+				q.Proof = abi.ProofUnknown
+			}
 		}
 		t.questions = append(t.questions, q)
 	}

@@ -135,11 +135,11 @@ func portRow(p image.Proto) (row, base int) {
 
 func prefixEntries(img *image.Image) (keys []abi.PrefixKey, values []uint32) {
 	for _, p := range img.Addresses {
-		length := uint32(p.Prefix.Bits())
+		key := abi.PrefixKey{Length: 8 + uint32(p.Prefix.Bits()), Family: 6, Address: p.Prefix.Addr().As16()}
 		if p.Prefix.Addr().Is4() {
-			length += 96
+			key.Family, key.Length = 4, key.Length+96
 		}
-		keys = append(keys, abi.PrefixKey{Length: length, Address: p.Prefix.Addr().As16()})
+		keys = append(keys, key)
 		values = append(values, uint32(p.Class))
 	}
 	return keys, values

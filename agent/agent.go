@@ -1,0 +1,53 @@
+// Package agent is the unprivileged side of demarc on a node: it reads what the
+// kernel reports, names it, shows it, and asks the trusted core for changes.
+//
+// It holds no right that could change a verdict. What it does wrong can lose events
+// or mislabel what the inventory names, and nothing else.
+package agent
+
+import (
+	"context"
+
+	"go.uber.org/zap"
+
+	"github.com/demarc/demarc/agent/core/proto"
+	"github.com/demarc/demarc/exporter"
+	"github.com/demarc/demarc/identity"
+)
+
+// Agent is a configured agent. Make one with New.
+type Agent struct {
+	log   *zap.Logger
+	tasks []Task
+}
+
+// New prepares an agent. It reads the inventory, whose errors the user should mend
+// before anything starts, and starts nothing yet.
+func New(c *Config, log *zap.Logger) (*Agent, error) {
+	dial := func(ctx context.Context) (core, error) { return proto.Dial(ctx, c.Core) }
+	return build(c, log, newLink(dial, openMaps, log))
+}
+
+func build(c *Config, log *zap.Logger, l *link) (*Agent, error) {
+	a := &Agent{log: log, tasks: []Task{l}}
+	s := &service{node: c.Node, link: l, cgroups: &cgroups{}, log: log}
+	if c.Inventory != "" {
+		file := identity.NewFile(c.Inventory)
+		if err := file.Load(); err != nil {
+			return nil, err
+		}
+		s.binder = newBinder(l, file, log)
+		a.tasks = append(a.tasks, file, s.binder)
+	}
+	if c.Metrics != "" {
+		a.tasks = append(a.tasks, exporter.NewServer(c.Metrics, &metrics{link: l, binder: s.binder}))
+	}
+	a.tasks = append(a.tasks, newServer(c.Server, s.routes(), log))
+	return a, nil
+}
+
+// Run works until ctx ends; ready is called once everything is up. The core may be
+// away then, and come and go: the agent stays.
+func (a *Agent) Run(ctx context.Context, ready func()) error {
+	return runTasks(ctx, ready, a.tasks...)
+}

@@ -1,0 +1,153 @@
+package core
+
+import (
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/demarc/demarc/policy"
+	"github.com/demarc/demarc/policy/image"
+	"github.com/demarc/demarc/policy/policytest"
+)
+
+// machine is a piece of this one: a cgroup subtree and a BPF file system of the
+// test's own. The programs are attached to that subtree only.
+type machine struct {
+	t      *testing.T
+	config Config
+}
+
+func newMachine(t *testing.T) *machine {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Fatal("this test needs root: it loads programs into the kernel")
+	}
+	mounts, err := cgroup2Mounts("/proc/self/mountinfo")
+	if err != nil || len(mounts) == 0 {
+		t.Fatalf("find cgroup2: %v", err)
+	}
+	root, err := os.MkdirTemp(mounts[0].point, "demarc-test-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	bpffs := filepath.Join(dir, "bpf")
+	if err := os.Mkdir(bpffs, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Mount("bpf", bpffs, "bpf", 0, "mode=0700"); err != nil {
+		t.Fatal(err)
+	}
+	m := &machine{t: t, config: Config{
+		CgroupRoot: root, BPFFS: filepath.Join(bpffs, "demarc"), RunDir: filepath.Join(dir, "run"),
+		StateDir: filepath.Join(dir, "state"), Keyring: filepath.Join(dir, "state", "keyring"),
+	}}
+	t.Cleanup(func() {
+		if err := unix.Unmount(bpffs, 0); err != nil {
+			t.Errorf("unmount: %v", err)
+		}
+		removeCgroups(t, root)
+	})
+	return m
+}
+
+func removeCgroups(t *testing.T, root string) {
+	t.Helper()
+	tree := tree{dir: root}
+	all, err := tree.walk("/")
+	if err != nil {
+		t.Error(err)
+	}
+	for i := len(all) - 1; i >= 0; i-- {
+		if err := os.Remove(filepath.Join(root, all[i].path)); err != nil {
+			t.Errorf("remove cgroup: %v", err)
+		}
+	}
+}
+
+// mkdir makes a cgroup below the managed root, with its parents.
+func (m *machine) mkdir(path string) {
+	m.t.Helper()
+	if err := os.MkdirAll(m.config.CgroupRoot+path, 0o755); err != nil {
+		m.t.Fatal(err)
+	}
+}
+
+func (m *machine) open(h hooks) (*Core, error) { return open(m.config, m.log(), h) }
+
+func (m *machine) log() *slog.Logger {
+	return slog.New(slog.NewTextHandler(testWriter{m.t}, &slog.HandlerOptions{Level: slog.LevelDebug}))
+}
+
+// start opens a core and closes it when the test ends.
+func (m *machine) start() *Core {
+	m.t.Helper()
+	c, err := m.open(hooks{})
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	m.t.Cleanup(func() { c.Close() })
+	return c
+}
+
+type testWriter struct{ t *testing.T }
+
+func (w testWriter) Write(b []byte) (int, error) {
+	w.t.Log(strings.TrimSuffix(string(b), "\n"))
+	return len(b), nil
+}
+
+// shop compiles the documentation's policy, with a workload that only metadata
+// finds, after the change.
+func shop(t *testing.T, change func(*policy.Policy)) []byte {
+	t.Helper()
+	p := policytest.Shop()
+	p.Crossings[3].Until = time.Now().Add(time.Hour).Truncate(time.Second)
+	p.Workloads = append(p.Workloads[:2:2], append([]policy.Workload{
+		{Name: "pod", Zone: "app", Match: []policy.Selector{{Kind: image.SelectKubernetes, Namespace: "shop"}}},
+	}, p.Workloads[2:]...)...)
+	if change != nil {
+		change(p)
+	}
+	img, err := policy.Compile(p)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := img.Encode()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+// id is the identity of a workload in an encoded image.
+func id(t *testing.T, b []byte, name string) uint32 {
+	t.Helper()
+	img, err := image.Decode(b)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := range img.Workloads {
+		if img.Workloads[i].Name == name {
+			return uint32(img.Workloads[i].ID)
+		}
+	}
+	t.Fatalf("no workload %s", name)
+	return 0
+}
+
+// identity is what the kernel binds a cgroup to in the active slot; 0 = nothing.
+func identity(t *testing.T, c *Core, path string) uint32 {
+	t.Helper()
+	s := scanner{objects: c.objects, tree: c.tree, slot: c.active.slot}
+	got, _, err := s.binding(path)
+	if err != nil {
+		return 0
+	}
+	return got
+}

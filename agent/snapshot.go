@@ -1,0 +1,131 @@
+package agent
+
+import (
+	"cmp"
+	"slices"
+	"sync/atomic"
+
+	"github.com/demarc/demarc/agent/core/proto"
+	"github.com/demarc/demarc/agent/flow"
+	"github.com/demarc/demarc/bpf/abi"
+	"github.com/demarc/demarc/exporter"
+)
+
+// metrics is the exporter's source: the kernel's numbers under the policy's names.
+type metrics struct {
+	link   *link
+	binder *binder // nil without an inventory
+	errors atomic.Uint64
+}
+
+// Snapshot implements exporter.Source.
+func (m *metrics) Snapshot() exporter.Snapshot {
+	var s exporter.Snapshot
+	m.link.look(func(v view, k kernel) {
+		s.Connected = v.Connected
+		if v.Status != nil {
+			s.Enforcing = v.Status.State == proto.StateEnforcing
+			if g := v.Status.Active; g != nil {
+				s.Policy = &exporter.Policy{Name: g.Name, Digest: g.Digest, Mode: g.Mode, Version: g.Version, Generation: g.Epoch, Applied: g.Since}
+			}
+		}
+		if k != nil {
+			m.read(&s, k)
+		}
+	})
+	for i, c := range m.link.store.Counts() {
+		s.Received[i], s.Missed[i] = c.Received, c.Missed
+	}
+	if m.binder != nil {
+		i := m.binder.status()
+		s.Inventory = &exporter.Inventory{Workloads: i.Workloads, Bound: i.Bound, Problems: len(i.Problems)}
+	}
+	s.ReadErrors = m.errors.Load()
+	return s
+}
+
+// read takes the kernel's numbers; what cannot be read is left out and counted.
+func (m *metrics) read(s *exporter.Snapshot, k kernel) {
+	if counts, err := k.Counts(); m.good(err) {
+		s.Verdicts = m.verdicts(counts)
+	}
+	if states, err := k.Rings(); m.good(err) {
+		for i, name := range ringNames {
+			s.Rings = append(s.Rings, exporter.Ring{Name: name, Made: states[i].Seq, Lost: states[i].Lost})
+		}
+	}
+	if faults, err := k.Faults(); m.good(err) {
+		s.Faults = &faults
+	}
+	if bound, err := k.Bindings(); m.good(err) {
+		s.Bindings = m.bindings(bound)
+	}
+}
+
+func (m *metrics) good(err error) bool {
+	if err != nil {
+		m.errors.Add(1)
+	}
+	return err == nil
+}
+
+// unknown stands for identities and crossings of images that the agent no longer
+// remembers, so that labels never hold a number.
+const unknown = "unknown"
+
+// newest names by the newest image that knows a number.
+const newest = ^uint32(0)
+
+func (m *metrics) party(id uint32) exporter.Party {
+	if id == 0 {
+		return exporter.Party{}
+	}
+	if name := flow.ReservedName(id); name != "" {
+		return exporter.Party{Workload: name}
+	}
+	if workload, zone, ok := m.link.book.Workload(newest, id); ok {
+		return exporter.Party{Zone: zone, Workload: workload}
+	}
+	return exporter.Party{Zone: unknown, Workload: unknown}
+}
+
+func (m *metrics) verdicts(counts map[abi.CountKey]uint64) []exporter.Verdict {
+	// Several keys may get the same names, and a series may exist only once.
+	sums := make(map[exporter.Verdict]uint64, len(counts))
+	for key, n := range counts {
+		v := exporter.Verdict{Direction: key.Direction, Verdict: key.Verdict, Reason: key.Reason, Source: m.party(key.Subject), Destination: m.party(key.Peer)}
+		if key.Direction == abi.Ingress {
+			v.Source, v.Destination = v.Destination, v.Source
+		}
+		if key.Crossing != 0 {
+			v.Crossing = unknown
+			if c, ok := m.link.book.Crossing(newest, key.Crossing); ok {
+				v.Crossing = c.Name
+			}
+		}
+		sums[v] += n
+	}
+	out := make([]exporter.Verdict, 0, len(sums))
+	for v, n := range sums {
+		v.Count = n
+		out = append(out, v)
+	}
+	return out
+}
+
+func (m *metrics) bindings(bound map[uint64]uint32) []exporter.Bindings {
+	sums := make(map[exporter.Party]int)
+	for _, id := range bound {
+		if id != 0 {
+			sums[m.party(id)]++
+		}
+	}
+	var out []exporter.Bindings
+	for p, n := range sums {
+		out = append(out, exporter.Bindings{Party: p, Count: n})
+	}
+	slices.SortFunc(out, func(a, b exporter.Bindings) int {
+		return cmp.Or(cmp.Compare(a.Zone, b.Zone), cmp.Compare(a.Workload, b.Workload))
+	})
+	return out
+}

@@ -1,0 +1,67 @@
+// Package exporter shows the agent's counters to Prometheus.
+package exporter
+
+import (
+	"time"
+
+	"github.com/demarc/demarc/bpf/abi"
+)
+
+// Source is what the exporter reads at each scrape.
+type Source interface {
+	// Snapshot never waits for the core. What cannot be read is left out.
+	Snapshot() Snapshot
+}
+
+// Snapshot is everything that is exported, at one moment.
+type Snapshot struct {
+	Connected bool
+	Enforcing bool // every link is attached and an enforcing policy decides
+	Policy    *Policy
+	Verdicts  []Verdict // each combination of names once
+	Bindings  []Bindings
+	Rings     []Ring // while the core is connected
+	Faults    *[abi.Faults]uint64
+	Inventory *Inventory
+
+	Received   [abi.Rings]uint64 // events that the agent read
+	Missed     [abi.Rings]uint64 // gaps in their numbers
+	ReadErrors uint64            // times that the kernel's counters could not be read
+}
+
+// Policy is the image in force.
+type Policy struct {
+	Name, Digest, Mode string
+	Version            uint64
+	Generation         uint32
+	Applied            time.Time
+}
+
+// Party is one side of a flow by its declared names; both are empty for a peer
+// that proved nothing.
+type Party struct{ Zone, Workload string }
+
+// Verdict is a number of equal verdicts.
+type Verdict struct {
+	Direction           abi.Direction
+	Verdict             abi.Verdict
+	Reason              abi.Reason
+	Crossing            string
+	Source, Destination Party
+	Count               uint64
+}
+
+// Bindings is how many cgroups have an identity.
+type Bindings struct {
+	Party
+	Count int
+}
+
+// Ring is what the kernel counts of an event ring.
+type Ring struct {
+	Name       string
+	Made, Lost uint64
+}
+
+// Inventory is what became of the inventory file.
+type Inventory struct{ Workloads, Bound, Problems int }
