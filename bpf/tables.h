@@ -29,15 +29,23 @@ static __always_inline struct demarc_crossing *table_crossing(__u32 slot, __u32 
 	return inner ? bpf_map_lookup_elem(inner, &index) : 0;
 }
 
+static __always_inline bool is_ipv4(const __u8 *address)
+{
+	const __u32 *word = (const __u32 *)address;
+
+	return !word[0] && !word[1] && word[2] == bpf_htonl(0xffff);
+}
+
 /* Class of the networks that contain the address; 0 = none. */
 static __always_inline __u32 table_address(__u32 slot, const __u8 *address)
 {
 	void *inner = bpf_map_lookup_elem(&prefixes, &slot);
-	struct demarc_prefix_key key = { .length = 128 };
+	struct demarc_prefix_key key = { .length = DEMARC_PREFIX_BITS };
 	__u32 *class;
 
 	if (!inner)
 		return 0;
+	key.family = is_ipv4(address) ? 4 : 6;
 	__builtin_memcpy(key.address, address, 16);
 	class = bpf_map_lookup_elem(inner, &key);
 	return class ? *class : 0;

@@ -134,7 +134,7 @@ GLOBAL int decide(struct demarc_query *q)
 		return 0;
 	}
 
-	if (q->proof == DEMARC_PROOF_UNKNOWN) {
+	if (q->proof == DEMARC_PROOF_UNKNOWN && q->direction == DEMARC_EGRESS) {
 		match_peer(q->slot, &key, DEMARC_PEER_PROVEN, 0, q->now, &proven);
 		match_peer(q->slot, &key, DEMARC_PEER_IDENTITY, DEMARC_ID_UNMANAGED, q->now, &proven);
 		if (proven.crossing != DEMARC_NO_CROSSING_INDEX) {

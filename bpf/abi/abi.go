@@ -221,10 +221,13 @@ const (
 // PortClasses is one row.
 type PortClasses struct{ Class [65536]uint16 }
 
-// PrefixKey is a network trie key; Length in bits, IPv4 as 96 + length.
+// PrefixKey is a network trie key. The family comes first, so that ::/0 does not
+// contain IPv4 addresses.
 type PrefixKey struct {
-	Length  uint32
+	Length  uint32 // bits: 8 + that of the prefix, IPv4 96 more
+	Family  uint8  // 4 or 6
 	Address [16]byte
+	_       [3]uint8
 }
 
 // PathKey is a selector trie key; Length in bits.

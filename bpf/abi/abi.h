@@ -157,11 +157,15 @@ struct demarc_port_classes {
 	__u16 class[65536];
 };
 
-/* Key of the network trie: prefix length in bits (IPv4: 96 + length). */
+/* Key of the network trie. The family comes first, so that ::/0 does not contain
+ * IPv4 addresses. Length in bits: 8 + that of the prefix, IPv4 96 more. */
 struct demarc_prefix_key {
 	__u32 length;
+	__u8 family; /* 4 or 6 */
 	__u8 address[16];
+	__u8 zero[3];
 };
+#define DEMARC_PREFIX_BITS (8 + 128)
 
 /* Key of the selector tries: a path or a name, zero-padded. */
 #define DEMARC_PATH_MAX 252
