@@ -143,7 +143,9 @@ func compileSelector(workload uint32, s *Selector) image.Selector {
 func (c *compiler) crossings() error {
 	p := c.policy
 	number := numbers(p.Crossings)
-	c.img.Crossings = make([]image.Crossing, len(p.Crossings))
+	if len(p.Crossings) > 0 {
+		c.img.Crossings = make([]image.Crossing, len(p.Crossings))
+	}
 	for i := range p.Crossings {
 		x := &p.Crossings[i]
 		if number[i] == 0 {
