@@ -1,4 +1,4 @@
-/* SPDX-License-Identifier: GPL-2.0-only */
+/* SPDX-License-Identifier: (GPL-2.0-only OR Apache-2.0) */
 /* A cgroup has its identity before its directory can be seen: the tracepoint runs
  * inside mkdir(2), before any task can enter. */
 #ifndef DEMARC_CGROUP_H

@@ -1,4 +1,4 @@
-/* SPDX-License-Identifier: GPL-2.0-only */
+/* SPDX-License-Identifier: (GPL-2.0-only OR Apache-2.0) */
 /*
  * Everything without a handshake: UDP, UDP-Lite, ping, SCTP, unknown protocols.
  * The sending hook of this host writes who opened a flow; the receiving hook of

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0-only
+// SPDX-License-Identifier: (GPL-2.0-only OR Apache-2.0)
 /* Every program of demarc. Each is three lines; the rooms they lead to have their
  * own files. */
 #include <stdbool.h>
@@ -31,7 +31,7 @@
 #include "handshake.h"
 #include "cgroup.h"
 
-char LICENSE[] SEC("license") = "Dual BSD/GPL";
+char LICENSE[] SEC("license") = "GPL";
 
 /* Kept in the object's type information: the layouts of the inner maps, and what
  * Go's layouts are compared with. */

@@ -1,4 +1,4 @@
-/* SPDX-License-Identifier: GPL-2.0-only */
+/* SPDX-License-Identifier: (GPL-2.0-only OR Apache-2.0) */
 /* What is counted and what is told. */
 #ifndef DEMARC_EVENT_H
 #define DEMARC_EVENT_H

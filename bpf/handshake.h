@@ -1,4 +1,4 @@
-/* SPDX-License-Identifier: GPL-2.0-only */
+/* SPDX-License-Identifier: (GPL-2.0-only OR Apache-2.0) */
 /* sockops: writes the tag into SYN and SYN-ACK, and hands an accepted connection
  * the verdict of its SYN. Nothing is decided here that packets do not decide. */
 #ifndef DEMARC_HANDSHAKE_H

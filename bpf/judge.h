@@ -1,4 +1,4 @@
-/* SPDX-License-Identifier: GPL-2.0-only */
+/* SPDX-License-Identifier: (GPL-2.0-only OR Apache-2.0) */
 /* A decision with its consequences: limit, count, event, mode. */
 #ifndef DEMARC_JUDGE_H
 #define DEMARC_JUDGE_H

@@ -1,4 +1,4 @@
-/* SPDX-License-Identifier: GPL-2.0-only */
+/* SPDX-License-Identifier: (GPL-2.0-only OR Apache-2.0) */
 /*
  * A crossing's limit, by the generic cell rate algorithm (ITU-T I.371): one word
  * says when the next flow is due; a flow may come `slack` ahead of that.

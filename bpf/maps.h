@@ -1,4 +1,4 @@
-/* SPDX-License-Identifier: GPL-2.0-only */
+/* SPDX-License-Identifier: (GPL-2.0-only OR Apache-2.0) */
 /* Every map: who writes it, who reads it, how large it is, what a miss means. */
 #ifndef DEMARC_MAPS_H
 #define DEMARC_MAPS_H

@@ -1,4 +1,4 @@
-/* SPDX-License-Identifier: GPL-2.0-only */
+/* SPDX-License-Identifier: (GPL-2.0-only OR Apache-2.0) */
 /*
  * Headers to values. Every function returns 0, or the reason why the packet is
  * refused: what cannot be parsed is not let through.

@@ -1,4 +1,4 @@
-/* SPDX-License-Identifier: GPL-2.0-only */
+/* SPDX-License-Identifier: (GPL-2.0-only OR Apache-2.0) */
 /* The boundary of sockets: every packet that a socket of the managed tree sends
  * or receives. */
 #ifndef DEMARC_SKB_H

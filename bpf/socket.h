@@ -1,4 +1,4 @@
-/* SPDX-License-Identifier: GPL-2.0-only */
+/* SPDX-License-Identifier: (GPL-2.0-only OR Apache-2.0) */
 /*
  * What a task asks of a socket: to make one, to bind, to connect, to send. These
  * hooks tell the task at once and by name; the packet hooks decide again, because

@@ -1,4 +1,4 @@
-/* SPDX-License-Identifier: GPL-2.0-only */
+/* SPDX-License-Identifier: (GPL-2.0-only OR Apache-2.0) */
 /*
  * TCP. A connection is judged at its handshake and nowhere else: the caller's
  * side when the SYN leaves (could anything declared be there?) and when the

@@ -1,4 +1,4 @@
-/* SPDX-License-Identifier: GPL-2.0-only */
+/* SPDX-License-Identifier: (GPL-2.0-only OR Apache-2.0) */
 /* From a cgroup to the identity that acts. */
 #ifndef DEMARC_SUBJECT_H
 #define DEMARC_SUBJECT_H

@@ -1,4 +1,4 @@
-/* SPDX-License-Identifier: GPL-2.0-only */
+/* SPDX-License-Identifier: (GPL-2.0-only OR Apache-2.0) */
 /*
  * The policy tables of one generation, as the verdict function reads them. The
  * native build of verdict.h brings its own implementation of these functions.

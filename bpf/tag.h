@@ -1,4 +1,4 @@
-/* SPDX-License-Identifier: GPL-2.0-only */
+/* SPDX-License-Identifier: (GPL-2.0-only OR Apache-2.0) */
 /*
  * The identity tag in the TCP handshake. Format: abi.h. MAC: SipHash-2-4
  * (Aumasson, Bernstein: "SipHash: a fast short-input PRF", 2012).

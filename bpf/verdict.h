@@ -1,4 +1,4 @@
-/* SPDX-License-Identifier: GPL-2.0-only */
+/* SPDX-License-Identifier: (GPL-2.0-only OR Apache-2.0) */
 /*
  * The decision, a function of values: who (subject), which way, on what port, to
  * or from which address, with what proof, at what time. It reads policy tables

@@ -1,4 +1,4 @@
-/* SPDX-License-Identifier: GPL-2.0-only */
+/* SPDX-License-Identifier: (GPL-2.0-only OR Apache-2.0) */
 /* The few kernel structures that programs read, relocated at load time (CO-RE). */
 #ifndef DEMARC_KERNEL_H
 #define DEMARC_KERNEL_H

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0-only
+// SPDX-License-Identifier: (GPL-2.0-only OR Apache-2.0)
 /*
  * verdict.h outside the kernel: the same decision over plain arrays. Reads one
  * policy's tables and then its questions from standard input, in the layouts of

@@ -1,0 +1,61 @@
+# Everything that is done with this repository. `make help` lists it.
+SHELL := /bin/sh
+GO ?= go
+BIN := bin
+VERSION := $(shell git describe --always --dirty 2>/dev/null || echo unknown)
+LDFLAGS := -s -w -X github.com/demarc/demarc/internal/version.Version=$(VERSION)
+OBJECT := agent/core/demarc_bpfel.o
+
+# Packages whose tests need root and the kernel's BPF. They fail without.
+ROOT_TESTS := ./agent/core/... ./test/...
+
+.DEFAULT_GOAL := help
+.PHONY: help build generate check-generate lint test unit root demo tcb fuzz bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+build: ## put the three binaries into bin/ (needs only Go)
+	@mkdir -p $(BIN)
+	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/ ./cmd/...
+
+generate: ## compile bpf/ and write the generated Go
+	scripts/install build
+	cd agent/core && $(GO) generate ./...
+
+check-generate: ## fail if the committed objects are not what bpf/ compiles to
+	scripts/install build
+	scripts/check-generate
+
+lint: ## formatting and vet
+	@unformatted=$$(gofmt -l $$(git ls-files '*.go')); [ -z "$$unformatted" ] || { echo "gofmt would change:"; echo "$$unformatted"; exit 1; }
+	$(GO) vet ./...
+
+unit:
+	$(GO) test -race $$($(GO) list ./... | grep -v -e /agent/core -e '/test/')
+
+root:
+	scripts/install test
+	test/run -race -timeout 20m $(ROOT_TESTS)
+
+test: ## everything that CI runs: generated code, lint, unit tests, tests as root
+	scripts/install test
+	$(MAKE) --no-print-directory check-generate lint tcb unit root
+
+demo: ## nginx -> API -> PostgreSQL in namespaces of its own, and what is refused
+	scripts/install demo
+	@test/run --demo
+
+tcb: ## lines and imports of the trusted core, against its golden file
+	$(GO) test ./agent/core -run '^TestTCB' -count=1 -v | grep -v -e '^=== ' -e '^--- ' -e '^ok' -e '^PASS'
+
+FUZZTIME ?= 30s
+fuzz: ## run each fuzz target for FUZZTIME (30s)
+	scripts/fuzz $(FUZZTIME)
+
+bench: ## compile and load a policy of 10,000 workloads and 100,000 crossings
+	$(GO) test ./policy -run '^$$' -bench . -benchmem
+	test/run -run '^$$' -bench . ./agent/core
+
+clean: ## remove what the build made
+	rm -rf $(BIN)
