@@ -8,6 +8,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/cilium/ebpf/link"
 	"golang.org/x/sys/unix"
 
 	"github.com/demarc/demarc/policy"
@@ -18,11 +19,11 @@ import (
 // machine is a piece of this one: a cgroup subtree and a BPF file system of the
 // test's own. The programs are attached to that subtree only.
 type machine struct {
-	t      *testing.T
+	t      testing.TB
 	config Config
 }
 
-func newMachine(t *testing.T) *machine {
+func newMachine(t testing.TB) *machine {
 	t.Helper()
 	if os.Geteuid() != 0 {
 		t.Fatal("this test needs root: it loads programs into the kernel")
@@ -56,7 +57,7 @@ func newMachine(t *testing.T) *machine {
 	return m
 }
 
-func removeCgroups(t *testing.T, root string) {
+func removeCgroups(t testing.TB, root string) {
 	t.Helper()
 	tree := tree{dir: root}
 	all, err := tree.walk("/")
@@ -95,7 +96,7 @@ func (m *machine) start() *Core {
 	return c
 }
 
-type testWriter struct{ t *testing.T }
+type testWriter struct{ t testing.TB }
 
 func (w testWriter) Write(b []byte) (int, error) {
 	w.t.Log(strings.TrimSuffix(string(b), "\n"))
@@ -150,4 +151,27 @@ func identity(t *testing.T, c *Core, path string) uint32 {
 		return 0
 	}
 	return got
+}
+
+// attached counts the programs on the managed root's hooks, ours or not.
+func attached(t *testing.T, m *machine) int {
+	t.Helper()
+	spec, err := loadDemarc()
+	if err != nil {
+		t.Fatal(err)
+	}
+	root, err := os.Open(m.config.CgroupRoot)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer root.Close()
+	n := 0
+	for _, name := range attachOrder[namers:] {
+		found, err := link.QueryPrograms(link.QueryOptions{Target: int(root.Fd()), Attach: spec.Programs[name].AttachType})
+		if err != nil {
+			t.Fatal(err)
+		}
+		n += len(found.Programs)
+	}
+	return n
 }
