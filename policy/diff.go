@@ -271,7 +271,7 @@ func (d *Difference) flows(old, new *Policy) {
 	left := maxDiffVisits
 	each := 2 * (2 + len(old.Crossings) + len(new.Crossings)) // visits to judge one flow
 	if len(ends)*len(ends)*len(ports) > left/each {
-		ends = d.touched(ends, old, new)
+		ends, ports = d.touched(ends, old, new), d.touchedPorts(ports, old, new)
 		d.Truncated = true
 	}
 	now := time.Now()
@@ -379,6 +379,27 @@ func (d *Difference) touched(ends []end, old, new *Policy) []end {
 		}
 	}
 	return slices.DeleteFunc(ends, func(e end) bool { return !e.address.IsValid() && !keep[e.name] })
+}
+
+// touchedPorts keeps the ports that a changed crossing covers. A change of
+// something else can matter on every port.
+func (d *Difference) touchedPorts(ports []jointPort, old, new *Policy) []jointPort {
+	changed := map[string]bool{}
+	for _, c := range d.Changes {
+		if !strings.HasPrefix(c.What, "crossing ") {
+			return ports
+		}
+		changed[c.What] = true
+	}
+	var spans []image.Span
+	for _, p := range [...]*Policy{old, new} {
+		for i := range p.Crossings {
+			if changed["crossing "+p.Crossings[i].Name] {
+				spans = append(spans, p.Crossings[i].Ports...)
+			}
+		}
+	}
+	return slices.DeleteFunc(ports, func(p jointPort) bool { return !covers(spans, p.port) })
 }
 
 // jointPort is a port that stands for all that both policies treat alike.
