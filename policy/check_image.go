@@ -15,7 +15,8 @@ import (
 
 // Bounds of Check. A visit is one crossing that the evaluator looks at.
 const (
-	maxComparisons = 5_000_000
+	maxComparisons = 5_000_000 // of an exhaustive check
+	maxSampled     = 1_000_000 // of a sample, which must not make applying a large policy slow
 	maxVisits      = 100_000_000
 )
 
@@ -62,7 +63,7 @@ func Check(p *Policy, img *image.Image) (Coverage, error) {
 			if err := c.compare(subject, direction); err != nil {
 				return c.cover, err
 			}
-			if !c.cover.Exhaustive && (c.cover.Comparisons >= maxComparisons || c.visits >= maxVisits) {
+			if !c.cover.Exhaustive && (c.cover.Comparisons >= maxSampled || c.visits >= maxVisits) {
 				return c.cover, nil
 			}
 		}
