@@ -18,7 +18,7 @@ import (
 // request is one request for flows.
 type request struct {
 	filter *flow.Filter
-	last   int // only the newest that match, of what is kept; 0 = all of it
+	last   int // only the newest that match, of what is kept; -1 = all of it
 	first  int // end after so many; 0 = do not
 	follow bool
 	since  time.Time // zero = no bound
@@ -32,7 +32,7 @@ func parseRequest(v url.Values, now time.Time) (*request, error) {
 	if err != nil {
 		return nil, badRequest("%s", err)
 	}
-	q := &request{filter: filter}
+	q := &request{filter: filter, last: -1}
 	for name, values := range v {
 		value := values[len(values)-1]
 		switch name {
@@ -53,7 +53,7 @@ func parseRequest(v url.Values, now time.Time) (*request, error) {
 			return nil, badRequest("%s: %q is no %s", name, value, kindOf(name))
 		}
 	}
-	if q.last > 0 && q.first > 0 {
+	if q.last >= 0 && q.first > 0 {
 		return nil, badRequest("last and first exclude each other")
 	}
 	return q, nil
@@ -144,7 +144,7 @@ func (s *stream) run(ctx context.Context, store *flow.Store) error {
 	var kept []flow.Flow
 	lost := flow.Loss{}
 	err := s.drain(cursor, func(f flow.Flow) error {
-		if s.last == 0 {
+		if s.last < 0 {
 			return s.flow(f)
 		}
 		if kept = append(kept, f); len(kept) > 2*s.last {

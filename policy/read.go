@@ -9,7 +9,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// ReadFile reads a policy or an image from a path that others may be able to
+// ReadFile reads a policy from a path that others may be able to
 // tamper with. The file is opened once, judged by its descriptor and read once:
 // what is returned is what was judged, whatever happens to the path meanwhile. It
 // refuses symbolic links anywhere in the path, anything but regular files, files
@@ -28,13 +28,22 @@ func ReadFile(path string) ([]byte, error) {
 	if err := trustedFile(&st, uint32(os.Geteuid())); err != nil {
 		return nil, fmt.Errorf("read %s: %w", path, err)
 	}
-	// One byte more than allowed tells a file that grew since.
-	b, err := io.ReadAll(io.LimitReader(f, maxSource+1))
+	b, err := ReadAll(f) // a file may have grown since
 	if err != nil {
 		return nil, fmt.Errorf("read %s: %w", path, err)
 	}
-	if len(b) > maxSource {
-		return nil, fmt.Errorf("read %s: larger than the limit of %d bytes", path, maxSource)
+	return b, nil
+}
+
+// ReadAll reads a policy from a stream that has no path to judge, such as
+// standard input, up to the size that a policy may have.
+func ReadAll(r io.Reader) ([]byte, error) {
+	b, err := io.ReadAll(io.LimitReader(r, maxSource+1))
+	if err == nil && len(b) > maxSource {
+		err = fmt.Errorf("larger than the limit of %d bytes", maxSource)
+	}
+	if err != nil {
+		return nil, err
 	}
 	return b, nil
 }

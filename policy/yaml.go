@@ -185,12 +185,28 @@ func (r *reporter) syntax(err error) {
 		}
 	}
 	at, msg := Pos{}, strings.TrimPrefix(err.Error(), "yaml: ")
+	var alias string
+	if n, _ := fmt.Sscanf(msg, "unknown anchor '%s", &alias); n == 1 {
+		alias = strings.TrimSuffix(alias, "'")
+		r.add(r.find("*"+alias), "define it before its first use", "no anchor named %s", alias)
+		return
+	}
 	var line int
 	if n, _ := fmt.Sscanf(msg, "line %d:", &line); n == 1 {
 		at = Pos{line, 1}
 		_, msg, _ = strings.Cut(msg, ": ")
 	}
 	r.add(at, "", "not YAML: %s", msg)
+}
+
+// find returns where a text first stands, or the zero position.
+func (r *reporter) find(text string) Pos {
+	before, _, found := bytes.Cut(r.src, []byte(text))
+	if !found {
+		return Pos{}
+	}
+	line := before[bytes.LastIndexByte(before, '\n')+1:]
+	return Pos{1 + bytes.Count(before, []byte("\n")), 1 + utf8.RuneCount(line)}
 }
 
 // converter turns the library's tree into ours.

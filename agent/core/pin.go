@@ -179,8 +179,12 @@ func leadsTo(l link.Link, spec *ebpf.ProgramSpec, t *tree) error {
 		return fmt.Errorf("cannot be read: %w", err)
 	}
 	if spec.Type == ebpf.Tracing {
-		if raw := info.RawTracepoint(); raw == nil {
+		raw := info.RawTracepoint()
+		if raw == nil {
 			return fmt.Errorf("is a link of type %v, not a tracepoint", info.Type)
+		}
+		if raw.Name != spec.AttachTo {
+			return fmt.Errorf("is a link of tracepoint %s, not %s", raw.Name, spec.AttachTo)
 		}
 		return nil
 	}

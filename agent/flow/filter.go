@@ -74,7 +74,7 @@ func (f *Filter) Add(name, value string, not bool) error {
 	}
 	holds, err := known.parse(value)
 	if err != nil {
-		return fmt.Errorf("filter %s: %w", name, err)
+		return err
 	}
 	f.conditions = append(f.conditions, condition{name, not, value, holds})
 	return nil
@@ -196,7 +196,7 @@ func parseProtocol(s string) (func(*Flow) bool, error) {
 
 func parseCrossing(s string) (func(*Flow) bool, error) {
 	if s == "" {
-		return nil, fmt.Errorf("empty name")
+		return nil, fmt.Errorf("the crossing's name is empty")
 	}
 	return func(f *Flow) bool { return f.Crossing == s }, nil
 }
@@ -246,7 +246,7 @@ func party(side func(*Flow) *Endpoint) func(string) (func(*Flow) bool, error) {
 func zone(side func(*Flow) *Endpoint) func(string) (func(*Flow) bool, error) {
 	return func(s string) (func(*Flow) bool, error) {
 		if s == "" {
-			return nil, fmt.Errorf("empty name")
+			return nil, fmt.Errorf("the zone's name is empty")
 		}
 		return func(f *Flow) bool { e := side(f); return !e.Claimed && e.Zone == s }, nil
 	}

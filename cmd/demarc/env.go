@@ -9,6 +9,7 @@ import (
 	"golang.org/x/term"
 
 	"github.com/demarc/demarc/agent/api"
+	"github.com/demarc/demarc/policy"
 )
 
 // environment is everything that the command takes from outside its arguments.
@@ -86,6 +87,12 @@ func (env *environment) report(err error) int {
 	var exit exitError
 	if errors.As(err, &exit) && exit.error == nil {
 		return exit.code
+	}
+	var problems policy.Errors
+	if errors.As(err, &problems) {
+		// Several lines that each start with the place; editors jump there.
+		fmt.Fprintln(env.Stderr, problems)
+		return exitFailed
 	}
 	code, hint := exitFailed, ""
 	var usage usageError

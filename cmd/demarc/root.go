@@ -55,6 +55,7 @@ func noArguments(c *cobra.Command, args []string) error {
 }
 
 func unknownCommand(c *cobra.Command, name string) error {
+	c.SuggestionsMinimumDistance = 2 // edits
 	msg := fmt.Sprintf("unknown command %q of %s", name, c.CommandPath())
 	if near := c.SuggestionsFor(name); len(near) > 0 {
 		msg += fmt.Sprintf(", did you mean %s?", strings.Join(near, " or "))

@@ -1,0 +1,241 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"net/url"
+	"slices"
+	"strconv"
+	"time"
+
+	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
+
+	"github.com/demarc/demarc/agent/api"
+	"github.com/demarc/demarc/agent/flow"
+)
+
+// defaultLast is how many flows are shown when nothing else says how many.
+const defaultLast = 20
+
+type flowsOptions struct {
+	filter     flow.Filter
+	not        bool // the next filter is negated
+	follow     bool
+	last       int
+	first      int
+	since      string
+	until      string
+	all        bool
+	output     string
+	timeFormat string
+	color      string
+	noColor    bool
+}
+
+func newFlowsCommand(env *environment) *cobra.Command {
+	var o flowsOptions
+	c := &cobra.Command{
+		Use:     "flows",
+		Aliases: []string{"observe"},
+		Short:   "Show what was let through and what was refused, and why",
+		Long: `Show what was let through and what was refused, and why.
+
+Without -f the last 20 kept flows are shown. Filters of different kinds must all
+hold; of filters of one kind given several times, any. --not reverses the next
+filter. Lost flows are never passed over: "lost N flows" tells on standard error,
+a line {"lost":N} with -o json.`,
+		Example: `  demarc flows -f --verdict deny
+  demarc flows --since 10m --from edge/web --to data/postgres
+  demarc flows --all --not --reason crossing -o json`,
+		Args: noArguments,
+		RunE: func(c *cobra.Command, _ []string) error {
+			query, err := o.query(c.Flags())
+			if err != nil {
+				return err
+			}
+			return flowsRun(c.Context(), env, &o, query)
+		},
+	}
+	flags := c.Flags()
+	flags.BoolVarP(&o.follow, "follow", "f", false, "go on with new flows as they come")
+	flags.IntVar(&o.last, "last", defaultLast, "show the newest `N` of the kept flows")
+	flags.IntVar(&o.first, "first", 0, "end after `N` flows")
+	flags.StringVar(&o.since, "since", "", "only from a `TIME` (RFC 3339) or a duration ago on")
+	flags.StringVar(&o.until, "until", "", "only up to a `TIME` (RFC 3339) or a duration ago")
+	flags.BoolVar(&o.all, "all", false, "show all kept flows")
+	flags.Var(&notFlag{&o.not}, "not", "reverse the next filter")
+	flags.Lookup("not").NoOptDefVal = "true"
+	outputFlag(c, &o.output, "compact", "table", "wide", "json")
+	o.timeFormat = "compact"
+	flags.Var(&choice{&o.timeFormat, timeFormatNames()}, "time-format", "how times are shown")
+	complete(c, "time-format", timeFormatNames()...)
+	o.color = "auto"
+	flags.Var(&choice{&o.color, []string{"auto", "always", "never"}}, "color", "auto, always or never")
+	complete(c, "color", "auto", "always", "never")
+	flags.BoolVar(&o.noColor, "no-color", false, "like --color never")
+	for _, f := range flow.Fields {
+		value := &filterFlag{&o, f.Name}
+		flags.Var(value, f.Name, f.Help)
+		switch {
+		case f.Words != nil:
+			complete(c, f.Name, f.Words...)
+		default:
+			mustRegister(c, f.Name, completeFromAgent(env, f.Name))
+		}
+		if f.Name == "direction" {
+			flags.Var(value, "traffic-direction", "like --direction")
+			complete(c, "traffic-direction", f.Words...)
+		}
+	}
+	return c
+}
+
+// query checks how the options go together, and says them to the agent.
+func (o *flowsOptions) query(flags *pflag.FlagSet) (url.Values, error) {
+	if o.not {
+		return nil, usagef("--not at the end reverses nothing: put it before a filter")
+	}
+	if o.last < 0 || o.first < 0 {
+		return nil, usagef("--last and --first count from 0")
+	}
+	chosen := 0
+	for _, name := range []string{"last", "first", "all"} {
+		if flags.Changed(name) {
+			chosen++
+		}
+	}
+	if chosen > 1 {
+		return nil, usagef("--last, --first and --all exclude each other")
+	}
+	v := o.filter.Values()
+	switch {
+	case o.first > 0:
+		v.Set("first", strconv.Itoa(o.first))
+	case flags.Changed("last") || !o.all && o.since == "" && o.until == "":
+		v.Set("last", strconv.Itoa(o.last))
+	}
+	if o.follow {
+		v.Set("follow", "true")
+	}
+	now := time.Now()
+	for name, value := range map[string]string{"since": o.since, "until": o.until} {
+		if value == "" {
+			continue
+		}
+		at, err := time.Parse(time.RFC3339Nano, value)
+		if d, bad := time.ParseDuration(value); bad == nil {
+			at, err = now.Add(-d), nil
+		}
+		if err != nil {
+			return nil, usagef("--%s: %q is no time like 2026-01-31T12:00:00Z and no duration like 10m", name, value)
+		}
+		v.Set(name, at.Format(time.RFC3339Nano))
+	}
+	return v, nil
+}
+
+func flowsRun(ctx context.Context, env *environment, o *flowsOptions, query url.Values) error {
+	client, err := env.client()
+	if err != nil {
+		return err
+	}
+	defer client.Close()
+	out := newFlowPrinter(env, o)
+	for line, err := range client.Flows(ctx, query) {
+		if err != nil {
+			return err
+		}
+		if err := out.print(line); err != nil {
+			return fmt.Errorf("write flows: %w", err)
+		}
+	}
+	return nil
+}
+
+// filterFlag is one kind of filter as a flag that may be given several times.
+type filterFlag struct {
+	options *flowsOptions
+	field   string
+}
+
+func (f *filterFlag) Set(s string) error {
+	not := f.options.not
+	f.options.not = false
+	return f.options.filter.Add(f.field, s, not)
+}
+
+func (f *filterFlag) String() string { return "" }
+func (f *filterFlag) Type() string   { return "VALUE" }
+
+// notFlag is --not. It takes no value.
+type notFlag struct{ not *bool }
+
+func (n *notFlag) Set(string) error {
+	if *n.not {
+		return fmt.Errorf("given twice before a filter")
+	}
+	*n.not = true
+	return nil
+}
+
+func (n *notFlag) String() string { return "" }
+func (n *notFlag) Type() string   { return "bool" }
+
+func mustRegister(c *cobra.Command, flag string, f cobra.CompletionFunc) {
+	// Only a flag that does not exist is an error.
+	if err := c.RegisterFlagCompletionFunc(flag, f); err != nil {
+		panic(err)
+	}
+}
+
+// completionTimeout bounds how long the shell waits for the agent's words.
+const completionTimeout = 500 * time.Millisecond
+
+// completeFromAgent offers the words of the policy in force; none without an agent.
+func completeFromAgent(env *environment, field string) cobra.CompletionFunc {
+	return func(c *cobra.Command, _ []string, _ string) ([]cobra.Completion, cobra.ShellCompDirective) {
+		ctx, cancel := context.WithTimeout(context.Background(), completionTimeout)
+		defer cancel()
+		client, err := env.client()
+		if err != nil {
+			return nil, cobra.ShellCompDirectiveNoFileComp
+		}
+		defer client.Close()
+		words, err := policyWords(ctx, client, field)
+		if err != nil {
+			return nil, cobra.ShellCompDirectiveNoFileComp
+		}
+		return words, cobra.ShellCompDirectiveNoFileComp
+	}
+}
+
+func policyWords(ctx context.Context, client *api.Client, field string) ([]string, error) {
+	var words []string
+	switch field {
+	case "crossing":
+		names, err := crossingNames(ctx, client)
+		if err != nil {
+			return nil, err
+		}
+		words = names
+	case "from-zone", "to-zone":
+		zones, err := client.Zones(ctx)
+		if err != nil {
+			return nil, err
+		}
+		for _, z := range zones {
+			words = append(words, z.Name)
+		}
+	case "from", "to":
+		identities, err := client.Identities(ctx)
+		if err != nil {
+			return nil, err
+		}
+		for _, i := range identities {
+			words = append(words, i.Name())
+		}
+	}
+	slices.Sort(words)
+	return words, nil
+}

@@ -1,0 +1,114 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+
+	"github.com/spf13/cobra"
+)
+
+// check is one line of what "demarc-core preflight -o json" says.
+type check struct {
+	Name    string `json:"name"`
+	OK      bool   `json:"ok"`
+	Tried   string `json:"tried"`
+	Problem string `json:"problem,omitempty"`
+	Fix     string `json:"fix,omitempty"`
+}
+
+type preflightOptions struct {
+	config string
+	output string
+}
+
+func newPreflightCommand(env *environment) *cobra.Command {
+	var o preflightOptions
+	c := &cobra.Command{
+		Use:   "preflight",
+		Short: "Check whether this machine can enforce a policy",
+		Long: `Check whether this machine can enforce a policy, by trying everything that the
+core needs. It leaves nothing behind. It needs root, like the core.`,
+		Args: noArguments,
+		RunE: func(c *cobra.Command, _ []string) error { return preflightRun(c.Context(), env, o) },
+	}
+	c.Flags().StringVar(&o.config, "config", "/etc/demarc/core.json", "core's configuration `file`")
+	outputFlag(c, &o.output, "text", "json")
+	return c
+}
+
+func preflightRun(ctx context.Context, env *environment, o preflightOptions) error {
+	path, err := findCore()
+	if err != nil {
+		return err
+	}
+	core := exec.CommandContext(ctx, path, "preflight", "--config", o.config, "-o", "json")
+	var stdout, stderr bytes.Buffer
+	core.Stdout, core.Stderr = &stdout, &stderr
+	runErr := core.Run()
+	var checks []check
+	if err := json.Unmarshal(stdout.Bytes(), &checks); err != nil || len(checks) == 0 {
+		return coreFailed(runErr, stderr.String())
+	}
+	if o.output == "json" {
+		err = document(env.Stdout, o.output, checks)
+	} else {
+		err = printChecks(env, checks)
+	}
+	var failed *exec.ExitError
+	if err == nil && runErr != nil && !errors.As(runErr, &failed) {
+		err = fmt.Errorf("run %s: %w", path, runErr)
+	}
+	if err == nil && runErr != nil {
+		return hintError{errors.New("enforcement would be refused on this machine"), "mend what is marked above"}
+	}
+	return err
+}
+
+func printChecks(env *environment, checks []check) error {
+	rows := make([][]string, 0, len(checks))
+	for _, c := range checks {
+		result, fix := "ok", ""
+		if !c.OK {
+			result, fix = "FAILED: "+c.Problem, c.Fix
+		}
+		rows = append(rows, []string{c.Name, c.Tried, result, fix})
+	}
+	return table(env.Stdout, []string{"CHECK", "TRIED", "RESULT", "WHAT TO DO"}, rows)
+}
+
+// coreFailed says why the core gave no checks, in the core's words if it has any.
+func coreFailed(runErr error, said string) error {
+	message, hint, _ := strings.Cut(strings.TrimSpace(said), "\nhint: ")
+	message = strings.TrimPrefix(message, "demarc-core: ")
+	switch {
+	case message == "" && runErr != nil:
+		return fmt.Errorf("run demarc-core: %w", runErr)
+	case message == "":
+		return errors.New("run demarc-core: it made no checks")
+	case hint != "":
+		return hintError{errors.New(message), hint}
+	}
+	return errors.New(message)
+}
+
+// findCore looks for demarc-core beside this program, then in PATH.
+func findCore() (string, error) {
+	if self, err := os.Executable(); err == nil {
+		beside := filepath.Join(filepath.Dir(self), "demarc-core")
+		if info, err := os.Stat(beside); err == nil && info.Mode().IsRegular() {
+			return beside, nil
+		}
+	}
+	path, err := exec.LookPath("demarc-core")
+	if err != nil {
+		return "", hintError{errors.New("demarc-core is not installed"), "install it beside this program or in PATH"}
+	}
+	return path, nil
+}
