@@ -161,7 +161,7 @@ func (r *reporter) nearest(word string, candidates []string) string {
 		return ""
 	}
 	r.guesses++
-	best, bestDistance := "", 1+max(1, min(3, len(word)/3))
+	best, bestDistance := "", 1+min(3, max(1, len(word)/3), max(0, len(word)-1))
 	for _, c := range candidates {
 		if d := editDistance(word, c, bestDistance); d < bestDistance {
 			best, bestDistance = c, d
