@@ -4,11 +4,13 @@ import (
 	"cmp"
 	"crypto/sha256"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 	"strings"
 	"time"
 
+	"github.com/demarc/demarc/bpf/abi"
 	"github.com/demarc/demarc/policy/image"
 )
 
@@ -28,7 +30,7 @@ func Compile(p *Policy) (*image.Image, error) {
 		UnmanagedOutbound: p.Unmanaged.Outbound,
 		UnmanagedInbound:  p.Unmanaged.Inbound,
 	}}
-	for _, step := range []func() error{c.fit, c.declarations, c.crossings, c.classes, c.rules} {
+	for _, step := range []func() error{c.fit, c.units, c.declarations, c.crossings, c.classes, c.rules} {
 		if err := step(); err != nil {
 			return nil, fmt.Errorf("compile policy %s: %w", p.Name, err)
 		}
@@ -70,6 +72,34 @@ func (c *compiler) fit() error {
 	} {
 		if b.n > b.limit {
 			return fmt.Errorf("%d %s, at most %d fit", b.n, b.what, b.limit)
+		}
+	}
+	return nil
+}
+
+// units checks that the unit names fit their map. The kernel looks only at the
+// entry of the longest beginning that a name has before its '*', so names with a
+// shorter one take room in that entry too.
+func (c *compiler) units() error {
+	beginnings := map[string][]*Selector{}
+	for i := range c.policy.Workloads {
+		for j := range c.policy.Workloads[i].Match {
+			s := &c.policy.Workloads[i].Match[j]
+			if before, _, star := strings.Cut(s.Path, "*"); star && s.Kind == image.SelectUnit {
+				beginnings[before] = append(beginnings[before], s)
+			}
+		}
+	}
+	for _, longest := range slices.Sorted(maps.Keys(beginnings)) {
+		var all []string
+		for i := range len(longest) + 1 {
+			for _, s := range beginnings[longest[:i]] {
+				all = append(all, fmt.Sprintf("%s (%s)", s.Path, c.policy.place(s.Pos)))
+			}
+		}
+		if len(all) > abi.UnitAlternatives {
+			return fmt.Errorf("a unit whose name begins with %q is looked up among %s; at most %d fit",
+				longest, strings.Join(all, ", "), abi.UnitAlternatives)
 		}
 	}
 	return nil

@@ -142,6 +142,14 @@ func TestCompileRefuses(t *testing.T) {
 		{"bad window before 1970", func(p *policy.Policy) {
 			p.Crossings[3].Since = time.Unix(0, 0).UTC()
 		}, "shop.yaml:25:5: crossing break-glass: since: 1970-01-01T00:00:00Z is before 1970"},
+		{"bad unit names with one beginning", func(p *policy.Policy) {
+			for i, name := range []string{"api@*-a.service", "api@*-b.service", "ap*.socket", "apx*.service", "api@*.timer"} {
+				p.Workloads[0].Match = append(p.Workloads[0].Match, policy.Selector{
+					Pos: policy.Pos{Line: 10 + i}, Kind: image.SelectUnit, Path: name,
+				})
+			}
+		}, `a unit whose name begins with "api@" is looked up among ap*.socket (shop.yaml:12), api@*.service (shop.yaml:0), ` +
+			"api@*-a.service (shop.yaml:10), api@*-b.service (shop.yaml:11), api@*.timer (shop.yaml:14); at most 4 fit"},
 		{"bad too many combinations", func(p *policy.Policy) {
 			all := policy.Crossing{Name: "all", From: []policy.Term{policytest.Workload("web")}, Ports: []image.Span{{Proto: image.TCP, High: 65535}}}
 			for i := range 5000 {

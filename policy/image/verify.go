@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"math"
 	"net/netip"
 	"slices"
 	"unicode/utf8"
@@ -222,7 +223,7 @@ func (v *verifier) crossing(c *Crossing) error {
 		return errors.New("asks no proof between workloads")
 	case c.Rate > MaxRate, (c.Rate == 0) != (c.Burst == 0):
 		return fmt.Errorf("limit of %d an hour with burst %d is not valid", c.Rate, c.Burst)
-	case c.Rate > 0 && c.Burst-1 > (1<<62)/(MaxRate/c.Rate):
+	case c.Rate > 0 && c.Burst-1 > math.MaxInt64/(MaxRate/c.Rate):
 		return fmt.Errorf("burst %d takes longer than the kernel's clock can count", c.Burst)
 	case c.Since < 0, c.Until < 0, c.Until != 0 && c.Until <= c.Since:
 		return fmt.Errorf("window from %d until %d is not valid", c.Since, c.Until)
