@@ -37,19 +37,24 @@ static __always_inline bool judge_packet(struct __sk_buff *skb, struct bpf_sock 
 	struct outcome o;
 	__u32 subject;
 	__u64 cgroup;
+	bool free_to;
 	int reason;
 
 	if (sk->protocol == PROTO_TCP && sk->type == SOCK_STREAM && carried(sk, active))
 		return true;
 	cgroup = bpf_sk_cgroup_id(sk);
 	subject = identity_of(DEMARC_ACTIVE_SLOT(active), cgroup);
+	free_to = carefree(DEMARC_ACTIVE_SLOT(active), subject);
+	if (free_to && !(DEMARC_ACTIVE_FLAGS(active) & DEMARC_ACTIVE_UNMANAGED) && tcp_state != TCP_SYN_SENT &&
+	    tcp_state != TCP_LISTEN)
+		return true; /* only a handshake could bring a bad proof */
 	begin(&o, active, subject, cgroup, outgoing ? DEMARC_HOOK_EGRESS : DEMARC_HOOK_INGRESS);
 	o.query.direction = outgoing ? DEMARC_EGRESS : DEMARC_INGRESS;
 	if (!(DEMARC_ACTIVE_FLAGS(active) & DEMARC_ACTIVE_ON))
 		return !refused(&o, DEMARC_NO_POLICY);
 	reason = parse(skb, &p);
 	__builtin_memcpy(&o.opener, &p.tuple, sizeof(o.opener));
-	if (carefree(o.query.slot, subject)) {
+	if (free_to) {
 		if (reason || sk->type == SOCK_RAW)
 			return true;
 		return p.tuple.proto == PROTO_TCP ? carefree_stream(skb, &p, &o, tcp_state, outgoing) :
