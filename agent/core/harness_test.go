@@ -175,3 +175,10 @@ func attached(t *testing.T, m *machine) int {
 	}
 	return n
 }
+
+func removeCgroup(t *testing.T, dir string) {
+	t.Helper()
+	if err := os.Remove(dir); err != nil {
+		t.Fatal(err)
+	}
+}
