@@ -7,7 +7,6 @@ import (
 	"io"
 	"os"
 	"path/filepath"
-	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -17,44 +16,10 @@ import (
 // newPolicyCommand groups everything that can be done with a policy without a
 // host: none of it talks to an agent or needs a privilege.
 func newPolicyCommand(env *environment) *cobra.Command {
-	cmd := &cobra.Command{
-		Use:   "policy",
-		Short: "Check, compile, explain and compare policies",
-		Args:  usageArgs(cobra.NoArgs),
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			return usageError{errors.New("policy: name a subcommand; see demarc policy --help")}
-		},
-	}
-	cmd.AddCommand(
-		newPolicyCheckCommand(env),
-		newPolicyBuildCommand(env),
-		newPolicyExplainCommand(env),
-		newPolicyDiffCommand(env),
-		newPolicyTestCommand(env),
-		newPolicyFmtCommand(env),
-		newPolicySchemaCommand(env),
+	return group("policy", "Check, compile, explain and compare policies",
+		newPolicyCheckCommand(env), newPolicyBuildCommand(env), newPolicyExplainCommand(env), newPolicyDiffCommand(env),
+		newPolicyTestCommand(env), newPolicyFmtCommand(env), newPolicySchemaCommand(env),
 	)
-	return cmd
-}
-
-// usageArgs makes a wrong number of arguments a usage error.
-func usageArgs(check cobra.PositionalArgs) cobra.PositionalArgs {
-	return func(cmd *cobra.Command, args []string) error {
-		if err := check(cmd, args); err != nil {
-			return usageError{fmt.Errorf("%s: %w", cmd.CommandPath(), err)}
-		}
-		return nil
-	}
-}
-
-// oneOf requires a flag's value to be one of a few words.
-func oneOf(flag, value string, words ...string) error {
-	for _, w := range words {
-		if value == w {
-			return nil
-		}
-	}
-	return usageError{fmt.Errorf("--%s %q is not one of: %s", flag, value, strings.Join(words, ", "))}
 }
 
 // stdinName is what messages call a policy that came by standard input.
@@ -109,13 +74,13 @@ func newPolicyCheckCommand(env *environment) *cobra.Command {
 		Short: "Check a policy completely: syntax, references, trust rules, assertions, compilation",
 		Long: "Check reads a policy (- is standard input), reports every problem with its place, and otherwise compiles it,\n" +
 			"proves its assertions and compares the compiled image with the meaning of the policy. Nothing is written.",
-		Args: usageArgs(cobra.ExactArgs(1)),
+		Args: oneArgument("policy"),
 		RunE: func(_ *cobra.Command, args []string) error {
 			o.file = args[0]
 			return policyCheckRun(env, o)
 		},
 	}
-	cmd.Flags().StringVarP(&o.output, "output", "o", "text", "form of the result: text or json")
+	outputFlag(cmd, &o.output, "text", "json")
 	return cmd
 }
 
@@ -138,9 +103,6 @@ type checkProblem struct {
 }
 
 func policyCheckRun(env *environment, o policyCheckOptions) error {
-	if err := oneOf("output", o.output, "text", "json"); err != nil {
-		return err
-	}
 	p, err := loadPolicy(env, o.file)
 	if err == nil {
 		_, err = policy.Build(p)
@@ -193,7 +155,7 @@ func newPolicyBuildCommand(env *environment) *cobra.Command {
 		Short: "Compile a policy to an image",
 		Long: "Build compiles a policy, proves its assertions, decodes the result and compares it with the meaning of the policy.\n" +
 			"The same policy gives the same bytes everywhere. The image appears whole or not at all; -o - writes to standard output.",
-		Args: usageArgs(cobra.ExactArgs(1)),
+		Args: oneArgument("policy"),
 		RunE: func(_ *cobra.Command, args []string) error {
 			o.file = args[0]
 			return policyBuildRun(env, o)
@@ -205,7 +167,7 @@ func newPolicyBuildCommand(env *environment) *cobra.Command {
 
 func policyBuildRun(env *environment, o policyBuildOptions) error {
 	if o.output == "" {
-		return usageError{errors.New("policy build: name the image with -o FILE")}
+		return usagef("policy build: name the image with -o FILE")
 	}
 	p, err := loadPolicy(env, o.file)
 	if err != nil {
@@ -249,7 +211,7 @@ func newPolicySchemaCommand(env *environment) *cobra.Command {
 	return &cobra.Command{
 		Use:   "schema",
 		Short: "Print the JSON Schema of the policy language, for editors",
-		Args:  usageArgs(cobra.NoArgs),
+		Args:  noArguments,
 		RunE: func(*cobra.Command, []string) error {
 			_, err := env.Stdout.Write(policy.Schema())
 			return err

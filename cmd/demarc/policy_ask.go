@@ -1,7 +1,6 @@
 package main
 
 import (
-	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -32,7 +31,7 @@ func newPolicyExplainCommand(env *environment) *cobra.Command {
 			"block. A batch is JSON lines {\"from\", \"to\", \"port\", \"at\"}, and each is answered by one line of JSON.",
 		Example: "  demarc policy explain shop.yaml --from workload/web --to workload/api --port tcp/8080\n" +
 			"  demarc policy explain shop.yaml --batch probes.jsonl",
-		Args: usageArgs(cobra.ExactArgs(1)),
+		Args: oneArgument("policy"),
 		RunE: func(_ *cobra.Command, args []string) error {
 			o.file = args[0]
 			return policyExplainRun(env, o)
@@ -44,20 +43,17 @@ func newPolicyExplainCommand(env *environment) *cobra.Command {
 	f.StringVar(&o.port, "port", "", "protocol and port: tcp/443, udp/53, icmp/echo")
 	f.StringVar(&o.at, "at", "", "when, as an RFC 3339 time (default: now)")
 	f.StringVar(&o.batch, "batch", "", "file of probes, one JSON object a line; - is standard input")
-	f.StringVarP(&o.output, "output", "o", "text", "form of the answer: text or json")
+	outputFlag(cmd, &o.output, "text", "json")
 	return cmd
 }
 
 func policyExplainRun(env *environment, o policyExplainOptions) error {
-	if err := oneOf("output", o.output, "text", "json"); err != nil {
-		return err
-	}
 	if o.batch != "" {
 		if o.from != "" || o.to != "" || o.port != "" || o.at != "" {
-			return usageError{errors.New("policy explain: --batch stands alone; the probes say from, to, port and at")}
+			return usagef("policy explain: --batch stands alone; the probes say from, to, port and at")
 		}
 		if o.batch == "-" && o.file == "-" {
-			return usageError{errors.New("policy explain: the policy and the probes cannot both be standard input")}
+			return usagef("policy explain: the policy and the probes cannot both be standard input")
 		}
 		return policyExplainBatch(env, o)
 	}
@@ -68,13 +64,13 @@ func policyExplainRun(env *environment, o policyExplainOptions) error {
 		}
 	}
 	if len(missing) > 0 {
-		return usageError{fmt.Errorf("policy explain: %s missing; or use --batch", strings.Join(missing, ", "))}
+		return usagef("policy explain: %s missing; or use --batch", strings.Join(missing, ", "))
 	}
 	probe := policy.Probe{From: o.from, To: o.to, Port: o.port}
 	if o.at != "" {
 		at, err := time.Parse(time.RFC3339, o.at)
 		if err != nil {
-			return usageError{fmt.Errorf("--at %q is not an RFC 3339 time such as 2030-01-31T12:00:00Z", o.at)}
+			return usagef("--at %q is not an RFC 3339 time such as 2030-01-31T12:00:00Z", o.at)
 		}
 		probe.At = at
 	}
@@ -110,6 +106,22 @@ func policyExplainBatch(env *environment, o policyExplainOptions) error {
 	return policy.ExplainBatch(p, in, env.Stdout)
 }
 
+// maxFiles is more than a command line holds.
+const maxFiles = 1 << 20
+
+// policyArguments wants from low to high files.
+func policyArguments(low, high int) cobra.PositionalArgs {
+	return func(c *cobra.Command, args []string) error {
+		switch {
+		case len(args) >= low && len(args) <= high:
+			return nil
+		case low == high:
+			return usagef("%s needs %d files, got %d", c.CommandPath(), low, len(args))
+		}
+		return usagef("%s needs a file", c.CommandPath())
+	}
+}
+
 type policyDiffOptions struct {
 	old, new string
 	output   string // text or json
@@ -121,45 +133,47 @@ func newPolicyDiffCommand(env *environment) *cobra.Command {
 		Use:   "diff OLD NEW",
 		Short: "Compare what two policies mean",
 		Long:  "Diff shows declarations and flows that change. Exit status: 0 they mean the same, 1 they differ, 2 one could not be read.",
-		Args:  usageArgs(cobra.ExactArgs(2)),
+		Args:  policyArguments(2, 2),
 		RunE: func(_ *cobra.Command, args []string) error {
 			o.old, o.new = args[0], args[1]
 			return policyDiffRun(env, o)
 		},
 	}
-	cmd.Flags().StringVarP(&o.output, "output", "o", "text", "form of the difference: text or json")
+	outputFlag(cmd, &o.output, "text", "json")
 	return cmd
 }
 
 func policyDiffRun(env *environment, o policyDiffOptions) error {
-	if err := oneOf("output", o.output, "text", "json"); err != nil {
-		return err
-	}
 	if o.old == "-" && o.new == "-" {
-		return usageError{errors.New("policy diff: only one of the policies can be standard input")}
+		return usagef("policy diff: only one of the policies can be standard input")
 	}
-	// Status 1 says that they differ, so what cannot be compared is status 2.
+	d, err := diffPolicies(env, o)
+	if err == nil && o.output == "json" {
+		err = writeJSON(env.Stdout, d)
+	} else if err == nil {
+		_, err = io.WriteString(env.Stdout, d.String())
+	}
+	switch {
+	case err != nil:
+		// Status 1 says that they differ, so what cannot be compared is status 2.
+		env.report(err)
+		return exitError{code: exitUsage}
+	case !d.Empty():
+		return exitError{code: exitFailed}
+	}
+	return nil
+}
+
+func diffPolicies(env *environment, o policyDiffOptions) (*policy.Difference, error) {
 	old, err := loadPolicy(env, o.old)
 	if err != nil {
-		return usageError{err}
+		return nil, err
 	}
 	new, err := loadPolicy(env, o.new)
 	if err != nil {
-		return usageError{err}
+		return nil, err
 	}
-	d := policy.Diff(old, new)
-	if o.output == "json" {
-		err = writeJSON(env.Stdout, d)
-	} else {
-		_, err = io.WriteString(env.Stdout, d.String())
-	}
-	if err != nil {
-		return usageError{err}
-	}
-	if !d.Empty() {
-		return errors.New("the policies differ")
-	}
-	return nil
+	return policy.Diff(old, new), nil
 }
 
 type policyTestOptions struct {
@@ -172,22 +186,19 @@ func newPolicyTestCommand(env *environment) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "test FILE...",
 		Short: "Run test suites: flows and what must become of them",
-		Args:  usageArgs(cobra.MinimumNArgs(1)),
+		Args:  policyArguments(1, maxFiles),
 		RunE: func(_ *cobra.Command, args []string) error {
 			o.files = args
 			return policyTestRun(env, o)
 		},
 	}
-	cmd.Flags().StringVarP(&o.output, "output", "o", "text", "form of the result: "+strings.Join(policy.SuiteFormats, ", "))
+	outputFlag(cmd, &o.output, policy.SuiteFormats...)
 	return cmd
 }
 
 func policyTestRun(env *environment, o policyTestOptions) error {
-	if err := oneOf("output", o.output, policy.SuiteFormats...); err != nil {
-		return err
-	}
 	if o.output != "text" && len(o.files) > 1 {
-		return usageError{fmt.Errorf("policy test: -o %s takes one suite at a time", o.output)}
+		return usagef("policy test: -o %s takes one suite at a time", o.output)
 	}
 	failed := 0
 	for _, file := range o.files {
@@ -220,7 +231,7 @@ func newPolicyFmtCommand(env *environment) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "fmt [-w | --check] FILE...",
 		Short: "Format policies; comments stay",
-		Args:  usageArgs(cobra.MinimumNArgs(1)),
+		Args:  policyArguments(1, maxFiles),
 		RunE: func(_ *cobra.Command, args []string) error {
 			o.files = args
 			return policyFmtRun(env, o)
@@ -234,11 +245,11 @@ func newPolicyFmtCommand(env *environment) *cobra.Command {
 func policyFmtRun(env *environment, o policyFmtOptions) error {
 	switch {
 	case o.write && o.check:
-		return usageError{errors.New("policy fmt: -w and --check exclude each other")}
+		return usagef("policy fmt: -w and --check exclude each other")
 	case o.write && slices.Contains(o.files, "-"):
-		return usageError{errors.New("policy fmt: -w cannot write standard input")}
+		return usagef("policy fmt: -w cannot write standard input")
 	case !o.write && !o.check && len(o.files) > 1:
-		return usageError{errors.New("policy fmt: several files need -w or --check")}
+		return usagef("policy fmt: several files need -w or --check")
 	}
 	changed := 0
 	for _, file := range o.files {
