@@ -1,0 +1,133 @@
+package core
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/cilium/ebpf"
+
+	"github.com/google/go-cmp/cmp"
+)
+
+func TestPreflightPasses(t *testing.T) {
+	m := newMachine(t)
+	results := Preflight(m.config)
+	if !Passed(results) {
+		t.Errorf("\n%s", FormatChecks(results))
+	}
+	absent(t, m.config.BPFFS)
+	// Beside an enforcing core too, which it must not disturb.
+	c := m.start()
+	if _, err := c.Apply(shop(t, nil)); err != nil {
+		t.Fatal(err)
+	}
+	before := c.Status()
+	if results := Preflight(m.config); !Passed(results) {
+		t.Errorf("\n%s", FormatChecks(results))
+	}
+	if diff := cmp.Diff(before, c.Status()); diff != "" {
+		t.Errorf("status (-before +after):\n%s", diff)
+	}
+}
+
+// What is missing is named, what needs it is not tried, and nothing is attached.
+func TestPreflightNames(t *testing.T) {
+	tests := []struct {
+		name   string
+		break_ func(t *testing.T, m *machine)
+		failed []string
+		text   string
+	}{
+		{"bad no BPF file system", func(t *testing.T, m *machine) { m.config.BPFFS = filepath.Join(t.TempDir(), "demarc") },
+			[]string{"pins", "programs", "attach", "ring buffer", "self-test"}, "is not in a BPF file system"},
+		{"bad no cgroup2", func(t *testing.T, m *machine) { m.config.CgroupRoot = t.TempDir() },
+			[]string{"cgroup2", "cgroup namespace", "pins", "programs", "attach", "ring buffer", "self-test"}, "is not in a cgroup2 file system"},
+		{"bad cgroup_root missing", func(t *testing.T, m *machine) { m.config.CgroupRoot += "/absent" },
+			[]string{"cgroup2", "cgroup namespace", "pins", "programs", "attach", "ring buffer", "self-test"}, "no such file"},
+		{"bad state_dir of others", func(t *testing.T, m *machine) {
+			must(t, os.Mkdir(m.config.StateDir, 0o700))
+			must(t, os.Chmod(m.config.StateDir, 0o777))
+		}, []string{"state", "keyring"}, "can be written by others than root"},
+		{"bad keyring", func(t *testing.T, m *machine) {
+			must(t, os.Mkdir(m.config.StateDir, 0o700))
+			must(t, os.WriteFile(m.config.Keyring, nil, 0o644))
+		}, []string{"keyring"}, "has mode 0644"},
+		{"bad trust key", func(t *testing.T, m *machine) {
+			m.config.TrustDir = t.TempDir()
+			must(t, os.WriteFile(filepath.Join(m.config.TrustDir, "a.pub"), nil, 0o600))
+		}, []string{"trust"}, "signed images are not available in this version"},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			m := newMachine(t)
+			root := m.config.CgroupRoot
+			tt.break_(t, m)
+			results := Preflight(m.config)
+			var failed []string
+			for _, r := range results {
+				if !r.OK {
+					failed = append(failed, r.Name)
+				}
+			}
+			if diff := cmp.Diff(tt.failed, failed); diff != "" {
+				t.Errorf("failed checks (-want +got):\n%s", diff)
+			}
+			if text := FormatChecks(results); !strings.Contains(text, tt.text) {
+				t.Errorf("want %q in:\n%s", tt.text, text)
+			}
+			if _, err := m.open(hooks{}); err == nil || !strings.HasPrefix(err.Error(), "preflight: "+tt.failed[0]+": ") {
+				t.Errorf("start: %v", err)
+			}
+			m.config.CgroupRoot = root
+			if n := attached(t, m); n != 0 {
+				t.Errorf("%d programs are attached", n)
+			}
+			absent(t, m.config.BPFFS)
+		})
+	}
+}
+
+// A kernel that lacks a program type: the start fails, says which, and leaves
+// nothing; an enforcing kernel goes on enforcing.
+func TestKernelLacksFeature(t *testing.T) {
+	m := newMachine(t)
+	lacks := hooks{load: func() error { return fmt.Errorf("program sock_ops: %w", ebpf.ErrNotSupported) }}
+	_, err := m.open(lacks)
+	if err == nil || !strings.HasPrefix(err.Error(), "preflight: programs: program sock_ops: not supported") {
+		t.Errorf("got %v", err)
+	}
+	absent(t, m.config.BPFFS)
+	if n := attached(t, m); n != 0 {
+		t.Errorf("%d programs are attached", n)
+	}
+	c := m.start()
+	if _, err := c.Apply(shop(t, nil)); err != nil {
+		t.Fatal(err)
+	}
+	c.Close()
+	if _, err := m.open(lacks); err == nil {
+		t.Error("the start worked")
+	}
+	if n := attached(t, m); n != len(attachOrder)-namers {
+		t.Errorf("%d programs are attached", n)
+	}
+}
+
+// The kernel's own verifier refuses a program: the message names it.
+func TestLoadNamesProgram(t *testing.T) {
+	m := newMachine(t)
+	tree, err := openTree(m.config.CgroupRoot)
+	must(t, err)
+	spec, err := readSpec(tree)
+	must(t, err)
+	spec.Programs["judge"].Instructions = spec.Programs["judge"].Instructions[:1]
+	if o, err := loadObjects(spec, nil); err == nil {
+		o.Close()
+		t.Error("loaded")
+	} else if !strings.Contains(err.Error(), "program judge") {
+		t.Errorf("got %v", err)
+	}
+}
