@@ -124,11 +124,13 @@ func (f *formatter) value(n *node, indent int) {
 	case n.kind == mapNode && len(n.entries) > 0:
 		for _, e := range n.entries {
 			f.commentsBefore(e.pos.Line, indent)
+			f.out.WriteString(strings.Repeat(" ", indent))
 			f.entry(e, indent)
 		}
 	case n.kind == listNode && len(n.items) > 0:
 		for _, item := range n.items {
-			f.commentsBefore(item.pos.Line, indent)
+			f.commentsBefore(item.dash, indent)
+			f.out.WriteString(strings.Repeat(" ", indent) + "-")
 			f.item(item, indent)
 		}
 	default:
@@ -150,13 +152,14 @@ func (f *formatter) oneLine(n *node, used int) (string, bool) {
 	return s, used+len([]rune(s)) <= formatWidth
 }
 
+// entry writes a key and its value; the indent is already there.
 func (f *formatter) entry(e entry, indent int) {
-	key := strings.Repeat(" ", indent) + scalar(e.key) + ":"
+	key := scalar(e.key) + ":"
 	f.out.WriteString(key)
-	f.after(e.value, e.pos.Line, indent, len(key)+1)
+	f.after(e.value, e.pos.Line, indent, indent+len(key)+1)
 }
 
-// after writes a value behind its key or its dash.
+// after writes a value behind its key.
 func (f *formatter) after(n *node, line, indent, used int) {
 	if s, ok := f.oneLine(n, used); ok {
 		if s != "" {
@@ -165,16 +168,25 @@ func (f *formatter) after(n *node, line, indent, used int) {
 		f.endLine(max(line, n.end))
 		return
 	}
-	if n.anchor != "" {
-		f.out.WriteString(" &" + n.anchor)
-	}
-	f.endLine(line)
+	f.open(n, line)
 	f.value(n, indent+2)
 }
 
+// open ends the line before a value that stands on lines of its own.
+func (f *formatter) open(n *node, line int) {
+	if n.anchor != "" {
+		f.out.WriteString(" &" + n.anchor)
+	}
+	if n.flow {
+		// A comment behind the bracket is about what comes first within it.
+		f.startLine()
+		return
+	}
+	f.endLine(line)
+}
+
+// item writes an item behind its dash.
 func (f *formatter) item(n *node, indent int) {
-	dash := strings.Repeat(" ", indent) + "-"
-	f.out.WriteString(dash)
 	if s, ok := f.oneLine(n, indent+2); ok {
 		if s != "" {
 			f.out.WriteString(" " + s)
@@ -182,25 +194,29 @@ func (f *formatter) item(n *node, indent int) {
 		f.endLine(n.end)
 		return
 	}
-	if n.kind != mapNode || n.anchor != "" {
-		if n.anchor != "" {
-			f.out.WriteString(" &" + n.anchor)
-		}
-		f.endLine(n.pos.Line)
+	if n.anchor != "" {
+		f.open(n, n.dash)
 		f.value(n, indent+2)
 		return
 	}
-	// The first key stands behind the dash.
-	f.out.WriteByte(' ')
+	// What comes first stands behind the dash.
 	for i, e := range n.entries {
 		if i > 0 {
 			f.commentsBefore(e.pos.Line, indent+2)
-			f.entry(e, indent+2)
-			continue
+			f.out.WriteString(strings.Repeat(" ", indent+2))
+		} else {
+			f.out.WriteByte(' ')
 		}
-		key := scalar(e.key) + ":"
-		f.out.WriteString(key)
-		f.after(e.value, e.pos.Line, indent+2, indent+2+len(key)+1)
+		f.entry(e, indent+2)
+	}
+	for i, item := range n.items {
+		if i > 0 {
+			f.commentsBefore(item.dash, indent+2)
+			f.out.WriteString(strings.Repeat(" ", indent+2) + "-")
+		} else {
+			f.out.WriteString(" -")
+		}
+		f.item(item, indent+2)
 	}
 }
 

@@ -167,10 +167,14 @@ func (l *layout) node(n ast.Node) *node {
 	case *ast.SequenceNode:
 		out.kind, out.flow = listNode, n.IsFlowStyle
 		out.items = make([]*node, 0, len(n.Values))
-		for _, v := range n.Values {
+		for i, v := range n.Values {
 			item := l.node(v)
 			if item.pos == (Pos{}) {
 				item.pos = out.pos
+			}
+			item.dash = item.pos.Line
+			if i < len(n.Entries) && n.Entries[i].Start != nil {
+				item.dash = n.Entries[i].Start.Position.Line
 			}
 			out.items = append(out.items, item)
 			out.end = max(out.end, item.end)

@@ -49,6 +49,7 @@ type node struct {
 	alias   string // the anchor it was copied from, if it was
 	text    string // of a scalar
 	pos     Pos
+	dash    int // item: line of its dash; only readLayout knows it
 	end     int // line of the last token; only readLayout knows it
 	entries []entry
 	items   []*node
