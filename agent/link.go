@@ -227,6 +227,7 @@ func (l *link) with(request func(core) error) error {
 	var refused *proto.Refused
 	if err != nil && !errors.As(err, &refused) {
 		s.fail(err)
+		return fmt.Errorf("%w: %w", errAway, err)
 	}
 	return err
 }

@@ -53,7 +53,7 @@ func parseRequest(v url.Values, now time.Time) (*request, error) {
 			return nil, badRequest("%s: %q is no %s", name, value, kindOf(name))
 		}
 	}
-	if q.last >= 0 && q.first > 0 {
+	if q.last > 0 && q.first > 0 {
 		return nil, badRequest("last and first exclude each other")
 	}
 	return q, nil
@@ -162,7 +162,10 @@ func (s *stream) run(ctx context.Context, store *flow.Store) error {
 	if err := s.loss(lost); err != nil {
 		return err
 	}
-	for _, f := range kept[max(len(kept)-s.last, 0):] {
+	if s.last >= 0 && len(kept) > s.last {
+		kept = kept[len(kept)-s.last:]
+	}
+	for _, f := range kept {
 		if err := s.flow(f); err != nil {
 			return err
 		}

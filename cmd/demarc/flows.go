@@ -59,7 +59,7 @@ a line {"lost":N} with -o json.`,
 	}
 	flags := c.Flags()
 	flags.BoolVarP(&o.follow, "follow", "f", false, "go on with new flows as they come")
-	flags.IntVar(&o.last, "last", defaultLast, "show the newest `N` of the kept flows")
+	flags.IntVar(&o.last, "last", defaultLast, "show the newest `N` of the kept flows; 0 = only new ones, with -f")
 	flags.IntVar(&o.first, "first", 0, "end after `N` flows")
 	flags.StringVar(&o.since, "since", "", "only from a `TIME` (RFC 3339) or a duration ago on")
 	flags.StringVar(&o.until, "until", "", "only up to a `TIME` (RFC 3339) or a duration ago")
@@ -101,7 +101,7 @@ func (o *flowsOptions) query(flags *pflag.FlagSet) (url.Values, error) {
 	}
 	chosen := 0
 	for _, name := range []string{"last", "first", "all"} {
-		if flags.Changed(name) {
+		if flags.Changed(name) && !(name == "last" && o.last == 0) {
 			chosen++
 		}
 	}
@@ -109,10 +109,10 @@ func (o *flowsOptions) query(flags *pflag.FlagSet) (url.Values, error) {
 		return nil, usagef("--last, --first and --all exclude each other")
 	}
 	v := o.filter.Values()
-	switch {
-	case o.first > 0:
+	if o.first > 0 {
 		v.Set("first", strconv.Itoa(o.first))
-	case flags.Changed("last") || !o.all && o.since == "" && o.until == "":
+	}
+	if flags.Changed("last") || !o.all && o.first == 0 && o.since == "" && o.until == "" {
 		v.Set("last", strconv.Itoa(o.last))
 	}
 	if o.follow {

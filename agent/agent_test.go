@@ -1,0 +1,317 @@
+package agent
+
+import (
+	"errors"
+	"fmt"
+	"net/http"
+	"net/url"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/demarc/demarc/agent/api"
+	"github.com/demarc/demarc/agent/core/proto"
+	"github.com/demarc/demarc/bpf/abi"
+)
+
+func TestStatusFollowsTheCore(t *testing.T) {
+	core := newStandIn()
+	core.stop()
+	r := start(t, core, nil)
+	s, err := r.client.Status(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := &api.Status{
+		Node: "n1", Version: "dev", State: api.StateUnknown, Core: api.Core{Problem: "connect to core: nobody there"},
+		Rings: []api.Ring{{Name: "denied"}, {Name: "allowed"}}, Problems: []string{"core: connect to core: nobody there"},
+	}
+	if d := cmp.Diff(want, s); d != "" {
+		t.Errorf("core away (-want +got):\n%s", d)
+	}
+
+	for range 3 {
+		core.start()
+		eventually(t, "idle", func() bool { s, err = r.client.Status(t.Context()); return err == nil && s.State == proto.StateIdle })
+		if !s.Core.Connected || s.Policy != nil || len(s.Problems) > 0 {
+			t.Errorf("connected: %+v", s)
+		}
+		core.stop()
+		eventually(t, "unknown", func() bool { s, err = r.client.Status(t.Context()); return err == nil && s.State == api.StateUnknown })
+		if s.Core.Connected || s.Core.Problem == "" {
+			t.Errorf("away again: %+v", s)
+		}
+	}
+}
+
+func TestApplyAndRollback(t *testing.T) {
+	core := newStandIn()
+	r := start(t, core, nil)
+	first := compile(t, source)
+	s, err := r.client.Apply(t.Context(), first)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if p := s.Policy; s.State != proto.StateEnforcing || p == nil || p.Name != "shop" || p.Version != 1 || p.Workloads != 2 || p.Crossings != 1 {
+		t.Errorf("after apply: %+v", s)
+	}
+	if _, err := r.client.Apply(t.Context(), compile(t, strings.Replace(source, "version: 1", "version: 2", 1))); err != nil {
+		t.Fatal(err)
+	}
+	if s, err = r.client.Rollback(t.Context()); err != nil || s.Policy.Version != 1 {
+		t.Errorf("after rollback: %+v, %v", s, err)
+	}
+	if got, err := r.client.Image(t.Context()); err != nil || string(got) != string(first) {
+		t.Errorf("image differs: %d bytes, %v", len(got), err)
+	}
+
+	for _, c := range []struct {
+		name string
+		do   func() error
+		want api.Error
+	}{
+		{"bad rollback", func() error { _, err := r.client.Rollback(t.Context()); return err },
+			api.Error{Message: "there is no previous policy", Hint: "apply another one first", Code: http.StatusUnprocessableEntity}},
+		{"bad image", func() error { _, err := r.client.Apply(t.Context(), []byte("x")); return err },
+			api.Error{Message: "decode image: 1 bytes are too few", Hint: "build the image again with: demarc policy build FILE -o IMAGE", Code: http.StatusUnprocessableEntity}},
+		{"bad core away", func() error {
+			core.stop()
+			eventually(t, "core left", func() bool { return !r.link.view().Connected })
+			_, err := r.client.Rollback(t.Context())
+			return err
+		},
+			api.Error{Message: "the core is not connected", Hint: "start demarc-core; what it enforced before goes on meanwhile", Code: http.StatusServiceUnavailable}},
+	} {
+		var got *api.Error
+		if err := c.do(); !errors.As(err, &got) {
+			t.Errorf("%s: %v", c.name, err)
+		} else if d := cmp.Diff(c.want, *got); d != "" {
+			t.Errorf("%s (-want +got):\n%s", c.name, d)
+		}
+	}
+}
+
+// collect asks for flows and says each line in short.
+func collect(t *testing.T, r *running, query string) []string {
+	t.Helper()
+	v, err := url.ParseQuery(query)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var out []string
+	for line, err := range r.client.Flows(t.Context(), v) {
+		if err != nil {
+			return append(out, "error: "+err.Error())
+		}
+		if line.Flow == nil {
+			out = append(out, fmt.Sprintf("lost %d", line.Lost))
+			continue
+		}
+		out = append(out, fmt.Sprintf("%s %s %s -> %s %s", line.Verdict, line.Reason, line.Source.Label(), line.Destination.Label(), line.Crossing))
+	}
+	return out
+}
+
+func TestFlowsHaveNames(t *testing.T) {
+	core := newStandIn()
+	r := start(t, core, nil)
+	img := compile(t, source)
+	if _, err := r.client.Apply(t.Context(), img); err != nil {
+		t.Fatal(err)
+	}
+	id := ids(t, img)
+	number := r.link.view().Names.Image.Crossings[0].Number
+	tuple := abi.Tuple{Proto: 6, SourcePort: 4000, DestinationPort: 8080}
+	copy(tuple.Source[:], []byte{10: 0xff, 11: 0xff, 12: 10, 15: 1})
+	copy(tuple.Destination[:], []byte{10: 0xff, 11: 0xff, 12: 10, 15: 2})
+	allowed := abi.Event{Kind: abi.EventVerdict, Hook: abi.HookEgress, Time: 1, Seq: 1, Epoch: 1, Subject: id["web"], Peer: id["api"], Proof: abi.ProofIdentity, Verdict: abi.Allow, Reason: abi.ByCrossing, Crossing: number, Tuple: tuple}
+	denied := abi.Event{Kind: abi.EventVerdict, Hook: abi.HookEgress, Time: 2, Seq: 1, Epoch: 1, Subject: id["web"], Proof: abi.ProofUnknown, Verdict: abi.Deny, Reason: abi.NoCrossingFor, Tuple: tuple}
+	core.emit(t, abi.RingAllowed, allowed)
+	core.emit(t, abi.RingDenied, denied)
+	denied.Time, denied.Seq = 3, 5 // 2, 3 and 4 found no room
+	core.emit(t, abi.RingDenied, denied)
+	eventually(t, "three flows", func() bool {
+		c := r.link.store.Counts()
+		return c[abi.RingDenied].Received == 2 && c[abi.RingAllowed].Received == 1
+	})
+	const yes, no = "allow crossing edge/web -> app/api web-api", "deny no-crossing edge/web -> network/lan "
+	for _, c := range []struct {
+		query string
+		want  []string
+	}{
+		{"", []string{yes, no, no}},
+		{"last=2", []string{no, no}},
+		{"last=0", nil},
+		{"first=1", []string{yes}},
+		{"verdict=deny", []string{no, no}},
+		{"to=app/api", []string{yes}},
+		{"follow=true&first=2", []string{yes, no}},
+		{"since=1ms", nil},
+		{"until=2000-01-01T00:00:00Z", nil},
+		{"follow=true&until=2000-01-01T00:00:00Z", nil},
+		{"verdict=perhaps", []string{`error: unknown verdict "perhaps"`}},
+		{"verdct=deny", []string{`error: unknown parameter "verdct"`}},
+		{"last=x", []string{`error: last: "x" is no count`}},
+		{"since=x", []string{`error: since: "x" is no time (RFC 3339) or duration`}},
+		{"last=1&first=1", []string{"error: last and first exclude each other"}},
+	} {
+		if d := cmp.Diff(c.want, collect(t, r, c.query)); d != "" {
+			t.Errorf("%q (-want +got):\n%s", c.query, d)
+		}
+	}
+
+	// A reader that follows is told of losses, and sees what comes later.
+	got := make(chan []string)
+	go func() { got <- collect(t, r, "last=0&follow=true&first=1&verdict=deny") }()
+	denied.Seq = 9
+	for done := false; !done; {
+		core.emit(t, abi.RingDenied, denied) // again and again, since the reader may not be there yet
+		denied.Seq += 2
+		select {
+		case lines := <-got:
+			done = true
+			if len(lines) < 2 || !strings.HasPrefix(lines[0], "lost ") || lines[len(lines)-1] != no {
+				t.Errorf("followed: %q", lines)
+			}
+		default:
+		}
+	}
+}
+
+func TestListsNameWhatIsBound(t *testing.T) {
+	core := newStandIn()
+	core.root = t.TempDir()
+	if err := os.MkdirAll(filepath.Join(core.root, "lab/api-1/child"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	r := start(t, core, nil)
+	for _, ask := range []func() error{
+		func() error { _, err := r.client.Identities(t.Context()); return err },
+		func() error { _, err := r.client.Zones(t.Context()); return err },
+	} {
+		var refused *api.Error
+		if err := ask(); !errors.As(err, &refused) || refused.Message != "no policy is in force" {
+			t.Errorf("without a policy: %v", err)
+		}
+	}
+	img := compile(t, source)
+	if _, err := r.client.Apply(t.Context(), img); err != nil {
+		t.Fatal(err)
+	}
+	id := ids(t, img)
+	core.mu.Lock()
+	for _, dir := range []string{"lab/api-1", "lab/api-1/child"} {
+		core.bindings[inode(t, filepath.Join(core.root, dir))] = id["api"]
+	}
+	core.bindings[1<<40] = 1
+	core.mu.Unlock()
+	identities, err := r.client.Identities(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := []api.Identity{
+		{Identity: id["api"], Workload: "api", Zone: "app", SPIFFE: "spiffe://shop.example/app/api", Selectors: []string{"kubernetes namespace=shop, label app=api"}, Bindings: 2, Cgroups: []string{"/lab/api-1"}},
+		{Identity: id["web"], Workload: "web", Zone: "edge", SPIFFE: "spiffe://shop.example/edge/web", Selectors: []string{"systemdUnit nginx.service"}},
+		{Identity: 1, Reserved: "unmanaged", Zone: "edge", Bindings: 1},
+		{Identity: 3, Reserved: "pending"},
+	}
+	if d := cmp.Diff(want, identities); d != "" {
+		t.Errorf("identities (-want +got):\n%s", d)
+	}
+	zones, err := r.client.Zones(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	wantZones := []api.Zone{
+		{Name: "edge", Trust: 10, Unmanaged: true, Workloads: []string{"web"}, Networks: []string{"lan"}},
+		{Name: "app", Trust: 20, Workloads: []string{"api"}, Bindings: 2},
+	}
+	if d := cmp.Diff(wantZones, zones); d != "" {
+		t.Errorf("zones (-want +got):\n%s", d)
+	}
+}
+
+func TestBinderFollowsInventoryImageAndCore(t *testing.T) {
+	core := newStandIn()
+	inventory := filepath.Join(t.TempDir(), "inventory.yaml")
+	put := func(content string) {
+		t.Helper()
+		if err := os.WriteFile(inventory+".new", []byte(content), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Rename(inventory+".new", inventory); err != nil {
+			t.Fatal(err)
+		}
+	}
+	put("workloads: [{namespace: shop, name: api-1, labels: {app: api}, cgroup: /lab/api-1}]")
+	r := start(t, core, func(c *Config) { c.Inventory = inventory })
+	claims := func(what string, want map[string]uint32) {
+		t.Helper()
+		eventually(t, what, func() bool { return cmp.Equal(want, core.claimed()) })
+	}
+	img := compile(t, source)
+	api := ids(t, img)["api"]
+	if _, err := r.client.Apply(t.Context(), img); err != nil {
+		t.Fatal(err)
+	}
+	claims("image came", map[string]uint32{"/lab/api-1": api})
+
+	put("workloads: [{namespace: shop, name: api-2, labels: {app: api}, cgroup: /lab/api-2}, {namespace: shop, name: db, cgroup: /lab/db}]")
+	claims("inventory changed", map[string]uint32{"/lab/api-2": api})
+
+	core.stop()
+	eventually(t, "core left", func() bool { return !r.link.view().Connected })
+	core.start()
+	claims("core restarted", map[string]uint32{"/lab/api-2": api})
+
+	put("workloads: [{namespace: shop, name: api-2, label: {app: api}, cgroup: /lab/api-2}]")
+	eventually(t, "problem shows", func() bool {
+		status, err := r.client.Status(t.Context())
+		return err == nil && status.Inventory.Bound == 1 && len(status.Problems) == 1 && strings.HasPrefix(status.Problems[0], inventory+":1:")
+	})
+	claims("bad inventory changes nothing", map[string]uint32{"/lab/api-2": api})
+
+	put("workloads: [{namespace: shop, name: api-2, labels: {app: api}, cgroup: /lab/api-2}]")
+	renamed := strings.NewReplacer("version: 1", "version: 2", "api:", "backend:", "workload/api", "workload/backend").Replace(source)
+	next := compile(t, renamed)
+	if _, err := r.client.Apply(t.Context(), next); err != nil {
+		t.Fatal(err)
+	}
+	claims("identity changed", map[string]uint32{"/lab/api-2": ids(t, next)["backend"]})
+}
+
+func TestRefusedClaimIsTriedAgain(t *testing.T) {
+	core := newStandIn()
+	core.refuse = proto.Refuse("make it first", "there is no cgroup /lab/api-1")
+	core.images, core.epoch = [][]byte{compile(t, source)}, 1
+	inventory := filepath.Join(t.TempDir(), "inventory.yaml")
+	if err := os.WriteFile(inventory, []byte("workloads: [{namespace: shop, name: api-1, labels: {app: api}, cgroup: /lab/api-1}]"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	r := start(t, core, func(c *Config) { c.Inventory = inventory })
+	const problem = "bind /lab/api-1: there is no cgroup /lab/api-1 (make it first)"
+	eventually(t, "refusal shows", func() bool {
+		s, err := r.client.Status(t.Context())
+		return err == nil && cmp.Equal(s.Problems, []string{problem})
+	})
+	core.mu.Lock()
+	core.refuse = nil
+	core.mu.Unlock()
+	eventually(t, "bound", func() bool { return len(core.claimed()) == 1 })
+	eventually(t, "problem is gone", func() bool { s, err := r.client.Status(t.Context()); return err == nil && len(s.Problems) == 0 })
+}
+
+func TestBadInventoryStartsNothing(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "inventory.yaml")
+	if err := os.WriteFile(file, []byte("workloads:\n- {nam: x}\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	core := newStandIn()
+	_, err := build(&Config{Inventory: file}, nil, newLink(core.dial, core.open, nil))
+	if err == nil || !strings.HasPrefix(err.Error(), file+":2:4: ") {
+		t.Errorf("error %v does not say where", err)
+	}
+}
