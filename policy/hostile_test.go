@@ -290,6 +290,9 @@ func reparse(t *testing.T, root *node) *Policy {
 func eachValue(n *node, visit func(path string, slot **node, remove func() func())) {
 	var walk func(n *node, path string)
 	walk = func(n *node, path string) {
+		if n.alias != "" {
+			return // its anchor is visited
+		}
 		for i := range n.entries {
 			at := strings.TrimPrefix(path+"."+n.entries[i].key, ".")
 			visit(at, &n.entries[i].value, func() func() {
