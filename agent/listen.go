@@ -41,8 +41,9 @@ func listen(path string) (*socket, error) {
 	if err := clearStale(path); err != nil {
 		return nil, err
 	}
-	// The file takes the mode that the socket has when it is bound, so there is no
-	// moment at which others may connect.
+	// The file takes the mode that the socket has when it is bound, less the umask,
+	// so there is no moment at which others may connect. The chmod below gives the
+	// group what the umask took.
 	config := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
 		var err error
 		if e := c.Control(func(fd uintptr) { err = unix.Fchmod(int(fd), 0o660) }); e != nil {
@@ -56,6 +57,10 @@ func listen(path string) (*socket, error) {
 	}
 	unixListener := l.(*net.UnixListener)
 	unixListener.SetUnlinkOnClose(false)
+	if err := os.Chmod(path, 0o660); err != nil {
+		l.Close()
+		return nil, fmt.Errorf("listen on %s: %w", path, err)
+	}
 	info, err := os.Lstat(path)
 	if err != nil {
 		l.Close()

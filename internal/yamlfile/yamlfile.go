@@ -65,6 +65,9 @@ func Decode(name string, src []byte, out any) (*File, error) {
 	if n := documents(root); n > 1 {
 		return nil, &Error{File: name, Msg: fmt.Sprintf("%d YAML documents", n), Hint: "keep one document in the file"}
 	}
+	if documents(root) == 0 {
+		return f, nil // the decoder would clear what out holds
+	}
 	if err := yaml.NewDecoder(bytes.NewReader(src), yaml.Strict()).Decode(out); err != nil && !errors.Is(err, io.EOF) {
 		return nil, f.wrap(err)
 	}
@@ -111,7 +114,7 @@ func (f *File) lex(src []byte) error {
 func documents(root *ast.File) int {
 	n := 0
 	for _, d := range root.Docs {
-		if d.Body != nil {
+		if _, comment := d.Body.(*ast.CommentGroupNode); d.Body != nil && !comment {
 			n++
 		}
 	}

@@ -48,6 +48,15 @@ func TestDecode(t *testing.T) {
 	}
 }
 
+func TestEmptyFileKeepsDefaults(t *testing.T) {
+	for _, src := range []string{"", "\n", "# only words\n", "---\n"} {
+		out := sample{Name: "default"}
+		if _, err := Decode("f.yaml", []byte(src), &out); err != nil || out.Name != "default" {
+			t.Errorf("%q: %+v, %v", src, out, err)
+		}
+	}
+}
+
 func TestErrorfFindsThePlace(t *testing.T) {
 	src := "name: a\nlist:\n- port: 1\n- port: 22\n"
 	var out sample

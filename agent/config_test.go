@@ -1,0 +1,75 @@
+package agent
+
+import (
+	"os"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"go.uber.org/zap/zapcore"
+)
+
+func TestParseConfig(t *testing.T) {
+	host, err := os.Hostname()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		name, src string
+		want      Config
+	}{
+		{"OK only comments", "# nothing\n", Config{Node: host, Server: "/run/demarc/agent.sock", Core: "/run/demarc/core.sock"}},
+		{"OK empty", "", Config{Node: host, Server: "/run/demarc/agent.sock", Core: "/run/demarc/core.sock"}},
+		{"OK all", `
+node: n1
+server: unix:///run/n1/agent.sock
+core: unix:///run/n1/core.sock
+metrics: {listen: "127.0.0.1:9477"}
+identity: {providers: [file], inventory: inventory.yaml}
+journal: {}
+detect: {}
+log: {level: debug, format: json}
+`, Config{Node: "n1", Server: "/run/n1/agent.sock", Core: "/run/n1/core.sock", Metrics: "127.0.0.1:9477", Inventory: "/etc/demarc/inventory.yaml", LogLevel: zapcore.DebugLevel, LogJSON: true}},
+		{"OK plain path, absolute inventory", "server: /a.sock\nidentity: {providers: [file], inventory: /i.yaml}\n",
+			Config{Node: host, Server: "/a.sock", Core: "/run/demarc/core.sock", Inventory: "/i.yaml"}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			got, err := ParseConfig("/etc/demarc/agent.yaml", []byte(c.src))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if d := cmp.Diff(c.want, *got); d != "" {
+				t.Errorf("config (-want +got):\n%s", d)
+			}
+		})
+	}
+}
+
+func TestParseConfigRefuses(t *testing.T) {
+	for _, c := range []struct{ name, src, want string }{
+		{"bad key", "sever: x\n", "a.yaml:1:1: unknown field \"sever\"\nhint: check the spelling; unknown keys are never ignored"},
+		{"bad nested key", "metrics:\n  port: 1\n", "a.yaml:2:3: unknown field \"port\"\nhint: check the spelling; unknown keys are never ignored"},
+		{"bad server", "server: tcp://1.2.3.4\n", "a.yaml:1:9: server \"tcp://1.2.3.4\": want unix:///PATH\nhint: for example unix:///run/demarc/agent.sock"},
+		{"bad core", "core: core.sock\n", "a.yaml:1:7: server \"core.sock\": want unix:///PATH\nhint: for example unix:///run/demarc/core.sock"},
+		{"bad same socket", "server: /a\ncore: /a\n", "a.yaml:1:9: server and core are the same socket\nhint: the agent and the core each need a socket of their own"},
+		{"bad node", "node: \"a b\"\n", "a.yaml:1:7: node name \"a b\" is no name\nhint: use at most 253 printable ASCII characters"},
+		{"bad listen", "metrics: {listen: 9477}\n", "a.yaml:1:19: \"9477\" is no HOST:PORT\nhint: for example 127.0.0.1:9477"},
+		{"bad provider", "identity: {providers: [file, cri], inventory: x}\n", "a.yaml:1:30: unknown identity provider \"cri\"\nhint: this version has one provider: file"},
+		{"bad no inventory", "identity: {providers: [file]}\n", "a.yaml:1:23: provider file needs an inventory\nhint: set identity.inventory to its file"},
+		{"bad unused inventory", "identity: {inventory: x}\n", "a.yaml:1:23: the inventory is not used by any provider\nhint: add `providers: [file]`"},
+		{"bad journal", "journal: {path: /x}\n", "a.yaml:1:10: the journal is not available in this version\nhint: leave the section empty"},
+		{"bad detect", "detect: {scan: on}\n", "a.yaml:1:9: detection is not available in this version\nhint: leave the section empty"},
+		{"bad level", "log: {level: loud}\n", "a.yaml:1:14: unknown log level \"loud\"\nhint: use debug, info, warn or error"},
+		{"bad fatal level", "log: {level: fatal}\n", "a.yaml:1:14: unknown log level \"fatal\"\nhint: use debug, info, warn or error"},
+		{"bad format", "log: {format: xml}\n", "a.yaml:1:15: unknown log format \"xml\"\nhint: use text or json"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			got := ""
+			if _, err := ParseConfig("a.yaml", []byte(c.src)); err != nil {
+				got = err.Error()
+			}
+			if d := cmp.Diff(c.want, got); d != "" {
+				t.Errorf("error (-want +got):\n%s", d)
+			}
+		})
+	}
+}
