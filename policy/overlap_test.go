@@ -133,7 +133,7 @@ func TestOverlapAgainstEveryProcess(t *testing.T) {
 func hasGlob(ws []Workload) bool {
 	for _, w := range ws {
 		for _, s := range w.Match {
-			if strings.Contains(s.Path, "*") || s.Kind == image.SelectCgroup {
+			if strings.Contains(s.Path, "*") {
 				return true
 			}
 		}
