@@ -3,7 +3,7 @@ SHELL := /bin/sh
 GO ?= go
 BIN := bin
 VERSION := $(shell git describe --always --dirty 2>/dev/null || echo unknown)
-LDFLAGS := -s -w -X github.com/demarc/demarc/internal/version.Version=$(VERSION)
+LDFLAGS := -s -w -X github.com/demarc/demarc/internal/version.version=$(VERSION) -X main.version=$(VERSION)
 OBJECT := agent/core/demarc_bpfel.o
 
 # Packages whose tests need root and the kernel's BPF. They fail without.
