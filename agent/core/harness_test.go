@@ -4,6 +4,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -181,4 +182,25 @@ func removeCgroup(t *testing.T, dir string) {
 	if err := os.Remove(dir); err != nil {
 		t.Fatal(err)
 	}
+}
+
+// as runs something with another effective user, who is let through to a path.
+func as(t *testing.T, uid int, do func(), path string) {
+	t.Helper()
+	for dir := filepath.Dir(path); dir != "/" && dir != os.TempDir(); dir = filepath.Dir(dir) {
+		must(t, os.Chmod(dir, 0o711))
+	}
+	must(t, os.Chmod(path, 0o666))
+	done := make(chan error)
+	go func() {
+		// The thread is thrown away with its user: it is never unlocked.
+		runtime.LockOSThread()
+		if _, _, errno := unix.RawSyscall(unix.SYS_SETRESUID, ^uintptr(0), uintptr(uid), ^uintptr(0)); errno != 0 {
+			done <- errno
+			return
+		}
+		do()
+		done <- nil
+	}()
+	must(t, <-done)
 }

@@ -1,0 +1,330 @@
+package core
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"errors"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/cilium/ebpf"
+	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
+
+	"github.com/demarc/demarc/agent/core/proto"
+	"github.com/demarc/demarc/bpf/abi"
+)
+
+// serve runs the socket of a core until the test ends.
+func serve(t *testing.T, c *Core) {
+	t.Helper()
+	l, err := c.Listen()
+	must(t, err)
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error)
+	go func() { done <- c.Serve(ctx, l) }()
+	t.Cleanup(func() {
+		cancel()
+		if err := <-done; err != nil {
+			t.Errorf("serve: %v", err)
+		}
+		absent(t, c.config.Socket())
+	})
+}
+
+func dial(t *testing.T, c *Core) *proto.Client {
+	t.Helper()
+	client, err := proto.Dial(t.Context(), c.config.Socket())
+	must(t, err)
+	t.Cleanup(func() { client.Close() })
+	return client
+}
+
+func memfd(t *testing.T, b []byte) *os.File {
+	t.Helper()
+	fd, err := unix.MemfdCreate("test", unix.MFD_CLOEXEC)
+	must(t, err)
+	f := os.NewFile(uintptr(fd), "test")
+	t.Cleanup(func() { f.Close() })
+	_, err = f.Write(b)
+	must(t, err)
+	return f
+}
+
+// One conversation, as the agent has it.
+func TestConversation(t *testing.T) {
+	m := newMachine(t)
+	m.mkdir("/lab/pod")
+	c := m.start()
+	serve(t, c)
+	client := dial(t, c)
+
+	hello, d, err := client.Hello()
+	must(t, err)
+	defer d.Close()
+	if diff := cmp.Diff(&proto.Hello{Version: proto.Version, ABI: abi.Version, CgroupRoot: m.config.CgroupRoot}, hello); diff != "" {
+		t.Errorf("hello (-want +got):\n%s", diff)
+	}
+	if _, err := client.Image(); !refusedWith(err, "no policy is in force") {
+		t.Errorf("image of nothing: %v", err)
+	}
+	b := shop(t, nil)
+	status, err := client.Apply(memfd(t, b))
+	must(t, err)
+	if status.State != proto.StateEnforcing {
+		t.Errorf("status %+v", status)
+	}
+	f, err := client.Image()
+	must(t, err)
+	defer f.Close()
+	if got, err := io.ReadAll(f); err != nil || !bytes.Equal(got, b) {
+		t.Errorf("image: %d bytes, %v; want %d", len(got), err, len(b))
+	}
+	if _, err := f.WriteAt([]byte{0}, 0); err == nil {
+		t.Error("the image can be written")
+	}
+	must(t, client.Bind("/lab/pod", id(t, b, "pod")))
+	if got := identity(t, c, "/lab/pod"); got != id(t, b, "pod") {
+		t.Errorf("bound to %d", got)
+	}
+	must(t, client.Unbind("/lab/pod"))
+	if _, err := client.Rollback(); !refusedWith(err, "there is no previous image") {
+		t.Errorf("rollback: %v", err)
+	}
+	if _, err := client.Apply(memfd(t, b[:100])); err == nil || !strings.HasPrefix(err.Error(), "verify image: ") {
+		t.Errorf("half an image: %v", err)
+	}
+	again, err := client.Status()
+	must(t, err)
+	if again.Active.Version != 7 || again.State != proto.StateEnforcing {
+		t.Errorf("after refusals: %+v", again)
+	}
+}
+
+func refusedWith(err error, message string) bool {
+	var r *proto.Refused
+	return errors.As(err, &r) && r.Message == message
+}
+
+// The agent's descriptors show and never change: verdicts are out of its reach.
+func TestDescriptorsAreReadOnly(t *testing.T) {
+	m := newMachine(t)
+	c := m.start()
+	serve(t, c)
+	_, d, err := dial(t, c).Hello()
+	must(t, err)
+	defer d.Close()
+	for _, tt := range []struct {
+		file       *os.File
+		key, value []byte
+	}{
+		{d.Counts, make([]byte, 16), nil},
+		{d.Rings, make([]byte, 4), nil},
+		{d.Faults, make([]byte, 4), nil},
+		{d.Bindings, make([]byte, 8), make([]byte, 32)},
+		{d.State, make([]byte, 4), make([]byte, 24)},
+	} {
+		fd, err := unix.Dup(int(tt.file.Fd()))
+		must(t, err)
+		m, err := ebpf.NewMapFromFD(fd)
+		must(t, err)
+		defer m.Close()
+		value := any(tt.value)
+		if tt.value == nil { // per CPU
+			value = make([][]byte, ebpf.MustPossibleCPU())
+			for i := range value.([][]byte) {
+				value.([][]byte)[i] = make([]byte, m.ValueSize())
+			}
+		}
+		if err := m.Put(tt.key, value); !errors.Is(err, unix.EPERM) {
+			t.Errorf("%v can be written: %v", m, err)
+		}
+		if err := m.Delete(tt.key); !errors.Is(err, unix.EPERM) && !errors.Is(err, unix.EINVAL) {
+			t.Errorf("%v can be deleted from: %v", m, err)
+		}
+	}
+	for _, ring := range []*os.File{d.Denied, d.Allowed} {
+		page, err := unix.Mmap(int(ring.Fd()), 0, os.Getpagesize(), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+		if err != nil {
+			t.Errorf("ring cannot be read: %v", err)
+			continue
+		}
+		must(t, unix.Munmap(page))
+		if _, err := unix.Mmap(int(ring.Fd()), int64(os.Getpagesize()), os.Getpagesize(), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED); err == nil {
+			t.Error("the ring's events can be written")
+		}
+	}
+}
+
+// Whatever arrives, the core answers an error or hangs up, and goes on.
+func TestProtocolRefuses(t *testing.T) {
+	m := newMachine(t)
+	c := m.start()
+	serve(t, c)
+	hello := frameOf(`{"op":"hello","version":1}`)
+	frame := func(texts ...string) (all []byte) {
+		all = hello
+		for _, text := range texts {
+			all = append(all[:len(all):len(all)], frameOf(text)...)
+		}
+		return all
+	}
+	tests := []struct {
+		name string
+		send []byte
+		want string // of the last answer
+	}{
+		{"bad status before hello", frameOf(`{"op":"status"}`), "status is out of order"},
+		{"bad second hello", frame(`{"op":"hello","version":1}`), "hello is out of order"},
+		{"bad version", frameOf(`{"op":"hello","version":2}`), "the agent speaks protocol 2, the core 1"},
+		{"bad op", frame(`{"op":"reboot"}`), `malformed "reboot" request`},
+		{"bad no op", frame(`{}`), `malformed "" request`},
+		{"bad field of another op", frame(`{"op":"status","path":"/x"}`), `malformed "status" request`},
+		{"bad unknown field", frame(`{"op":"status","more":1}`), `decode frame: json: unknown field "more"`},
+		{"bad trailing value", frame(`{"op":"status"}{}`), "decode frame: trailing data"},
+		{"bad json", frame(`{"op"`), "decode frame: unexpected EOF"},
+		{"bad number", frame(`{"op":"bind","path":"/x","identity":-1}`), "decode frame: json: cannot unmarshal number -1 "},
+		{"bad apply without image", frame(`{"op":"apply"}`), `malformed "apply" request`},
+		{"bad length", append(hello[:len(hello):len(hello)], 0xff, 0xff, 0xff, 0xff), "read frame: 4294967295 bytes, at most 1048576"},
+		{"OK after an error", frame(`{"op":"rollback"}`, `{"op":"status"}`), ""},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			conn, err := net.DialUnix("unix", nil, &net.UnixAddr{Name: c.config.Socket(), Net: "unix"})
+			must(t, err)
+			defer conn.Close()
+			must(t, conn.SetDeadline(time.Now().Add(10*time.Second)))
+			_, err = conn.Write(tt.send)
+			must(t, err)
+			must(t, conn.CloseWrite())
+			var last proto.Response
+			for {
+				var r proto.Response
+				files, err := proto.ReadFrame(conn, &r)
+				proto.CloseFiles(files)
+				if err != nil {
+					break
+				}
+				last = r
+			}
+			if !strings.HasPrefix(last.Error, tt.want) || tt.want == "" && last.Error != "" {
+				t.Errorf("answer %+v, want %q", last, tt.want)
+			}
+		})
+	}
+	if _, _, err := dial(t, c).Hello(); err != nil {
+		t.Errorf("the next one is not answered: %v", err)
+	}
+}
+
+// frameOf writes a frame by hand, whatever its text is.
+func frameOf(text string) []byte {
+	return append(binary.BigEndian.AppendUint32(nil, uint32(len(text))), text...)
+}
+
+func TestDescriptorsOfRequests(t *testing.T) {
+	m := newMachine(t)
+	c := m.start()
+	serve(t, c)
+	dev, err := os.Open("/dev/zero")
+	must(t, err)
+	defer dev.Close()
+	r, w, err := os.Pipe()
+	must(t, err)
+	defer r.Close()
+	defer w.Close()
+	client := dial(t, c)
+	_, d, err := client.Hello()
+	must(t, err)
+	d.Close()
+	for _, f := range []*os.File{dev, r} {
+		if _, err := client.Apply(f); !refusedWith(err, "read image: the descriptor is not a regular file") {
+			t.Errorf("%s: %v", f.Name(), err)
+		}
+	}
+	big := memfd(t, nil)
+	must(t, big.Truncate(1<<40))
+	if _, err := client.Apply(big); err == nil || !strings.HasPrefix(err.Error(), "read image: 1099511627776 bytes") {
+		t.Errorf("a terabyte: %v", err)
+	}
+}
+
+func TestConnectionsAreBounded(t *testing.T) {
+	m := newMachine(t)
+	c := m.start()
+	serve(t, c)
+	for range maxConnections {
+		_, d, err := dial(t, c).Hello()
+		must(t, err)
+		d.Close()
+	}
+	if _, _, err := dial(t, c).Hello(); !refusedWith(err, "there are 4 connections already") {
+		t.Errorf("one too many: %v", err)
+	}
+}
+
+// Who is neither root nor the agent is not answered, even if the socket's mode
+// would let him in.
+func TestPeerIsChecked(t *testing.T) {
+	m := newMachine(t)
+	m.config.AgentUID = 4242
+	c := m.start()
+	serve(t, c)
+	info, err := os.Stat(c.config.Socket())
+	must(t, err)
+	var stat unix.Stat_t
+	must(t, unix.Stat(c.config.Socket(), &stat))
+	if info.Mode().Perm() != 0o660 || stat.Uid != 4242 {
+		t.Errorf("socket has mode %v, owner %d", info.Mode(), stat.Uid)
+	}
+	for uid, want := range map[int]string{0: "", 4242: "", 4243: "user 4243 may not talk to the core"} {
+		var err error
+		as(t, uid, func() {
+			var client *proto.Client
+			if client, err = proto.Dial(t.Context(), c.config.Socket()); err == nil {
+				var d *proto.Descriptors
+				if _, d, err = client.Hello(); err == nil {
+					d.Close()
+				}
+				client.Close()
+			}
+		}, c.config.Socket())
+		if (err == nil) != (want == "") || err != nil && err.Error() != want {
+			t.Errorf("user %d: %v, want %q", uid, err, want)
+		}
+	}
+}
+
+func FuzzSession(f *testing.F) {
+	f.Add([]byte(`{"op":"hello","version":1}`))
+	f.Add([]byte(`{"op":"bind","path":"/lab/x","identity":16}`))
+	f.Add([]byte(`{"op":"apply"}`))
+	f.Add([]byte(`{"op":"status"}x`))
+	c := &Core{log: slog.New(slog.DiscardHandler), tree: &tree{dir: "/"}, donated: &proto.Descriptors{}, links: &links{}, store: store{f.TempDir()}}
+	f.Fuzz(func(t *testing.T, b []byte) {
+		var q proto.Request
+		if proto.Unmarshal(b, &q) != nil {
+			return
+		}
+		// In whatever order requests come, nothing but hello opens the session.
+		for _, s := range []session{{core: c}, {core: c, greeted: true}} {
+			before := s.greeted
+			r, files, mine := s.handle(q, nil)
+			if mine {
+				proto.CloseFiles(files)
+			}
+			if !before && (s.greeted != (r.Hello != nil) || r.Status != nil) {
+				t.Errorf("%s before hello: %+v", b, r)
+			}
+			if (r.Error != "") == (r.Hello != nil || r.Status != nil) && q.Op != proto.OpUnbind {
+				t.Errorf("%s: %+v", b, r)
+			}
+		}
+	})
+}

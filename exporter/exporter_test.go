@@ -1,0 +1,229 @@
+package exporter
+
+import (
+	"context"
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/testutil"
+	"go.uber.org/goleak"
+
+	"github.com/demarc/demarc/bpf/abi"
+	"github.com/demarc/demarc/internal/version"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+// fixed is a source that always says the same.
+type fixed Snapshot
+
+func (f fixed) Snapshot() Snapshot { return Snapshot(f) }
+
+var full = fixed{
+	Connected: true, Enforcing: true,
+	Policy: &Policy{Name: "shop", Digest: "abc", Mode: "enforce", Version: 7, Generation: 12, Applied: time.Unix(1000, 500e6)},
+	Verdicts: []Verdict{
+		{Direction: abi.Egress, Verdict: abi.Deny, Reason: abi.NoCrossingFor, Source: Party{"edge", "web"}, Count: 4},
+		{Direction: abi.Ingress, Verdict: abi.Allow, Reason: abi.ByCrossing, Crossing: "web-api", Source: Party{"edge", "web"}, Destination: Party{"app", "api"}, Count: 9},
+	},
+	Bindings: []Bindings{{Party{"edge", "web"}, 2}, {Party{"", "unmanaged"}, 31}},
+	Rings:    []Ring{{"denied", 10, 1}, {"allowed", 20, 2}},
+	Faults:   &[abi.Faults]uint64{abi.FaultStorage: 3},
+	Inventory: &Inventory{
+		Workloads: 3, Bound: 2, Problems: 1,
+	},
+	Received:   [abi.Rings]uint64{9, 18},
+	Missed:     [abi.Rings]uint64{1, 2},
+	ReadErrors: 5,
+}
+
+// build replaces what differs from one build to the next.
+var build = regexp.MustCompile(`BUILD`)
+
+func expected(series string) io.Reader {
+	b := version.Get()
+	return strings.NewReader(build.ReplaceAllLiteralString(series, `go="`+b.Go+`",revision="`+b.Revision+`",version="`+b.Version+`"`))
+}
+
+func TestCollectorExportsEverySeries(t *testing.T) {
+	for _, c := range []struct {
+		name   string
+		source Source
+		want   string
+	}{
+		{"OK full", full, `
+# HELP demarc_agent_events_total Events that the agent read from a ring.
+# TYPE demarc_agent_events_total counter
+demarc_agent_events_total{ring="allowed"} 18
+demarc_agent_events_total{ring="denied"} 9
+# HELP demarc_agent_flows_lost_total Events missing between those that the agent read from a ring.
+# TYPE demarc_agent_flows_lost_total counter
+demarc_agent_flows_lost_total{ring="allowed"} 2
+demarc_agent_flows_lost_total{ring="denied"} 1
+# HELP demarc_agent_read_errors_total Times that the kernel's counters could not be read.
+# TYPE demarc_agent_read_errors_total counter
+demarc_agent_read_errors_total 5
+# HELP demarc_bindings Cgroups bound to an identity.
+# TYPE demarc_bindings gauge
+demarc_bindings{workload="unmanaged",zone=""} 31
+demarc_bindings{workload="web",zone="edge"} 2
+# HELP demarc_build_info Build of this agent; always 1.
+# TYPE demarc_build_info gauge
+demarc_build_info{BUILD} 1
+# HELP demarc_core_connected 1 while the agent is connected to the core.
+# TYPE demarc_core_connected gauge
+demarc_core_connected 1
+# HELP demarc_enforcing 1 while every program is attached and an enforcing policy decides, as far as the agent knows.
+# TYPE demarc_enforcing gauge
+demarc_enforcing 1
+# HELP demarc_faults_total Things that went wrong inside the kernel programs.
+# TYPE demarc_faults_total counter
+demarc_faults_total{fault="binding-full"} 0
+demarc_faults_total{fault="counter-full"} 0
+demarc_faults_total{fault="flow-full"} 0
+demarc_faults_total{fault="handshake-full"} 0
+demarc_faults_total{fault="limit-contended"} 0
+demarc_faults_total{fault="port-full"} 0
+demarc_faults_total{fault="socket-storage"} 3
+# HELP demarc_inventory_bound Workloads of the inventory that have their identity.
+# TYPE demarc_inventory_bound gauge
+demarc_inventory_bound 2
+# HELP demarc_inventory_problems Problems with the inventory.
+# TYPE demarc_inventory_problems gauge
+demarc_inventory_problems 1
+# HELP demarc_inventory_workloads Workloads in the inventory.
+# TYPE demarc_inventory_workloads gauge
+demarc_inventory_workloads 3
+# HELP demarc_policy_applied_timestamp_seconds When the policy in force was applied.
+# TYPE demarc_policy_applied_timestamp_seconds gauge
+demarc_policy_applied_timestamp_seconds 1000.5
+# HELP demarc_policy_generation Grows with every change of what is in force.
+# TYPE demarc_policy_generation gauge
+demarc_policy_generation 12
+# HELP demarc_policy_info Policy in force; always 1.
+# TYPE demarc_policy_info gauge
+demarc_policy_info{digest="abc",mode="enforce",name="shop",version="7"} 1
+# HELP demarc_ring_events_total Events made for a ring, lost ones included.
+# TYPE demarc_ring_events_total counter
+demarc_ring_events_total{ring="allowed"} 20
+demarc_ring_events_total{ring="denied"} 10
+# HELP demarc_ring_lost_total Events that found no room in a ring.
+# TYPE demarc_ring_lost_total counter
+demarc_ring_lost_total{ring="allowed"} 2
+demarc_ring_lost_total{ring="denied"} 1
+# HELP demarc_verdicts_total Verdicts, counted in the kernel without loss.
+# TYPE demarc_verdicts_total counter
+demarc_verdicts_total{crossing="",direction="egress",dst_workload="",dst_zone="",reason="no-crossing",src_workload="web",src_zone="edge",verdict="deny"} 4
+demarc_verdicts_total{crossing="web-api",direction="ingress",dst_workload="api",dst_zone="app",reason="crossing",src_workload="web",src_zone="edge",verdict="allow"} 9
+`},
+		{"OK core away", fixed{}, `
+# HELP demarc_agent_events_total Events that the agent read from a ring.
+# TYPE demarc_agent_events_total counter
+demarc_agent_events_total{ring="allowed"} 0
+demarc_agent_events_total{ring="denied"} 0
+# HELP demarc_agent_flows_lost_total Events missing between those that the agent read from a ring.
+# TYPE demarc_agent_flows_lost_total counter
+demarc_agent_flows_lost_total{ring="allowed"} 0
+demarc_agent_flows_lost_total{ring="denied"} 0
+# HELP demarc_agent_read_errors_total Times that the kernel's counters could not be read.
+# TYPE demarc_agent_read_errors_total counter
+demarc_agent_read_errors_total 0
+# HELP demarc_build_info Build of this agent; always 1.
+# TYPE demarc_build_info gauge
+demarc_build_info{BUILD} 1
+# HELP demarc_core_connected 1 while the agent is connected to the core.
+# TYPE demarc_core_connected gauge
+demarc_core_connected 0
+# HELP demarc_enforcing 1 while every program is attached and an enforcing policy decides, as far as the agent knows.
+# TYPE demarc_enforcing gauge
+demarc_enforcing 0
+`},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			registry := prometheus.NewPedanticRegistry()
+			registry.MustRegister(Collector{c.source})
+			if err := testutil.GatherAndCompare(registry, expected(c.want)); err != nil {
+				t.Error(err)
+			}
+			if problems, err := testutil.GatherAndLint(registry); len(problems) > 0 || err != nil {
+				t.Errorf("lint: %v, %v", problems, err)
+			}
+		})
+	}
+}
+
+// TestDocumentationNamesEverySeries keeps docs/metrics.md whole.
+func TestDocumentationNamesEverySeries(t *testing.T) {
+	b, err := os.ReadFile("../docs/metrics.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var documented, exported []string
+	for _, m := range regexp.MustCompile("(?m)^\\| `(demarc_[a-z_]+)").FindAllStringSubmatch(string(b), -1) {
+		documented = append(documented, m[1])
+	}
+	name := regexp.MustCompile(`fqName: "([^"]+)"`)
+	for _, d := range all {
+		exported = append(exported, name.FindStringSubmatch(d.String())[1])
+	}
+	slices.Sort(documented)
+	slices.Sort(exported)
+	if !slices.Equal(documented, exported) {
+		t.Errorf("documented %q\nexported %q", documented, exported)
+	}
+}
+
+func TestProbes(t *testing.T) {
+	for _, c := range []struct {
+		name   string
+		source fixed
+		path   string
+		code   int
+		body   string
+	}{
+		{"OK alive without core", fixed{}, "/healthz", 200, "ok\n"},
+		{"OK ready", full, "/readyz", 200, "ok\n"},
+		{"bad core away", fixed{}, "/readyz", 503, "the core is not connected\n"},
+		{"bad not enforcing", fixed{Connected: true}, "/readyz", 503, "not enforcing\n"},
+	} {
+		w := httptest.NewRecorder()
+		Handler(c.source).ServeHTTP(w, httptest.NewRequest("GET", c.path, nil))
+		if w.Code != c.code || w.Body.String() != c.body {
+			t.Errorf("%s: %d %q", c.name, w.Code, w.Body)
+		}
+	}
+}
+
+func TestServer(t *testing.T) {
+	s := NewServer("127.0.0.1:0", full)
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- s.Run(ctx) }()
+	<-s.Ready()
+	transport := &http.Transport{}
+	res, err := (&http.Client{Transport: transport}).Get("http://" + s.Addr().String() + "/metrics")
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := io.ReadAll(res.Body)
+	res.Body.Close()
+	if err != nil || !strings.Contains(string(b), "\ndemarc_enforcing 1\n") || !strings.Contains(string(b), "\ngo_goroutines ") {
+		t.Errorf("metrics: %v\n%s", err, b)
+	}
+	transport.CloseIdleConnections()
+	if err := NewServer(s.Addr().String(), full).Run(ctx); err == nil || !strings.HasPrefix(err.Error(), "listen on 127.0.0.1:") {
+		t.Errorf("a used address: %v", err)
+	}
+	cancel()
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+}
