@@ -1,0 +1,177 @@
+package netlab
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/demarc/demarc/test/probe"
+)
+
+// probeName is what the test binary is called where it acts as a probe.
+const probeName = "demarc-probe"
+
+// privateVariable says that this process is in a mount namespace of the tests'
+// own: what it mounts, the machine does not notice. test/run sets it too.
+const privateVariable = "DEMARC_PRIVATE_MOUNTS"
+
+// cgroupPrefix and the process id of their test name the cgroups of all labs.
+const cgroupPrefix = "demarc-lab-"
+
+// process is what the labs of this process share.
+var process struct {
+	dir    string // temporary files
+	cgroup string // parent of every lab's cgroup
+
+	mu   sync.Mutex
+	labs map[*Lab]bool
+}
+
+func prepared() bool { return process.cgroup != "" }
+
+func registerLab(l *Lab) {
+	process.mu.Lock()
+	defer process.mu.Unlock()
+	process.labs[l] = true
+}
+
+func unregisterLab(l *Lab) {
+	process.mu.Lock()
+	defer process.mu.Unlock()
+	delete(process.labs, l)
+}
+
+func init() {
+	// Children are told to die with the thread that made them; the main thread
+	// is the one that never ends before the process.
+	runtime.LockOSThread()
+}
+
+// Main runs the tests of a package in a mount namespace of their own and removes
+// what they leave, also when SIGINT or SIGTERM ends them. It does not return.
+func Main(m *testing.M) {
+	if os.Args[0] == probeName {
+		probe.Main()
+	}
+	os.Exit(mainRun(m))
+}
+
+func mainRun(m *testing.M) int {
+	if os.Geteuid() != 0 {
+		return m.Run() // New says what is missing, test by test
+	}
+	if os.Getenv(privateVariable) == "" {
+		return again()
+	}
+	if err := prepare(); err != nil {
+		fmt.Fprintf(os.Stderr, "netlab: %v\n", err)
+		return 1
+	}
+	signals := make(chan os.Signal, 1)
+	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM)
+	go func() {
+		s := <-signals
+		tidy()
+		os.Exit(128 + int(s.(syscall.Signal)))
+	}()
+	status := m.Run()
+	if err := tidy(); err != nil {
+		fmt.Fprintf(os.Stderr, "netlab: clean up: %v\n", err)
+		return max(status, 1)
+	}
+	return status
+}
+
+// again runs this program in a mount namespace of its own and passes signals on.
+func again() int {
+	c := exec.Command("/proc/self/exe", os.Args[1:]...)
+	c.Stdin, c.Stdout, c.Stderr = os.Stdin, os.Stdout, os.Stderr
+	c.Env = append(os.Environ(), privateVariable+"=1")
+	c.SysProcAttr = &syscall.SysProcAttr{Unshareflags: syscall.CLONE_NEWNS, Pdeathsig: syscall.SIGKILL}
+	signals := make(chan os.Signal, 8)
+	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM, syscall.SIGQUIT)
+	if err := c.Start(); err != nil {
+		fmt.Fprintf(os.Stderr, "netlab: enter mount namespace: %v\n", err)
+		return 1
+	}
+	go func() {
+		for s := range signals {
+			_ = c.Process.Signal(s)
+		}
+	}()
+	err := c.Wait()
+	var exit *exec.ExitError
+	switch {
+	case err == nil:
+		return 0
+	case errors.As(err, &exit) && exit.ExitCode() >= 0:
+		return exit.ExitCode()
+	}
+	fmt.Fprintf(os.Stderr, "netlab: %v\n", err)
+	return 1
+}
+
+// prepare makes the parents of all labs, and removes those of tests that were
+// killed before they could.
+func prepare() error {
+	mount, err := cgroup2Mount()
+	if err != nil {
+		return err
+	}
+	if err := removeStale(mount); err != nil {
+		return err
+	}
+	process.labs = make(map[*Lab]bool)
+	if process.dir, err = os.MkdirTemp("", cgroupPrefix); err != nil {
+		return err
+	}
+	if err := os.Chmod(process.dir, 0o755); err != nil {
+		return err
+	}
+	process.cgroup = filepath.Join(mount, cgroupPrefix+strconv.Itoa(os.Getpid()))
+	return os.Mkdir(process.cgroup, 0o755)
+}
+
+// removeStale removes cgroups of tests whose process is gone.
+func removeStale(mount string) error {
+	old, err := filepath.Glob(filepath.Join(mount, cgroupPrefix+"*"))
+	if err != nil {
+		return err
+	}
+	for _, dir := range old {
+		pid, err := strconv.Atoi(strings.TrimPrefix(filepath.Base(dir), cgroupPrefix))
+		if err != nil || pid == os.Getpid() || !errors.Is(unix.Kill(pid, 0), unix.ESRCH) {
+			continue
+		}
+		if err := errors.Join(killCgroup(dir), removeCgroup(dir)); err != nil {
+			return fmt.Errorf("remove cgroup of a killed test: %w", err)
+		}
+	}
+	return nil
+}
+
+// tidy ends what still runs and removes what the labs share.
+func tidy() error {
+	process.mu.Lock()
+	labs := make([]*Lab, 0, len(process.labs))
+	for l := range process.labs {
+		labs = append(labs, l)
+	}
+	process.mu.Unlock()
+	var problems []error
+	for _, l := range labs {
+		problems = append(problems, l.close())
+	}
+	return errors.Join(append(problems, killCgroup(process.cgroup), removeCgroup(process.cgroup), os.RemoveAll(process.dir))...)
+}
