@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -71,7 +72,7 @@ func (b *binder) reconcile() {
 	v := b.link.view()
 	var problems []string
 	if bad != nil {
-		problems = append(problems, bad.Error())
+		problems = append(problems, oneLine(bad))
 	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -142,10 +143,15 @@ func (b *binder) status() *api.Inventory {
 	defer b.mu.Unlock()
 	s := &api.Inventory{File: b.file.Path(), Read: read, Bound: len(b.made), Problems: slices.Clone(b.problems)}
 	if bad != nil && len(s.Problems) == 0 {
-		s.Problems = []string{bad.Error()}
+		s.Problems = []string{oneLine(bad)}
 	}
 	if inv != nil {
 		s.Workloads = len(inv.Workloads)
 	}
 	return s
+}
+
+// oneLine is an error with its hint and its parts in one line.
+func oneLine(err error) string {
+	return strings.NewReplacer("\nhint: ", ": ", "\n", "; ").Replace(err.Error())
 }

@@ -181,7 +181,7 @@ func (s *service) identities() ([]api.Identity, error) {
 			}
 			out[i].Bindings++
 			if path := s.cgroups.Path(root, cgroup); path != "" && out[i].Reserved == "" {
-				out[i].Cgroups = append(out[i].Cgroups, path)
+				out[i].Cgroups = append(out[i].Cgroups, flow.Escape(path))
 			}
 		}
 		for i := range out {

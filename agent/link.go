@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -105,12 +106,13 @@ func (l *link) Run(ctx context.Context) error {
 		if ctx.Err() != nil {
 			return nil
 		}
+		problem := oneLine(err)
 		l.mu.Lock()
-		changed := l.problem != err.Error()
-		l.problem = err.Error()
+		changed := l.problem != problem
+		l.problem = problem
 		l.mu.Unlock()
 		if changed {
-			l.log.Warn("core is away", zap.Error(err))
+			l.log.Warn("core is away", zap.String("problem", problem))
 		}
 		if time.Since(start) > backoffLast {
 			wait = backoffFirst
@@ -170,7 +172,7 @@ func (l *link) connected(parent context.Context, up func()) error {
 	}
 	l.mu.Unlock()
 	if err := l.refresh(); err != nil {
-		return err
+		return cmp.Or(context.Cause(ctx), err)
 	}
 	l.log.Info("connected to the core", zap.String("cgroup_root", s.root))
 	for ring := range abi.Rings {
@@ -187,7 +189,7 @@ func (l *link) connected(parent context.Context, up func()) error {
 			return context.Cause(ctx)
 		case <-poll.C:
 			if err := l.refresh(); err != nil {
-				return err
+				return cmp.Or(context.Cause(ctx), err)
 			}
 		}
 	}

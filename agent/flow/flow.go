@@ -133,7 +133,7 @@ func (r *Resolver) Flow(e *abi.Event) Flow {
 	}
 	r.identify(subject, e.Epoch, e.Subject)
 	if r.Cgroup != nil && e.Cgroup != 0 {
-		subject.Cgroup = escape(r.Cgroup(e.Cgroup))
+		subject.Cgroup = Escape(r.Cgroup(e.Cgroup))
 	}
 	switch e.Proof {
 	case abi.ProofIdentity:
@@ -177,12 +177,12 @@ func printable(b []byte) string {
 	if i := bytes.IndexByte(b, 0); i >= 0 {
 		b = b[:i]
 	}
-	return escape(string(b))
+	return Escape(string(b))
 }
 
-// escape writes everything but printable ASCII and a single backslash as \xNN, so
+// Escape writes everything but printable ASCII and a single backslash as \xNN, so
 // that a process name can move no cursor and start no line.
-func escape(s string) string {
+func Escape(s string) string {
 	const hex = "0123456789abcdef"
 	clean := func(c byte) bool { return c >= 0x20 && c < 0x7f && c != '\\' }
 	for i := 0; ; i++ {

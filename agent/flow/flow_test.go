@@ -218,12 +218,12 @@ func TestJ07EscapesKernelStrings(t *testing.T) {
 		{"\xff\x9b31m\x7f", `\xff\x9b31m\x7f`},
 		{`\x41`, `\x5cx41`},
 	} {
-		if got := escape(c.in); got != c.want {
-			t.Errorf("escape(%q) = %q, want %q", c.in, got, c.want)
+		if got := Escape(c.in); got != c.want {
+			t.Errorf("Escape(%q) = %q, want %q", c.in, got, c.want)
 		}
 	}
 	for b := range 256 {
-		got := escape(string([]byte{byte(b)}))
+		got := Escape(string([]byte{byte(b)}))
 		if strings.ContainsFunc(got, func(r rune) bool { return r < 0x20 || r > 0x7e }) {
 			t.Errorf("byte %#x comes out as %q", b, got)
 		}

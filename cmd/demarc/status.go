@@ -11,6 +11,7 @@ import (
 
 	"github.com/demarc/demarc/agent/api"
 	"github.com/demarc/demarc/agent/core/proto"
+	"github.com/demarc/demarc/agent/flow"
 )
 
 type statusOptions struct {
@@ -108,6 +109,8 @@ func printStatus(w io.Writer, s *api.Status) error {
 	if s.Policy != nil {
 		p.row("Policy", "%s version %d, %s, since %s", s.Policy.Name, s.Policy.Version, s.Policy.Mode, s.Policy.Since.Local().Format(time.DateTime))
 		p.row("", "%s, %s, digest %.12s", plural(s.Policy.Workloads, "workload"), plural(s.Policy.Crossings, "crossing"), s.Policy.Digest)
+	} else if s.State == api.StateUnknown {
+		p.row("Policy", "unknown; what was in force stays in force")
 	} else {
 		p.row("Policy", "none")
 	}
@@ -130,6 +133,9 @@ func printStatus(w io.Writer, s *api.Status) error {
 		p.row("Core", "not connected")
 	}
 	for _, r := range s.Rings {
+		if !s.Core.Connected {
+			break // only the kernel knows
+		}
 		p.row("Events", "%s: %d made, %d lost", r.Name, r.Made, r.Lost)
 	}
 	if i := s.Inventory; i != nil {
@@ -154,5 +160,6 @@ func (p *printer) row(label, format string, args ...any) {
 	if label != "" {
 		label += ":"
 	}
-	_, p.err = fmt.Fprintf(p.w, "%-11s %s\n", label, fmt.Sprintf(format, args...))
+	// Names of files and cgroups end up here too: nothing may reach the terminal raw.
+	_, p.err = fmt.Fprintf(p.w, "%-11s %s\n", label, flow.Escape(fmt.Sprintf(format, args...)))
 }
