@@ -1,0 +1,111 @@
+package e2e_test
+
+import (
+	"encoding/json"
+	"fmt"
+	"net/netip"
+	"testing"
+	"time"
+
+	"github.com/cilium/ebpf"
+	"github.com/demarc/demarc/agent/api"
+	"github.com/demarc/demarc/policy/image"
+	"github.com/demarc/demarc/test/netlab"
+)
+
+// document is a whole policy around its own part: one zone, which is what most
+// rows need, and no trust rule in the way.
+func document(version int, body string) string {
+	return fmt.Sprintf(`apiVersion: demarc.dev/v1alpha1
+kind: BoundaryPolicy
+metadata: {name: lab, version: %d}
+trustDomain: lab.example
+zones:
+  app: {trust: 10}
+%s`, version, body)
+}
+
+// ends are the two workloads and two namespaces of most tests here:
+//
+//	web (/lab/web)  ----switch----  db (/lab/db)
+type ends struct {
+	lab      *netlab.Lab
+	node     *netlab.Node
+	web, db  *netlab.Namespace
+	client   *actor // in web, of workload web
+	server   *actor // in db, of workload db
+	versions int
+}
+
+const webAndDB = `workloads:
+  web: {zone: app, match: [{cgroup: /lab/web}]}
+  db: {zone: app, match: [{cgroup: /lab/db}]}
+`
+
+// newEnds starts a node with the policy's own part behind webAndDB.
+func newEnds(t testing.TB, body string, o netlab.NodeOptions) *ends {
+	t.Helper()
+	e := &ends{lab: netlab.New(t), versions: 1}
+	e.web, e.db = e.lab.Namespace("web"), e.lab.Namespace("db")
+	e.node = e.lab.Node(document(1, webAndDB+body), o)
+	e.client = startActor(t, e.web, e.node.Cgroup("/lab/web"))
+	e.server = startActor(t, e.db, e.node.Cgroup("/lab/db"))
+	return e
+}
+
+// apply puts another own part in force.
+func (e *ends) apply(body string) {
+	e.versions++
+	e.node.Apply(document(e.versions, webAndDB+body))
+}
+
+// at4 and at6 are ports of the server.
+func (e *ends) at4(port uint16) netip.AddrPort { return netip.AddrPortFrom(e.db.IP4, port) }
+func (e *ends) at6(port uint16) netip.AddrPort { return netip.AddrPortFrom(e.db.IP6, port) }
+
+// both are a port of the server on both families.
+func (e *ends) both(port uint16) []netip.AddrPort { return []netip.AddrPort{e.at4(port), e.at6(port)} }
+
+// pinned opens a map of the node as the kernel has it.
+func pinned(t testing.TB, node *netlab.Node, name string) *ebpf.Map {
+	t.Helper()
+	m, err := ebpf.LoadPinnedMap(node.Dir()+"/bpf/demarc/maps/"+name, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { m.Close() })
+	return m
+}
+
+// decoded is the image of a policy.
+func decoded(t testing.TB, node *netlab.Node, text string) *image.Image {
+	t.Helper()
+	img, err := image.Decode(node.Image(text))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return img
+}
+
+// statusOf is what the agent says of itself.
+func statusOf(t testing.TB, node *netlab.Node) (s api.Status) {
+	t.Helper()
+	out, problems, code := node.Demarc("status", "-o", "json")
+	if err := json.Unmarshal([]byte(out), &s); err != nil {
+		t.Fatalf("demarc status: %d, %v\n%s%s", code, err, out, problems)
+	}
+	return s
+}
+
+// eventually waits until something holds, and returns how long that took.
+func eventually(t testing.TB, within time.Duration, what string, holds func() bool) time.Duration {
+	t.Helper()
+	for start := time.Now(); ; time.Sleep(2 * time.Millisecond) {
+		if holds() {
+			return time.Since(start)
+		}
+		if time.Since(start) > within {
+			t.Fatalf("not within %s: %s", within, what)
+		}
+	}
+}

@@ -1,0 +1,176 @@
+package e2e_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"sync"
+	"syscall"
+	"time"
+)
+
+// TrafficArgs is traffic that goes on until it is stopped.
+type TrafficArgs struct {
+	Streams []string // servers that a connection is kept open to, and used all the time
+	Connect []string // servers that connections are made to, one after the other
+	Denied  []string // where nothing may go: connections and datagrams are tried all the time
+	Every   time.Duration
+}
+
+// TrafficReply is what came of it.
+type TrafficReply struct {
+	Exchanged int // round trips on the streams that were kept open
+	Connected int // connections made and used
+	Tried     int // denied calls
+	Problems  []string
+}
+
+// traffic runs in an actor.
+type traffic struct {
+	cancel context.CancelFunc
+	all    sync.WaitGroup
+	mu     sync.Mutex
+	reply  TrafficReply
+}
+
+// StartTraffic opens the streams, which must work, and starts everything.
+func (a *Actor) StartTraffic(args TrafficArgs, _ *bool) error {
+	ctx, cancel := context.WithCancel(context.Background())
+	f := &traffic{cancel: cancel}
+	for _, to := range args.Streams {
+		c, err := dialStream(DialArgs{To: to, Timeout: 5 * time.Second})
+		if err != nil {
+			cancel()
+			return err
+		}
+		f.all.Go(func() { f.use(ctx, c) })
+	}
+	for _, to := range args.Connect {
+		f.repeat(ctx, 10*time.Millisecond, func() error { return f.connect(to) })
+	}
+	for _, to := range args.Denied {
+		at, err := netip.ParseAddrPort(to)
+		if err != nil {
+			cancel()
+			return err
+		}
+		f.repeat(ctx, args.Every, func() error { return f.denyStream(to) })
+		f.repeat(ctx, args.Every, func() error { return f.denyDatagram(at) })
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.traffic = f
+	return nil
+}
+
+// StopTraffic ends it and tells what came of it.
+func (a *Actor) StopTraffic(_ bool, reply *TrafficReply) error {
+	a.mu.Lock()
+	f := a.traffic
+	a.mu.Unlock()
+	f.cancel()
+	f.all.Wait()
+	*reply = f.reply
+	return nil
+}
+
+// Traffic tells what came of it so far.
+func (a *Actor) Traffic(_ bool, reply *TrafficReply) error {
+	a.mu.Lock()
+	f := a.traffic
+	a.mu.Unlock()
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	*reply = f.reply
+	return nil
+}
+
+func (f *traffic) repeat(ctx context.Context, every time.Duration, do func() error) {
+	f.all.Go(func() {
+		tick := time.NewTicker(every)
+		defer tick.Stop()
+		for {
+			select {
+			case <-ctx.Done():
+				return
+			case <-tick.C:
+			}
+			if err := do(); err != nil {
+				f.fail(err)
+			}
+		}
+	})
+}
+
+func (f *traffic) fail(err error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if len(f.reply.Problems) < 20 {
+		f.reply.Problems = append(f.reply.Problems, fmt.Sprintf("%s %s", time.Now().Format("15:04:05.000"), err))
+	}
+}
+
+func (f *traffic) note(n *int) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	*n++
+}
+
+// use exchanges data on a stream until it is told to stop.
+func (f *traffic) use(ctx context.Context, c net.Conn) {
+	defer c.Close()
+	for ctx.Err() == nil {
+		if err := exchange(c, 200, 5*time.Second); err != nil {
+			f.fail(fmt.Errorf("stream %s > %s broke: %w", c.LocalAddr(), c.RemoteAddr(), err))
+			return
+		}
+		f.note(&f.reply.Exchanged)
+		time.Sleep(2 * time.Millisecond)
+	}
+}
+
+func (f *traffic) connect(to string) error {
+	c, err := dialStream(DialArgs{To: to, Timeout: 5 * time.Second})
+	if err != nil {
+		return fmt.Errorf("allowed connection: %w", err)
+	}
+	defer c.Close()
+	if err := exchange(c, 16, 5*time.Second); err != nil {
+		return fmt.Errorf("allowed connection %s > %s: %w", c.LocalAddr(), to, err)
+	}
+	f.note(&f.reply.Connected)
+	return nil
+}
+
+func (f *traffic) denyStream(to string) error {
+	f.note(&f.reply.Tried)
+	c, err := dialStream(DialArgs{To: to, Timeout: 20 * time.Millisecond})
+	if err == nil {
+		c.Close()
+	}
+	return wantDenied("connect to "+to, err)
+}
+
+func (f *traffic) denyDatagram(to netip.AddrPort) error {
+	f.note(&f.reply.Tried)
+	network := "udp4"
+	if to.Addr().Is6() {
+		network = "udp6"
+	}
+	c, err := net.ListenUDP(network, nil)
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	_, err = c.WriteToUDPAddrPort(make([]byte, 16), to)
+	return wantDenied("send to "+to.String(), err)
+}
+
+func wantDenied(what string, err error) error {
+	if errors.Is(err, syscall.EPERM) {
+		return nil
+	}
+	return fmt.Errorf("%s: %v, want it denied", what, err)
+}
