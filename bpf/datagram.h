@@ -84,6 +84,31 @@ GLOBAL int open_flow(struct packet *p, struct outcome *o)
 	return true;
 }
 
+/* The acceptor answers what it admitted, perhaps under another generation: the
+ * policy may have changed between question and answer. */
+GLOBAL int accepted_out(struct demarc_flow *flow, struct outcome *o)
+{
+	__u32 epoch;
+
+	if (!flow || !o)
+		return 0;
+	epoch = DEMARC_ACTIVE_EPOCH(o->active);
+	if (flow->epoch_in != epoch || over(flow->until_in)) {
+		o->query.proof = flow->opener ? DEMARC_PROOF_IDENTITY : DEMARC_PROOF_NONE;
+		o->query.peer = flow->opener;
+		if (!settle_again(o)) {
+			/* Told once. What else goes there is no answer any more, but
+			 * a flow of its own. */
+			flow->verdict_in = DEMARC_DENY;
+			return false;
+		}
+		flow->until_in = window_end(&o->query);
+		flow->epoch_in = epoch;
+	}
+	flow->last = o->query.now;
+	return true;
+}
+
 GLOBAL int datagram_out(struct packet *p, struct outcome *o)
 {
 	struct demarc_flow *flow;
@@ -99,9 +124,9 @@ GLOBAL int datagram_out(struct packet *p, struct outcome *o)
 	reverse(&other, &p->tuple);
 	flow = bpf_map_lookup_elem(&flows, &other);
 	if (flow && flow->acceptor == o->query.subject && flow->verdict_in == DEMARC_ALLOW &&
-	    flow->epoch_in == DEMARC_ACTIVE_EPOCH(o->active) && fresh_flow(flow, o->query.now) && !over(flow->until_in)) {
-		flow->last = o->query.now;
-		return true; /* answers what was admitted */
+	    fresh_flow(flow, o->query.now)) {
+		ask_back(o, p, DEMARC_INGRESS);
+		return accepted_out(flow, o);
 	}
 
 	return open_flow(p, o);

@@ -40,14 +40,16 @@ static __always_inline void count(const struct demarc_query *q, __u32 number)
 	__u64 one = 1, *n = bpf_map_lookup_elem(&counts, &key);
 
 	if (n) {
-		(*n)++;
+		/* Atomic although the counter is this CPU's: a softirq may come
+		 * between reading and writing. */
+		__sync_fetch_and_add(n, 1);
 		return;
 	}
 	if (bpf_map_update_elem(&counts, &key, &one, BPF_NOEXIST)) {
 		/* Another program of this CPU may have made it meanwhile. */
 		n = bpf_map_lookup_elem(&counts, &key);
 		if (n)
-			(*n)++;
+			__sync_fetch_and_add(n, 1);
 		else
 			fault(DEMARC_FAULT_COUNT_FULL);
 	}
@@ -57,17 +59,18 @@ static __always_inline void tell(void *ring, __u32 which, const struct outcome *
 {
 	struct demarc_ring_state *counter = bpf_map_lookup_elem(&ring_state, &which);
 	struct demarc_event *e;
+	__u64 seq;
 
 	if (!counter)
 		return;
-	counter->seq++;
+	seq = __sync_fetch_and_add(&counter->seq, 1) + 1;
 	e = bpf_ringbuf_reserve(ring, sizeof(*e), 0);
 	if (!e) {
-		counter->lost++;
+		__sync_fetch_and_add(&counter->lost, 1);
 		return;
 	}
 	e->time = bpf_ktime_get_boot_ns();
-	e->seq = counter->seq;
+	e->seq = seq;
 	e->cgroup = o->cgroup;
 	e->cpu = bpf_get_smp_processor_id();
 	e->subject = o->query.subject;

@@ -129,11 +129,15 @@ static __noinline int accepted(struct bpf_sock_ops *ctx)
 	struct outcome o;
 
 	connection(ctx, &t);
-	begin(&o, active_word(), DEMARC_ID_NONE, 0, DEMARC_HOOK_ESTABLISHED);
+	begin(&o, 0, DEMARC_ID_NONE, 0, DEMARC_HOOK_ESTABLISHED);
 	reverse(&o.opener, &t);
 	pending = bpf_map_lookup_elem(&pending_syns, &o.opener);
 	if (!pending || !sk)
 		return 1;
+	/* The verdict is told under the generation that gave it: another one may be
+	 * active by now, with another crossing at that index. */
+	o.active = (__u64)pending->epoch << 32 | pending->slot;
+	o.query.slot = pending->slot;
 	fresh.peer = pending->peer;
 	fresh.epoch = pending->epoch;
 	fresh.crossing = pending->crossing;

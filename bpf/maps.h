@@ -199,7 +199,7 @@ static __always_inline void fault(__u32 which)
 	__u64 *n = bpf_map_lookup_elem(&faults, &which);
 
 	if (n)
-		(*n)++;
+		__sync_fetch_and_add(n, 1);
 }
 
 #endif

@@ -137,6 +137,7 @@ GLOBAL int syn_in(struct __sk_buff *skb, struct packet *p, struct outcome *o)
 	fresh.epoch = DEMARC_ACTIVE_EPOCH(o->active);
 	fresh.proof = o->query.proof;
 	fresh.reason = o->query.reason;
+	fresh.slot = o->query.slot;
 	fresh.until = window_end(&o->query);
 	if (bpf_map_update_elem(&pending_syns, &p->tuple, &fresh, BPF_ANY)) {
 		fault(DEMARC_FAULT_PENDING);
@@ -221,6 +222,7 @@ GLOBAL int ack_in(struct packet *p, struct outcome *o)
 	if (!settle_again(o))
 		return false;
 	pending->epoch = DEMARC_ACTIVE_EPOCH(o->active);
+	pending->slot = o->query.slot;
 	pending->crossing = o->query.crossing;
 	pending->reason = o->query.reason;
 	pending->until = window_end(&o->query);

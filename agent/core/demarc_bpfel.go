@@ -66,7 +66,8 @@ type demarcDemarcPendingSyn struct {
 	Epoch    uint32
 	Proof    uint8
 	Reason   uint8
-	Zero     [2]uint8
+	Slot     uint8
+	Zero     uint8
 	Until    uint64
 }
 

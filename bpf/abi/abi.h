@@ -279,7 +279,8 @@ struct demarc_pending_syn {
 	__u32 epoch;
 	__u8 proof; /* enum demarc_proof */
 	__u8 reason;
-	__u8 zero[2];
+	__u8 slot; /* of the generation that the crossing is of */
+	__u8 zero;
 	__u64 until; /* when the crossing's window closes */
 };
 
