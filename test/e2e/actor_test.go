@@ -152,11 +152,12 @@ func (a *actor) served(network string, port uint16) Served {
 
 // Actor is the other end: its methods run in the workload's process.
 type Actor struct {
-	mu      sync.Mutex
-	streams map[int]net.Conn
-	last    int
-	servers map[string]*echoServer
-	traffic *traffic
+	mu       sync.Mutex
+	streams  map[int]net.Conn
+	last     int
+	servers  map[string]*echoServer
+	traffic  *traffic
+	attempts *attempts
 }
 
 // DialArgs is a connection to make, from an address of its own choice if From is
