@@ -83,14 +83,16 @@ const (
 	Quarantined    Reason = 28
 	NoPolicy       Reason = 29
 	MapFull        Reason = 30
-	Reasons               = 31
+	TagStale       Reason = 31
+	TagUnbound     Reason = 32
+	Reasons               = 33
 )
 
 var reasonNames = names{
 	"undecided", "crossing", "unmanaged", "reply", "kernel", "unproven", "no-crossing", "not-in-window", "over-limit",
 	"tag-missing", "tag-malformed", "tag-bad-mac", "tag-wrong-epoch", "tag-bad-identity", "tag-no-room", "pending",
 	"unbound", "task-mismatch", "raw-socket", "protocol", "malformed", "fragment", "ip-options", "no-state", "revoked",
-	"unproven-limit", "port-owned", "spoof", "quarantined", "no-policy", "map-full",
+	"unproven-limit", "port-owned", "spoof", "quarantined", "no-policy", "map-full", "tag-stale", "tag-unbound",
 }
 
 func (r Reason) String() string                { return reasonNames.name("reason", int(r)) }
@@ -141,9 +143,10 @@ const (
 	HookEgress      Hook = 6
 	HookIngress     Hook = 7
 	HookEstablished Hook = 8
+	HookDevice      Hook = 9
 )
 
-var hookNames = names{"", "sock_create", "connect", "sendmsg", "bind", "setsockopt", "egress", "ingress", "established"}
+var hookNames = names{"", "sock_create", "connect", "sendmsg", "bind", "setsockopt", "egress", "ingress", "established", "device"}
 
 func (h Hook) String() string                { return hookNames.name("hook", int(h)) }
 func (h Hook) MarshalText() ([]byte, error)  { return []byte(h.String()), nil }
@@ -265,7 +268,8 @@ const (
 type State struct {
 	Active   uint64
 	Filling  uint64
-	TagEpoch uint64
+	TagEpoch uint64 // epoch whose key tags what we send
+	Wall     uint64 // Unix time minus CLOCK_BOOTTIME, ns
 }
 
 const (

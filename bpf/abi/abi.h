@@ -70,7 +70,9 @@ enum demarc_reason {
 	DEMARC_QUARANTINED = 28,
 	DEMARC_NO_POLICY = 29,	      /* no generation is active */
 	DEMARC_MAP_FULL = 30,
-	DEMARC_REASONS = 31,
+	DEMARC_TAG_STALE = 31,	      /* a datagram's tag from another time */
+	DEMARC_TAG_UNBOUND = 32,      /* leaves an address out that the crossing's `nat` does not */
+	DEMARC_REASONS = 33,
 };
 
 enum demarc_direction {
@@ -208,6 +210,7 @@ struct demarc_state {
 	__u64 active; /* DEMARC_ACTIVE(): slot, flags, epoch */
 	__u64 filling; /* bit per slot: cgroup_mkdir binds for these slots too */
 	__u64 tag_epoch; /* epoch whose key tags what we send */
+	__u64 wall;	 /* Unix time minus CLOCK_BOOTTIME, ns: datagram tags carry the hour */
 };
 
 /* Layout of demarc_state.active. The epoch grows with every change of meaning
@@ -245,14 +248,33 @@ struct demarc_key {
 #define DEMARC_TAG_LENGTH 16
 #define DEMARC_TAG_EXID 0xD3AC
 enum demarc_tag_flags {
-	DEMARC_TAG_SYNACK = 1, /* answers a SYN: binds its sequence number */
+	DEMARC_TAG_ANSWER = 1,	       /* a SYN-ACK, or a datagram that answers */
+	DEMARC_TAG_NO_SOURCE = 2,      /* source address and port are left out (as zero) */
+	DEMARC_TAG_NO_DESTINATION = 4, /* the destination's are */
+	DEMARC_TAG_DATAGRAM = 8,
 };
+
+/*
+ * The UDP tag: one option in the surplus area of RFC 9868, behind the datagram's
+ * own data, at an even offset from the UDP header (one zero byte of padding where
+ * needed):
+ *
+ *	OCS (2 bytes), kind=127, length=20, ExID=0xD3AC, claim, time, mac
+ *
+ * time: Unix seconds, big endian. mac: as for TCP, with time in the place of the
+ * sequence number.
+ */
+#define DEMARC_UDP_TAG_KIND 127
+#define DEMARC_UDP_TAG_LENGTH 20
+#define DEMARC_UDP_TAG_SURPLUS 22 /* with the OCS, without padding */
+#define DEMARC_UDP_TAG_WINDOW 30  /* seconds that clocks may differ */
+#define DEMARC_UDP_TAG_REFRESH (60ULL * 1000000000ULL)
 
 /* What the MAC covers, 48 bytes, all fields in network order. */
 struct demarc_tag_input {
 	__u32 claim;
-	__u32 seq;	/* sender's initial sequence number */
-	__u32 acked;	/* SYN-ACK: the acknowledgement number; SYN: 0 */
+	__u32 seq;	/* sender's initial sequence number; datagram: time */
+	__u32 acked;	/* SYN-ACK: the acknowledgement number; otherwise 0 */
 	__u16 sport;
 	__u16 dport;
 	__u8 saddr[16];
@@ -308,11 +330,14 @@ struct demarc_flow {
 	__u8 verdict_out; /* opener's side */
 	__u8 verdict_in;  /* acceptor's side */
 	__u8 sender_only; /* the crossing asks no proof of the acceptor */
-	__u8 zero;
+	__u8 provable;	  /* the opener's datagrams carry its tag to other hosts */
 	__u32 unproven; /* packets sent before the acceptor proved itself */
 	__u64 last;
 	__u64 until_out;
 	__u64 until_in;
+	__u64 tagged; /* when a tag of ours last left in it */
+	__u8 owed;    /* the opener proved itself from another host: the next answer carries our tag */
+	__u8 zero[7];
 };
 #define DEMARC_UNPROVEN_MAX 16
 #define DEMARC_FLOW_IDLE (180ULL * 1000000000ULL)
@@ -343,6 +368,7 @@ enum demarc_hook {
 	DEMARC_HOOK_EGRESS = 6,
 	DEMARC_HOOK_INGRESS = 7,
 	DEMARC_HOOK_ESTABLISHED = 8,
+	DEMARC_HOOK_DEVICE = 9,
 };
 
 struct demarc_event {
