@@ -72,6 +72,9 @@ GLOBAL int open_flow(struct packet *p, struct outcome *o)
 	fresh.epoch_out = DEMARC_ACTIVE_EPOCH(o->active);
 	fresh.verdict_out = o->query.verdict == DEMARC_PROVISIONAL ? DEMARC_PROVISIONAL : DEMARC_ALLOW;
 	fresh.sender_only = asks_no_answer(&o->query);
+	fresh.provable = o->query.proto == PROTO_UDP &&
+			 provable_crossing(o->query.slot, o->query.subject, DEMARC_EGRESS, PROTO_UDP, o->query.port,
+					   o->query.now) != DEMARC_NO_CROSSING_INDEX;
 	fresh.unproven = fresh.verdict_out == DEMARC_PROVISIONAL;
 	fresh.until_out = window_end(&o->query);
 	fresh.last = o->query.now;

@@ -8,6 +8,7 @@
 #include <linux/ipv6.h>
 #include <linux/tcp.h>
 #include <linux/udp.h>
+#include <stddef.h>
 #include <bpf/bpf_helpers.h>
 #include <bpf/bpf_endian.h>
 #include <bpf/bpf_core_read.h>
@@ -22,14 +23,15 @@
 #include "parse.h"
 #include "event.h"
 #include "limit.h"
-#include "judge.h"
 #include "tag.h"
+#include "judge.h"
 #include "stream.h"
 #include "datagram.h"
 #include "skb.h"
 #include "socket.h"
 #include "handshake.h"
 #include "cgroup.h"
+#include "device.h"
 
 char LICENSE[] SEC("license") = "GPL";
 
@@ -129,6 +131,18 @@ SEC("tp_btf/cgroup_rmdir")
 int BPF_PROG(cgroup_rmdir, struct cgroup *cgroup, const char *path)
 {
 	return cgroup_gone(cgroup);
+}
+
+SEC("tcx/egress")
+int tc_egress(struct __sk_buff *skb)
+{
+	return frame_leaves(skb);
+}
+
+SEC("tcx/ingress")
+int tc_ingress(struct __sk_buff *skb)
+{
+	return frame_arrives(skb);
 }
 
 /* Never attached: the core's self-test and the differential test run these. */

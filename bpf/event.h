@@ -11,6 +11,7 @@ struct outcome {
 	__u64 active; /* word the verdict was given under */
 	__u64 cgroup;
 	__u8 hook;
+	__u8 omitted; /* what the peer's tag leaves out */
 	bool task; /* the current task is the one that acts */
 };
 

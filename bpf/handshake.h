@@ -63,13 +63,22 @@ static __always_inline void want_options(struct bpf_sock_ops *ctx, bool want)
 					      flags & ~BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG);
 }
 
+/* What the crossing lets a tag leave out. */
+static __always_inline __u8 omission_of(__u32 slot, __u32 index, bool answer)
+{
+	struct demarc_crossing *crossing = table_crossing(slot, index);
+
+	return crossing ? omission(crossing->nat, answer) : 0;
+}
+
 /* Whom the segment being built speaks for: the caller itself on a SYN, the
  * listener that admitted a proven SYN on a SYN-ACK; none: no tag. */
-static __always_inline __u32 speaks_for(struct bpf_sock_ops *ctx, __u32 slot, bool answer, struct demarc_tuple *t)
+static __always_inline __u32 speaks_for(struct bpf_sock_ops *ctx, __u32 slot, bool answer, struct demarc_tuple *t,
+					__u8 *omitted)
 {
 	struct demarc_pending_syn *pending;
 	struct demarc_tuple opener;
-	__u32 identity;
+	__u32 identity, index;
 
 	connection(ctx, t);
 	if (answer) {
@@ -78,21 +87,23 @@ static __always_inline __u32 speaks_for(struct bpf_sock_ops *ctx, __u32 slot, bo
 		if (!pending || pending->proof != DEMARC_PROOF_IDENTITY || pending->self < DEMARC_ID_FIRST ||
 		    pending->peer < DEMARC_ID_FIRST)
 			return DEMARC_ID_NONE;
+		*omitted = omission_of(pending->slot, pending->crossing, true);
 		return pending->self;
 	}
 	identity = opener_identity(ctx, slot);
 	if (identity < DEMARC_ID_FIRST)
 		return DEMARC_ID_NONE;
-	if (provable_crossing(slot, identity, DEMARC_EGRESS, PROTO_TCP, t->dport, bpf_ktime_get_boot_ns()) ==
-	    DEMARC_NO_CROSSING_INDEX)
+	index = provable_crossing(slot, identity, DEMARC_EGRESS, PROTO_TCP, t->dport, bpf_ktime_get_boot_ns());
+	if (index == DEMARC_NO_CROSSING_INDEX)
 		return DEMARC_ID_NONE;
+	*omitted = omission_of(slot, index, false);
 	return identity;
 }
 
 static __noinline int write_tag(struct bpf_sock_ops *ctx, bool reserve)
 {
 	__u32 slot = DEMARC_ACTIVE_SLOT(active_word()), identity, seq, acked = 0;
-	__u8 flags = ctx->skb_tcp_flags;
+	__u8 flags = ctx->skb_tcp_flags, omitted = 0;
 	bool answer = flags & FLAG_ACK;
 	struct demarc_tuple t;
 	struct demarc_tag tag;
@@ -100,7 +111,7 @@ static __noinline int write_tag(struct bpf_sock_ops *ctx, bool reserve)
 
 	if (!(flags & FLAG_SYN))
 		return 1;
-	identity = speaks_for(ctx, slot, answer, &t);
+	identity = speaks_for(ctx, slot, answer, &t, &omitted);
 	if (!identity)
 		return 1;
 	if (reserve) {
@@ -113,7 +124,7 @@ static __noinline int write_tag(struct bpf_sock_ops *ctx, bool reserve)
 	seq = bpf_ntohl(tcp->seq);
 	if (answer)
 		acked = bpf_ntohl(tcp->ack_seq);
-	if (make_tag(&tag, identity, answer ? DEMARC_TAG_SYNACK : 0, &t, seq, acked))
+	if (make_tag(&tag, identity, omitted | (answer ? DEMARC_TAG_ANSWER : 0), &t, seq, acked))
 		return 1; /* untagged, and refused by the packet hook */
 	bpf_store_hdr_opt(ctx, &tag, sizeof(tag), 0);
 	return 1;

@@ -42,6 +42,17 @@ static __always_inline void ask_back(struct outcome *o, const struct packet *p, 
 	ask(o, p->tuple.proto == PROTO_ICMP ? 8 : 128, direction);
 }
 
+/* A tag may leave out only what the crossing it is admitted by says is translated. */
+static __always_inline bool bound_enough(const struct outcome *o)
+{
+	struct demarc_crossing *crossing;
+
+	if (!o->omitted)
+		return true;
+	crossing = o->query.crossing == DEMARC_NO_CROSSING_INDEX ? 0 : table_crossing(o->query.slot, o->query.crossing);
+	return crossing && o->omitted == omission(crossing->nat, o->query.direction == DEMARC_EGRESS);
+}
+
 /* Judges a flow for good: what it returns may be cached. True: let it pass. */
 GLOBAL int settle(struct outcome *o)
 {
@@ -50,6 +61,8 @@ GLOBAL int settle(struct outcome *o)
 	decide(&o->query);
 	if (o->query.verdict == DEMARC_DENY)
 		return !refused(o, o->query.reason);
+	if (!bound_enough(o))
+		return !refused(o, DEMARC_TAG_UNBOUND);
 	if (o->query.verdict == DEMARC_ALLOW && !within_limit(&o->query))
 		return !refused(o, DEMARC_OVER_LIMIT);
 	return true;

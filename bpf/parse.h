@@ -14,7 +14,10 @@
 
 struct packet {
 	struct demarc_tuple tuple; /* as the packet has it, sender first; ports in host order */
+	__u32 network;		   /* offset of the IP header: 0 at sockets, that of a frame at devices */
 	__u32 transport;	   /* offset of the transport header */
+	__u32 end;		   /* offset behind the IP packet, 0 if it is a super-packet */
+	__u16 length;		   /* of a UDP datagram */
 	__u32 seq;
 	__u32 ack;
 	__u8 flags;   /* TCP */
@@ -34,7 +37,7 @@ static __always_inline int parse_ipv4(struct __sk_buff *skb, struct packet *p)
 	struct iphdr ip;
 	__u16 total;
 
-	if (bpf_skb_load_bytes(skb, 0, &ip, sizeof(ip)))
+	if (bpf_skb_load_bytes(skb, p->network, &ip, sizeof(ip)))
 		return DEMARC_MALFORMED;
 	if (ip.version != 4 || ip.ihl < 5)
 		return DEMARC_MALFORMED;
@@ -42,29 +45,31 @@ static __always_inline int parse_ipv4(struct __sk_buff *skb, struct packet *p)
 		return DEMARC_IP_OPTIONS;
 	total = bpf_ntohs(ip.tot_len);
 	/* 0 is a super-packet beyond 64 KiB, made by the stack itself. */
-	if (total ? total < sizeof(ip) || total > skb->len : skb->len <= 0xffff)
+	if (total ? total < sizeof(ip) || p->network + total > skb->len : skb->len <= 0xffff)
 		return DEMARC_MALFORMED;
 	if (ip.frag_off & bpf_htons(0x3fff))
 		return DEMARC_FRAGMENT;
 	map_ipv4(p->tuple.saddr, ip.saddr);
 	map_ipv4(p->tuple.daddr, ip.daddr);
 	p->tuple.proto = ip.protocol;
-	p->transport = sizeof(ip);
+	p->transport = p->network + sizeof(ip);
+	p->end = total ? p->network + total : 0;
 	return 0;
 }
 
 static __always_inline int parse_ipv6(struct __sk_buff *skb, struct packet *p)
 {
 	struct ipv6hdr ip;
-	__u32 offset = sizeof(ip);
+	__u32 offset = p->network + sizeof(ip);
 	__u8 next, header[2];
 
-	if (bpf_skb_load_bytes(skb, 0, &ip, sizeof(ip)))
+	if (bpf_skb_load_bytes(skb, p->network, &ip, sizeof(ip)))
 		return DEMARC_MALFORMED;
 	if (ip.version != 6)
 		return DEMARC_MALFORMED;
-	if (ip.payload_len && sizeof(ip) + bpf_ntohs(ip.payload_len) > skb->len)
+	if (ip.payload_len && offset + bpf_ntohs(ip.payload_len) > skb->len)
 		return DEMARC_MALFORMED;
+	p->end = ip.payload_len ? offset + bpf_ntohs(ip.payload_len) : 0;
 	__builtin_memcpy(p->tuple.saddr, &ip.saddr, 16);
 	__builtin_memcpy(p->tuple.daddr, &ip.daddr, 16);
 	next = ip.nexthdr;
@@ -119,6 +124,7 @@ static __always_inline int parse_udp(struct __sk_buff *skb, struct packet *p)
 		return DEMARC_MALFORMED;
 	p->tuple.sport = bpf_ntohs(udp.source);
 	p->tuple.dport = bpf_ntohs(udp.dest);
+	p->length = length;
 	return 0;
 }
 
@@ -148,13 +154,14 @@ static __always_inline int parse_sctp(struct __sk_buff *skb, struct packet *p)
 	return 0;
 }
 
-GLOBAL int parse(struct __sk_buff *skb, struct packet *p)
+GLOBAL int parse(struct __sk_buff *skb, __u32 network, struct packet *p)
 {
 	int refused;
 
 	if (!p)
 		return DEMARC_MALFORMED;
 	__builtin_memset(p, 0, sizeof(*p));
+	p->network = network;
 	refused = skb->protocol == bpf_htons(ETH_P_IP)	  ? parse_ipv4(skb, p) :
 		  skb->protocol == bpf_htons(ETH_P_IPV6) ? parse_ipv6(skb, p) :
 							    DEMARC_MALFORMED;

@@ -52,7 +52,7 @@ static __always_inline bool judge_packet(struct __sk_buff *skb, struct bpf_sock 
 	o.query.direction = outgoing ? DEMARC_EGRESS : DEMARC_INGRESS;
 	if (!(DEMARC_ACTIVE_FLAGS(active) & DEMARC_ACTIVE_ON))
 		return !refused(&o, DEMARC_NO_POLICY);
-	reason = parse(skb, &p);
+	reason = parse(skb, 0, &p);
 	__builtin_memcpy(&o.opener, &p.tuple, sizeof(o.opener));
 	if (free_to) {
 		if (reason || sk->type == SOCK_RAW)
@@ -86,8 +86,9 @@ static __always_inline int skb_hook(struct __sk_buff *skb, bool outgoing)
 	return judge_packet(skb, sk, outgoing) ? 1 : 0;
 }
 
-/* The self-test's packets: who sends or receives comes from a map, the rest is
- * the same parser and the same decision, in the generation under test. */
+/* The self-test's packets: who sends or receives comes from a map, and what the
+ * peer proved, unless a SYN is to prove it by its tag. The rest is the same parser
+ * and the same decision, in the generation under test. */
 static __always_inline int selftest_hook(struct __sk_buff *skb, bool outgoing)
 {
 	struct demarc_selftest *test;
@@ -96,7 +97,7 @@ static __always_inline int selftest_hook(struct __sk_buff *skb, bool outgoing)
 	__u32 zero = 0;
 
 	test = bpf_map_lookup_elem(&selftest, &zero);
-	if (!test || parse(skb, &p))
+	if (!test || parse(skb, 0, &p))
 		return 0;
 	begin(&o, 0, test->subject, 0, 0);
 	o.query.slot = test->slot;
@@ -104,6 +105,8 @@ static __always_inline int selftest_hook(struct __sk_buff *skb, bool outgoing)
 	o.query.proof = test->proof;
 	o.query.peer = test->peer;
 	o.query.bad = DEMARC_TAG_BAD_MAC;
+	if (test->proof == DEMARC_PROOF_UNKNOWN && !outgoing) /* a SYN brings its own */
+		read_proof(skb, &p, 0, 0, &o.query);
 	decide(&o.query);
 	return o.query.verdict == DEMARC_ALLOW || o.query.verdict == DEMARC_PROVISIONAL;
 }

@@ -121,7 +121,7 @@ GLOBAL int syn_in(struct __sk_buff *skb, struct packet *p, struct outcome *o)
 	if (!p || !o)
 		return 0;
 	ask_forward(o, p, DEMARC_INGRESS);
-	read_proof(skb, p, 0, 0, &o->query);
+	o->omitted = read_proof(skb, p, 0, 0, &o->query);
 	ask_vouchers(o, false);
 	pending = bpf_map_lookup_elem(&pending_syns, &p->tuple);
 	if (pending && pending->seq == p->seq && pending->self == o->query.subject &&
@@ -186,7 +186,7 @@ GLOBAL int synack_in(struct __sk_buff *skb, struct packet *p, struct outcome *o)
 			return true;
 		return !refused(o, p->flags & FLAG_SYN ? DEMARC_PROTOCOL : DEMARC_NO_STATE);
 	}
-	read_proof(skb, p, DEMARC_TAG_SYNACK, p->ack, &o->query);
+	o->omitted = read_proof(skb, p, DEMARC_TAG_ANSWER, p->ack, &o->query);
 	ask_vouchers(o, true);
 	if (!settle(o))
 		return false;
@@ -296,10 +296,10 @@ GLOBAL int carefree_stream(struct __sk_buff *skb, struct packet *p, struct outco
 	}
 	if (tcp_state == TCP_SYN_SENT) {
 		ask_back(o, p, DEMARC_EGRESS);
-		read_proof(skb, p, DEMARC_TAG_SYNACK, p->ack, &o->query);
+		o->omitted = read_proof(skb, p, DEMARC_TAG_ANSWER, p->ack, &o->query);
 	} else {
 		ask_forward(o, p, DEMARC_INGRESS);
-		read_proof(skb, p, 0, 0, &o->query);
+		o->omitted = read_proof(skb, p, 0, 0, &o->query);
 	}
 	return settle(o);
 }

@@ -66,6 +66,21 @@ static __always_inline struct demarc_key *key_of(__u32 epoch, __u64 now)
 	return key;
 }
 
+#define TAG_OMISSIONS (DEMARC_TAG_NO_SOURCE | DEMARC_TAG_NO_DESTINATION)
+
+/* What a crossing's `nat` lets a tag leave out: the end that is translated on the
+ * way, which in an answer is the other one. */
+static __always_inline __u8 omission(__u8 nat, bool answer)
+{
+	switch (nat) {
+	case DEMARC_NAT_SOURCE:
+		return answer ? DEMARC_TAG_NO_DESTINATION : DEMARC_TAG_NO_SOURCE;
+	case DEMARC_NAT_DESTINATION:
+		return answer ? DEMARC_TAG_NO_SOURCE : DEMARC_TAG_NO_DESTINATION;
+	}
+	return 0;
+}
+
 static __always_inline void tag_input(struct demarc_tag_input *input, __u32 claim, const struct demarc_tuple *sender,
 				      __u32 seq, __u32 acked)
 {
@@ -76,12 +91,20 @@ static __always_inline void tag_input(struct demarc_tag_input *input, __u32 clai
 	input->dport = bpf_htons(sender->dport);
 	__builtin_memcpy(input->saddr, sender->saddr, 16);
 	__builtin_memcpy(input->daddr, sender->daddr, 16);
+	if (claim & DEMARC_TAG_NO_SOURCE) {
+		input->sport = 0;
+		__builtin_memset(input->saddr, 0, 16);
+	}
+	if (claim & DEMARC_TAG_NO_DESTINATION) {
+		input->dport = 0;
+		__builtin_memset(input->daddr, 0, 16);
+	}
 }
 
-/* Makes the tag that `identity` puts on a SYN, or on a SYN-ACK that acknowledges
- * `acked`. Returns 0, or -1 where there is no key to sign with. */
-static __always_inline int make_tag(struct demarc_tag *tag, __u32 identity, __u8 flags,
-				    const struct demarc_tuple *sender, __u32 seq, __u32 acked)
+/* Signs a claim of `identity` with the key that is in use for sending. Returns the
+ * claim, or 0 where there is no key. */
+static __always_inline __u32 sign(__u64 *mac, __u32 identity, __u8 flags, const struct demarc_tuple *sender, __u32 seq,
+				  __u32 acked)
 {
 	struct demarc_tag_input input;
 	struct demarc_state *s;
@@ -90,18 +113,59 @@ static __always_inline int make_tag(struct demarc_tag *tag, __u32 identity, __u8
 
 	s = bpf_map_lookup_elem(&state, &zero);
 	if (!s)
-		return -1;
+		return 0;
 	epoch = s->tag_epoch & (DEMARC_EPOCHS - 1);
 	key = key_of(epoch, bpf_ktime_get_boot_ns());
 	if (!key)
-		return -1;
+		return 0;
 	claim = identity << 8 | epoch << 4 | flags;
 	tag_input(&input, claim, sender, seq, acked);
+	*mac = siphash(key->key, &input);
+	return claim;
+}
+
+/* Makes the tag that `identity` puts on a SYN, or on a SYN-ACK that acknowledges
+ * `acked`. Returns 0, or -1 where there is no key to sign with. */
+static __always_inline int make_tag(struct demarc_tag *tag, __u32 identity, __u8 flags,
+				    const struct demarc_tuple *sender, __u32 seq, __u32 acked)
+{
+	__u64 mac = 0;
+	__u32 claim = sign(&mac, identity, flags, sender, seq, acked);
+
+	if (!claim)
+		return -1;
 	tag->kind = DEMARC_TAG_KIND;
 	tag->length = DEMARC_TAG_LENGTH;
 	tag->exid = bpf_htons(DEMARC_TAG_EXID);
 	tag->claim = bpf_htonl(claim);
-	tag->mac = siphash(key->key, &input);
+	tag->mac = mac;
+	return 0;
+}
+
+/* What a claim is bound to besides addresses, in one word: functions take five. */
+#define BINDING(seq, acked) ((__u64)(seq) << 32 | (acked))
+
+/* Checks a claim and its MAC, and writes the proof or what is wrong with it. */
+GLOBAL int check_claim(struct demarc_query *q, __u32 claim, __u64 mac, const struct demarc_tuple *sender,
+		       __u64 binding)
+{
+	struct demarc_tag_input input;
+	struct demarc_key *key;
+
+	if (!q || !sender)
+		return 0;
+	q->bad = DEMARC_TAG_WRONG_EPOCH;
+	key = key_of((claim >> 4) & 0xf, q->now);
+	if (!key)
+		return 0;
+	q->bad = DEMARC_TAG_BAD_MAC;
+	tag_input(&input, claim, sender, binding >> 32, binding);
+	if (siphash(key->key, &input) != mac)
+		return 0;
+	q->bad = DEMARC_TAG_BAD_IDENTITY;
+	if (q->peer < DEMARC_ID_FIRST || !table_subject(q->slot, q->peer))
+		return 0;
+	q->proof = DEMARC_PROOF_IDENTITY;
 	return 0;
 }
 
@@ -180,15 +244,13 @@ GLOBAL int find_tag(struct __sk_buff *skb, const struct packet *p, struct demarc
 }
 
 /*
- * Reads the proof that a SYN (`flags` 0) or a SYN-ACK (DEMARC_TAG_SYNACK) brings
+ * Reads the proof that a SYN (`flags` 0) or a SYN-ACK (DEMARC_TAG_ANSWER) brings
  * into a query: nothing, an identity, or a bad proof and its kind. `acked` is what
- * a SYN-ACK acknowledges.
+ * a SYN-ACK acknowledges. Returns what the tag leaves out.
  */
 GLOBAL int read_proof(struct __sk_buff *skb, const struct packet *p, __u8 flags, __u32 acked, struct demarc_query *q)
 {
 	struct demarc_tag tag = {};
-	struct demarc_tag_input input;
-	struct demarc_key *key;
 	__u32 claim;
 	int found;
 
@@ -203,21 +265,10 @@ GLOBAL int read_proof(struct __sk_buff *skb, const struct packet *p, __u8 flags,
 	claim = bpf_ntohl(tag.claim);
 	q->peer = claim >> 8; /* claimed, not proven */
 	q->bad = DEMARC_TAG_MALFORMED;
-	if (found < 0 || (claim & 0xf) != flags)
+	if (found < 0 || (claim & 0xf & ~TAG_OMISSIONS) != flags || (claim & TAG_OMISSIONS) == TAG_OMISSIONS)
 		return 0;
-	q->bad = DEMARC_TAG_WRONG_EPOCH;
-	key = key_of((claim >> 4) & 0xf, q->now);
-	if (!key)
-		return 0;
-	q->bad = DEMARC_TAG_BAD_MAC;
-	tag_input(&input, claim, &p->tuple, p->seq, acked);
-	if (siphash(key->key, &input) != tag.mac)
-		return 0;
-	q->bad = DEMARC_TAG_BAD_IDENTITY;
-	if (q->peer < DEMARC_ID_FIRST || !table_subject(q->slot, q->peer))
-		return 0;
-	q->proof = DEMARC_PROOF_IDENTITY;
-	return 0;
+	check_claim(q, claim, tag.mac, &p->tuple, BINDING(p->seq, acked));
+	return claim & TAG_OMISSIONS;
 }
 
 #endif

@@ -41,11 +41,14 @@ type demarcDemarcFlow struct {
 	VerdictOut uint8
 	VerdictIn  uint8
 	SenderOnly uint8
-	Zero       uint8
+	Provable   uint8
 	Unproven   uint32
 	Last       uint64
 	UntilOut   uint64
 	UntilIn    uint64
+	Tagged     uint64
+	Owed       uint8
+	Zero       [7]uint8
 }
 
 type demarcDemarcKey struct {
@@ -128,6 +131,7 @@ type demarcDemarcState struct {
 	Active   uint64
 	Filling  uint64
 	TagEpoch uint64
+	Wall     uint64
 }
 
 type demarcDemarcTuple struct {
@@ -186,6 +190,8 @@ const (
 	demarcProgSockCreate           = "sock_create"
 	demarcProgSockOps              = "sock_ops"
 	demarcProgSockRelease          = "sock_release"
+	demarcProgTcEgress             = "tc_egress"
+	demarcProgTcIngress            = "tc_ingress"
 	demarcVarEmitDemarcCrossing    = "emit_demarc_crossing"
 	demarcVarEmitDemarcEvent       = "emit_demarc_event"
 	demarcVarEmitDemarcPathKey     = "emit_demarc_path_key"
@@ -259,6 +265,8 @@ type demarcProgramSpecs struct {
 	SockCreate      *ebpf.ProgramSpec `ebpf:"sock_create"`
 	SockOps         *ebpf.ProgramSpec `ebpf:"sock_ops"`
 	SockRelease     *ebpf.ProgramSpec `ebpf:"sock_release"`
+	TcEgress        *ebpf.ProgramSpec `ebpf:"tc_egress"`
+	TcIngress       *ebpf.ProgramSpec `ebpf:"tc_ingress"`
 }
 
 // demarcMapSpecs contains maps before they are loaded into the kernel.
@@ -426,6 +434,8 @@ type demarcPrograms struct {
 	SockCreate      *ebpf.Program `ebpf:"sock_create"`
 	SockOps         *ebpf.Program `ebpf:"sock_ops"`
 	SockRelease     *ebpf.Program `ebpf:"sock_release"`
+	TcEgress        *ebpf.Program `ebpf:"tc_egress"`
+	TcIngress       *ebpf.Program `ebpf:"tc_ingress"`
 }
 
 func (p *demarcPrograms) Close() error {
@@ -447,6 +457,8 @@ func (p *demarcPrograms) Close() error {
 		p.SockCreate,
 		p.SockOps,
 		p.SockRelease,
+		p.TcEgress,
+		p.TcIngress,
 	)
 }
 

@@ -103,6 +103,13 @@ enum demarc_need {
 	DEMARC_NEED_NONE = 2,
 };
 
+/* Which end of a crossing is translated on the way. */
+enum demarc_nat {
+	DEMARC_NAT_NONE = 0,
+	DEMARC_NAT_SOURCE = 1,
+	DEMARC_NAT_DESTINATION = 2,
+};
+
 #define DEMARC_ALTERNATIVES 4
 #define DEMARC_NO_CROSSING_INDEX 0xffffffff
 

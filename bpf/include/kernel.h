@@ -47,7 +47,13 @@ struct tcp_sock {
 	struct inet_connection_sock inet_conn;
 };
 
+struct sk_buff {
+	__u8 ip_summed : 2;
+};
+
 #pragma clang attribute pop
+
+extern void *bpf_cast_to_kern_ctx(void *) __attribute__((section(".ksyms")));
 
 /* A function that the verifier checks once, by its signature alone, instead of at
  * each call. Its pointers may be anything, so each checks them; a null pointer is

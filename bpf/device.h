@@ -1,0 +1,268 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR Apache-2.0) */
+/*
+ * The boundary of devices: what no socket hook sees. Frames of packet sockets
+ * stop here. Datagrams have no handshake, so their proof travels in the surplus
+ * area of UDP (RFC 9868): written where a datagram leaves the host, verified where
+ * it arrives, and kept for its flow.
+ */
+#ifndef DEMARC_DEVICE_H
+#define DEMARC_DEVICE_H
+
+#define TCX_NEXT (-1)
+#define TCX_DROP 2
+#define ETHERNET_HEADER 14
+#define CHECKSUM_PARTIAL 3
+
+struct demarc_udp_tag {
+	__u16 ocs;
+	__u8 kind;
+	__u8 length;
+	__u16 exid;
+	__u32 claim;
+	__u32 time;
+	__u64 mac;
+} __attribute__((packed));
+
+/* Unix time in seconds; 0 if the core never said. */
+static __always_inline __u32 wall_seconds(__u64 now)
+{
+	__u32 zero = 0;
+	struct demarc_state *s = bpf_map_lookup_elem(&state, &zero);
+
+	return s && s->wall ? (now + s->wall) / 1000000000ULL : 0;
+}
+
+/* The option checksum: with it, the surplus area and its length add up to zero,
+ * so that whoever sums the whole packet finds the sum of the datagram alone. */
+static __always_inline __u16 option_checksum(const struct demarc_udp_tag *tag, __u32 surplus)
+{
+	const __u16 *word = (const __u16 *)&tag->kind;
+	__u32 sum = surplus;
+
+#pragma unroll
+	for (int i = 0; i < DEMARC_UDP_TAG_LENGTH / 2; i++)
+		sum += bpf_ntohs(word[i]);
+	sum = (sum & 0xffff) + (sum >> 16);
+	sum = (sum & 0xffff) + (sum >> 16);
+	sum = ~sum & 0xffff;
+	return bpf_htons(sum ? sum : 0xffff);
+}
+
+/* Makes the IP packet `extra` bytes longer, in its header. */
+static __always_inline int lengthen(struct __sk_buff *skb, const struct packet *p, bool ipv6, __u32 extra)
+{
+	__u32 at = p->network + (ipv6 ? offsetof(struct ipv6hdr, payload_len) : offsetof(struct iphdr, tot_len));
+	__u16 old, fresh;
+
+	if (bpf_skb_load_bytes(skb, at, &old, sizeof(old)))
+		return -1;
+	fresh = bpf_htons(bpf_ntohs(old) + extra);
+	if (!ipv6 && bpf_l3_csum_replace(skb, p->network + offsetof(struct iphdr, check), old, fresh, sizeof(fresh)))
+		return -1;
+	return bpf_skb_store_bytes(skb, at, &fresh, sizeof(fresh), 0);
+}
+
+/* A checksum that the device or a later hop will finish sums the surplus area too,
+ * which is minus its length: its length makes that good. */
+static __always_inline int seed_checksum(struct __sk_buff *skb, const struct packet *p, __u32 extra)
+{
+	struct sk_buff *kernel = bpf_cast_to_kern_ctx(skb);
+	__u32 at = p->transport + offsetof(struct udphdr, check), sum;
+	__u16 check;
+
+	if (BPF_CORE_READ_BITFIELD(kernel, ip_summed) != CHECKSUM_PARTIAL)
+		return 0;
+	if (bpf_skb_load_bytes(skb, at, &check, sizeof(check)))
+		return -1;
+	sum = bpf_ntohs(check) + extra;
+	check = bpf_htons((sum & 0xffff) + (sum >> 16));
+	return bpf_skb_store_bytes(skb, at, &check, sizeof(check), 0);
+}
+
+/* Appends a tag to a datagram. Returns 0, or -1 where it does not fit: segmented
+ * by the device, as large as the path allows, no key, no clock. The packet is
+ * unchanged then, or must not be sent. */
+GLOBAL int append_tag(struct __sk_buff *skb, struct packet *p, __u32 identity, __u8 flags)
+{
+	__u32 pad, extra, mtu = 0, time;
+	struct demarc_udp_tag tag = {};
+	__u64 mac = 0;
+	bool ipv6;
+
+	if (!p)
+		return -1;
+	pad = p->length & 1;
+	extra = DEMARC_UDP_TAG_SURPLUS + pad;
+	ipv6 = skb->protocol == bpf_htons(ETH_P_IPV6);
+	if (skb->gso_segs > 1 || !p->end || p->transport + p->length != p->end || p->end != skb->len)
+		return -1;
+	if (bpf_check_mtu(skb, 0, &mtu, extra, 0))
+		return -1;
+	time = wall_seconds(bpf_ktime_get_boot_ns());
+	if (!time)
+		return -1;
+	tag.claim = sign(&mac, identity, flags | DEMARC_TAG_DATAGRAM, &p->tuple, time, 0);
+	if (!tag.claim)
+		return -1;
+	tag.claim = bpf_htonl(tag.claim);
+	tag.kind = DEMARC_UDP_TAG_KIND;
+	tag.length = DEMARC_UDP_TAG_LENGTH;
+	tag.exid = bpf_htons(DEMARC_TAG_EXID);
+	tag.time = bpf_htonl(time);
+	tag.mac = mac;
+	tag.ocs = option_checksum(&tag, extra);
+	if (bpf_skb_change_tail(skb, p->end + extra, 0))
+		return -1;
+	if (pad) {
+		__u8 zero = 0;
+
+		if (bpf_skb_store_bytes(skb, p->end, &zero, 1, 0))
+			return -1;
+	}
+	if (bpf_skb_store_bytes(skb, p->end + pad, &tag, sizeof(tag), 0))
+		return -1;
+	if (lengthen(skb, p, ipv6, extra))
+		return -1;
+	return seed_checksum(skb, p, extra);
+}
+
+/* Frames of packet sockets: they never met a socket hook. */
+static __always_inline bool frame_of_workload(struct __sk_buff *skb, struct outcome *o)
+{
+	struct bpf_sock *sk = skb->sk;
+
+	if (!sk || sk->family == AF_INET || sk->family == AF_INET6)
+		return false;
+	o->cgroup = bpf_skb_cgroup_id(skb);
+	o->query.subject = identity_of(o->query.slot, o->cgroup);
+	return o->query.subject >= DEMARC_ID_FIRST || o->query.subject == DEMARC_ID_PENDING;
+}
+
+/* The identity that a datagram leaves the host with: that of the flow that a
+ * socket hook of this host wrote. */
+static __always_inline int datagram_leaves(struct __sk_buff *skb, struct packet *p, struct outcome *o)
+{
+	__u64 now = o->query.now;
+	struct demarc_tuple other;
+	struct demarc_flow *flow;
+
+	flow = bpf_map_lookup_elem(&flows, &p->tuple);
+	if (flow && flow->epoch_out && flow->provable && flow->opener >= DEMARC_ID_FIRST) {
+		if (flow->acceptor && now - flow->tagged < DEMARC_UDP_TAG_REFRESH)
+			return TCX_NEXT;
+		if (!append_tag(skb, p, flow->opener, 0)) {
+			flow->tagged = now;
+			return TCX_NEXT;
+		}
+		if (flow->acceptor || flow->verdict_out == DEMARC_ALLOW)
+			return TCX_NEXT; /* proven before, or admitted without proof */
+		o->query.subject = flow->opener;
+		__builtin_memcpy(&o->opener, &p->tuple, sizeof(o->opener));
+		return refused(o, DEMARC_TAG_NO_ROOM) ? TCX_DROP : TCX_NEXT;
+	}
+	reverse(&other, &p->tuple);
+	flow = bpf_map_lookup_elem(&flows, &other);
+	if (flow && flow->owed && flow->acceptor >= DEMARC_ID_FIRST && flow->verdict_in == DEMARC_ALLOW &&
+	    !append_tag(skb, p, flow->acceptor, DEMARC_TAG_ANSWER)) {
+		flow->owed = 0;
+		flow->tagged = now;
+	}
+	return TCX_NEXT;
+}
+
+GLOBAL int frame_leaves(struct __sk_buff *skb)
+{
+	struct outcome o;
+	struct packet p;
+
+	begin(&o, active_word(), DEMARC_ID_NONE, 0, DEMARC_HOOK_DEVICE);
+	if (!(DEMARC_ACTIVE_FLAGS(o.active) & DEMARC_ACTIVE_ON))
+		return TCX_NEXT;
+	if (frame_of_workload(skb, &o) && refused(&o, DEMARC_RAW_SOCKET))
+		return TCX_DROP;
+	if (parse(skb, ETHERNET_HEADER, &p) || p.tuple.proto != PROTO_UDP)
+		return TCX_NEXT;
+	return datagram_leaves(skb, &p, &o);
+}
+
+/* Keeps what a datagram's tag proved: who opened the flow, or who answered it. */
+GLOBAL int keep_proof(const struct packet *p, const struct outcome *o, bool answer)
+{
+	struct demarc_flow fresh = {}, *flow;
+	struct demarc_tuple opener;
+
+	if (!p || !o)
+		return 0;
+	if (answer) {
+		reverse(&opener, &p->tuple);
+		flow = bpf_map_lookup_elem(&flows, &opener);
+		if (!flow || !flow->epoch_out) /* nobody here asked */
+			return 0;
+		flow->acceptor = o->query.peer;
+		return 1;
+	}
+	flow = bpf_map_lookup_elem(&flows, &p->tuple);
+	if (flow && flow->epoch_out) /* it is opened here: the address is not the sender's */
+		return 0;
+	if (!flow) {
+		fresh.last = o->query.now;
+		if (bpf_map_update_elem(&flows, &p->tuple, &fresh, BPF_NOEXIST))
+			fault(DEMARC_FAULT_FLOW);
+		flow = bpf_map_lookup_elem(&flows, &p->tuple);
+	}
+	if (!flow)
+		return 0;
+	if (flow->opener != o->query.peer) {
+		flow->opener = o->query.peer;
+		flow->epoch_in = 0; /* another peer: judged anew */
+	}
+	flow->owed = 1;
+	flow->last = o->query.now;
+	return 1;
+}
+
+GLOBAL int frame_arrives(struct __sk_buff *skb)
+{
+	struct demarc_udp_tag tag;
+	struct outcome o;
+	struct packet p;
+	__u32 at, claim;
+	__s32 age;
+
+	begin(&o, active_word(), DEMARC_ID_NONE, 0, DEMARC_HOOK_DEVICE);
+	if (!(DEMARC_ACTIVE_FLAGS(o.active) & DEMARC_ACTIVE_ON))
+		return TCX_NEXT;
+	if (frame_of_workload(skb, &o) && refused(&o, DEMARC_RAW_SOCKET))
+		return TCX_DROP;
+	if (parse(skb, ETHERNET_HEADER, &p) || p.tuple.proto != PROTO_UDP || !p.end)
+		return TCX_NEXT;
+	at = p.transport + p.length + (p.length & 1);
+	if (at + sizeof(tag) != p.end || bpf_skb_load_bytes(skb, at, &tag, sizeof(tag)))
+		return TCX_NEXT;
+	if (tag.kind != DEMARC_UDP_TAG_KIND || tag.length != DEMARC_UDP_TAG_LENGTH ||
+	    tag.exid != bpf_htons(DEMARC_TAG_EXID))
+		return TCX_NEXT; /* somebody else's option */
+	claim = bpf_ntohl(tag.claim);
+	o.query.direction = DEMARC_INGRESS;
+	o.query.proof = DEMARC_PROOF_BAD;
+	o.query.peer = claim >> 8;
+	o.query.bad = DEMARC_TAG_MALFORMED;
+	__builtin_memcpy(&o.opener, &p.tuple, sizeof(o.opener));
+	if ((claim & 0xf & ~DEMARC_TAG_ANSWER) == DEMARC_TAG_DATAGRAM) {
+		check_claim(&o.query, claim, tag.mac, &p.tuple, BINDING(bpf_ntohl(tag.time), 0));
+		age = wall_seconds(o.query.now) - bpf_ntohl(tag.time);
+		if (o.query.proof == DEMARC_PROOF_IDENTITY && (age > DEMARC_UDP_TAG_WINDOW || age < -DEMARC_UDP_TAG_WINDOW)) {
+			o.query.proof = DEMARC_PROOF_BAD;
+			o.query.bad = DEMARC_TAG_STALE;
+		}
+	}
+	if (o.query.proof == DEMARC_PROOF_IDENTITY && !keep_proof(&p, &o, claim & DEMARC_TAG_ANSWER)) {
+		o.query.proof = DEMARC_PROOF_BAD;
+		o.query.bad = DEMARC_NO_STATE;
+	}
+	if (o.query.proof == DEMARC_PROOF_BAD && refused(&o, o.query.bad))
+		return TCX_DROP;
+	return TCX_NEXT;
+}
+
+#endif

@@ -1,0 +1,421 @@
+package packet_test
+
+import (
+	"encoding/binary"
+	"math/rand/v2"
+	"slices"
+	"testing"
+	"time"
+
+	"github.com/cilium/ebpf"
+	"github.com/dchest/siphash"
+	"github.com/gopacket/gopacket"
+	"github.com/gopacket/gopacket/layers"
+	"golang.org/x/sys/unix"
+
+	"github.com/demarc/demarc/bpf/abi"
+)
+
+const (
+	opener   = 100 // subjects of the loaded generation
+	acceptor = 200
+)
+
+var tagKey = [16]byte{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}
+
+// host is the programs of one host, with a key, a clock and a generation that
+// allows everything to those that it knows.
+type host struct {
+	t *testing.T
+	*ebpf.Collection
+}
+
+func newHost(t *testing.T) *host {
+	t.Helper()
+	spec, err := ebpf.LoadCollectionSpec("../../agent/core/demarc_bpfel.o")
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, err := ebpf.NewCollection(spec)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(c.Close)
+	h := &host{t, c}
+	inner := func(name string, size uint32, fill func(m *ebpf.Map)) {
+		s := spec.Maps[name].InnerMap.Copy()
+		s.MaxEntries = size
+		m, err := ebpf.NewMap(s)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { m.Close() })
+		fill(m)
+		h.put(name, uint32(0), m)
+	}
+	inner("subjects", 2, func(m *ebpf.Map) {
+		for _, id := range []uint32{opener, acceptor} {
+			if err := m.Put(id, abi.Subject{}); err != nil {
+				t.Fatal(err)
+			}
+		}
+	})
+	inner("crossings", 1, func(m *ebpf.Map) {
+		if err := m.Put(uint32(0), abi.Crossing{Number: 1}); err != nil {
+			t.Fatal(err)
+		}
+	})
+	// Only proof of the opener admits to the acceptor.
+	inner("rules", 1, func(m *ebpf.Map) {
+		rule := abi.Rule{Crossing: [abi.Alternatives]uint32{0, abi.NoCrossing, abi.NoCrossing, abi.NoCrossing}}
+		if err := m.Put(abi.RuleKey{Subject: acceptor, Peer: 1<<24 | opener, Direction: abi.Ingress}, rule); err != nil {
+			t.Fatal(err)
+		}
+	})
+	h.put("keys", uint32(3), abi.Key{Key: [2]uint64{binary.LittleEndian.Uint64(tagKey[:]), binary.LittleEndian.Uint64(tagKey[8:])}, Valid: 1})
+	h.put("state", uint32(0), abi.State{Active: abi.MakeActive(0, abi.ActiveOn, 1), TagEpoch: 3, Wall: uint64(wall(t))})
+	return h
+}
+
+// wall is Unix time minus boot time, in ns.
+func wall(t *testing.T) int64 {
+	t.Helper()
+	var boot unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &boot); err != nil {
+		t.Fatal(err)
+	}
+	return time.Now().UnixNano() - boot.Nano()
+}
+
+func (h *host) put(name string, key, value any) {
+	h.t.Helper()
+	if err := h.Maps[name].Put(key, value); err != nil {
+		h.t.Fatalf("write %s: %v", name, err)
+	}
+}
+
+// flow is struct demarc_flow of abi.h.
+type flow struct {
+	Opener, Acceptor, EpochOut, EpochIn         uint32
+	VerdictOut, VerdictIn, SenderOnly, Provable uint8
+	Unproven                                    uint32
+	Last, UntilOut, UntilIn, Tagged             uint64
+	Owed                                        uint8
+	_                                           [7]uint8
+}
+
+func (h *host) flow(t abi.Tuple) (f flow, found bool) {
+	h.t.Helper()
+	err := h.Maps["flows"].Lookup(t, &f)
+	if err != nil && err != ebpf.ErrKeyNotExist {
+		h.t.Fatal(err)
+	}
+	return f, err == nil
+}
+
+// run gives a frame to a program and returns the verdict and the frame after it.
+func (h *host) run(program string, frame []byte) (verdict int32, after []byte) {
+	h.t.Helper()
+	out := make([]byte, len(frame)+64)
+	o := &ebpf.RunOptions{Data: frame, DataOut: out}
+	v, err := h.Programs[program].Run(o)
+	if err != nil {
+		h.t.Fatalf("run %s: %v", program, err)
+	}
+	return int32(v), o.DataOut
+}
+
+// mac is SipHash-2-4 of what a tag covers, by a Go implementation of another hand.
+func mac(claim, seq, acked uint32, t abi.Tuple) []byte {
+	b := binary.BigEndian.AppendUint32(nil, claim)
+	b = binary.BigEndian.AppendUint32(b, seq)
+	b = binary.BigEndian.AppendUint32(b, acked)
+	b = binary.BigEndian.AppendUint16(b, t.SourcePort)
+	b = binary.BigEndian.AppendUint16(b, t.DestinationPort)
+	b = append(append(b, t.Source[:]...), t.Destination[:]...)
+	s := siphash.New(tagKey[:])
+	s.Write(b)
+	return s.Sum(nil)
+}
+
+func turned(t abi.Tuple) abi.Tuple {
+	return abi.Tuple{Source: t.Destination, Destination: t.Source, SourcePort: t.DestinationPort, DestinationPort: t.SourcePort, Proto: t.Proto}
+}
+
+// datagram is a frame with checksums, and its five-tuple.
+func datagram(t *testing.T, ipv6 bool, back bool, payload int) ([]byte, abi.Tuple) {
+	t.Helper()
+	tuple := abi.Tuple{SourcePort: 40000, DestinationPort: 53, Proto: 17}
+	var network gopacket.NetworkLayer
+	var l3 gopacket.SerializableLayer
+	kind := layers.EthernetTypeIPv4
+	if ipv6 {
+		ip := ip6(layers.IPProtocolUDP)
+		copy(tuple.Source[:], ip.SrcIP)
+		copy(tuple.Destination[:], ip.DstIP)
+		if back {
+			ip.SrcIP, ip.DstIP = ip.DstIP, ip.SrcIP
+		}
+		network, l3, kind = ip, ip, layers.EthernetTypeIPv6
+	} else {
+		ip := ip4(layers.IPProtocolUDP)
+		copy(tuple.Source[:], ip.SrcIP.To16())
+		copy(tuple.Destination[:], ip.DstIP.To16())
+		if back {
+			ip.SrcIP, ip.DstIP = ip.DstIP, ip.SrcIP
+		}
+		network, l3 = ip, ip
+	}
+	u := udp()
+	if back {
+		u.SrcPort, u.DstPort = u.DstPort, u.SrcPort
+	}
+	if err := u.SetNetworkLayerForChecksum(network); err != nil {
+		t.Fatal(err)
+	}
+	b := gopacket.NewSerializeBuffer()
+	err := gopacket.SerializeLayers(b, gopacket.SerializeOptions{FixLengths: true, ComputeChecksums: true}, l3, u,
+		gopacket.Payload(slices.Repeat([]byte{0xa5}, payload)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return frame(kind, b.Bytes()), tuple
+}
+
+// checkTagged compares what an egress program made of a datagram with the format.
+func checkTagged(t *testing.T, before, after []byte, identity uint32, flags uint32, tuple abi.Tuple) {
+	t.Helper()
+	ipv6 := before[12] == 0x86
+	l3 := 14
+	transport := l3 + 20
+	if ipv6 {
+		transport = l3 + 40
+	}
+	length := int(binary.BigEndian.Uint16(before[transport+4:]))
+	pad := length & 1
+	if len(after) != len(before)+22+pad {
+		t.Fatalf("%d bytes became %d", len(before), len(after))
+	}
+	if !slices.Equal(after[transport:transport+length], before[transport:transport+length]) {
+		t.Error("the datagram itself was changed")
+	}
+	if ipv6 {
+		if got := int(binary.BigEndian.Uint16(after[l3+4:])); got != len(after)-l3-40 {
+			t.Errorf("IPv6 payload length %d of %d bytes", got, len(after)-l3-40)
+		}
+	} else {
+		if got := int(binary.BigEndian.Uint16(after[l3+2:])); got != len(after)-l3 {
+			t.Errorf("IPv4 total length %d of %d bytes", got, len(after)-l3)
+		}
+		if sum := fold(after[l3:transport]); sum != 0xffff {
+			t.Errorf("IPv4 header sums up to %#x", sum)
+		}
+	}
+	surplus := after[transport+length:]
+	// RFC 9868, section 9: the surplus area and its length add up to zero. It is
+	// summed at the alignment that it has in the packet.
+	aligned := append(make([]byte, length&1), surplus...)
+	if sum := fold(binary.BigEndian.AppendUint16(slices.Clone(aligned), uint16(len(surplus)))); sum != 0xffff {
+		t.Errorf("the surplus area and its length sum up to %#x", sum)
+	}
+	option := surplus[pad+2:]
+	claim := binary.BigEndian.Uint32(option[4:])
+	when := binary.BigEndian.Uint32(option[8:])
+	if option[0] != 127 || option[1] != 20 || binary.BigEndian.Uint16(option[2:]) != abi.TagExID {
+		t.Errorf("option starts % x", option[:4])
+	}
+	if want := identity<<8 | 3<<4 | flags; claim != want {
+		t.Errorf("claim %08x, want %08x", claim, want)
+	}
+	if age := time.Now().Unix() - int64(when); age < 0 || age > 5 {
+		t.Errorf("tag is %d seconds old", age)
+	}
+	if want := mac(claim, when, 0, tuple); !slices.Equal(option[12:20], want) {
+		t.Errorf("mac % x, want % x", option[12:20], want)
+	}
+}
+
+// fold is the one's complement sum of 16-bit words.
+func fold(b []byte) uint32 {
+	var sum uint32
+	for i := 0; i < len(b); i += 2 {
+		word := uint32(b[i]) << 8
+		if i+1 < len(b) {
+			word |= uint32(b[i+1])
+		}
+		sum += word
+	}
+	for sum > 0xffff {
+		sum = sum&0xffff + sum>>16
+	}
+	return sum
+}
+
+const (
+	tcxNext = -1
+	tcxDrop = 2
+
+	answers  = 1
+	datagrms = 8
+)
+
+// A datagram leaves one host with its opener's tag, and the other host knows the
+// opener; the answer goes back with the acceptor's.
+func TestDatagramTags(t *testing.T) {
+	for _, c := range []struct {
+		name    string
+		ipv6    bool
+		payload int
+	}{{"v4 even", false, 16}, {"v4 odd", false, 17}, {"v4 empty", false, 0}, {"v6 even", true, 16}, {"v6 odd", true, 1}} {
+		t.Run(c.name, func(t *testing.T) {
+			here, there := newHost(t), newHost(t)
+			question, tuple := datagram(t, c.ipv6, false, c.payload)
+			here.put("flows", tuple, flow{Opener: opener, EpochOut: 1, VerdictOut: uint8(abi.Provisional), Provable: 1})
+			verdict, tagged := here.run("tc_egress", question)
+			if verdict != tcxNext {
+				t.Fatalf("tc_egress: %d", verdict)
+			}
+			checkTagged(t, question, tagged, opener, datagrms, tuple)
+
+			if verdict, _ := there.run("tc_ingress", tagged); verdict != tcxNext {
+				t.Fatalf("tc_ingress: %d", verdict)
+			}
+			f, _ := there.flow(tuple)
+			if f.Opener != opener || f.Owed != 1 || f.EpochOut != 0 {
+				t.Fatalf("the other host knows %+v", f)
+			}
+
+			f.Acceptor, f.VerdictIn, f.EpochIn = acceptor, uint8(abi.Allow), 1
+			there.put("flows", tuple, f)
+			answer, _ := datagram(t, c.ipv6, true, c.payload)
+			_, tagged = there.run("tc_egress", answer)
+			checkTagged(t, answer, tagged, acceptor, datagrms|answers, turned(tuple))
+			if _, again := there.run("tc_egress", answer); len(again) != len(answer) {
+				t.Error("an answer that owes no proof is tagged")
+			}
+			if verdict, _ := here.run("tc_ingress", tagged); verdict != tcxNext {
+				t.Fatalf("tc_ingress of the answer: %d", verdict)
+			}
+			if f, _ := here.flow(tuple); f.Acceptor != acceptor {
+				t.Errorf("the opener's host knows %+v", f)
+			}
+			if _, again := here.run("tc_egress", question); len(again) != len(question) {
+				t.Error("a proven flow is tagged again at once")
+			}
+		})
+	}
+}
+
+// What is not proof of an opener stops at the device.
+func TestBadDatagramTags(t *testing.T) {
+	here, there := newHost(t), newHost(t)
+	question, tuple := datagram(t, false, false, 17)
+	here.put("flows", tuple, flow{Opener: opener, EpochOut: 1, VerdictOut: uint8(abi.Provisional), Provable: 1})
+	_, tagged := here.run("tc_egress", question)
+	option := len(tagged) - 20
+	sign := func(identity, epoch, flags, when uint32) []byte {
+		b := slices.Clone(tagged)
+		claim := identity<<8 | epoch<<4 | flags
+		binary.BigEndian.PutUint32(b[option+4:], claim)
+		binary.BigEndian.PutUint32(b[option+8:], when)
+		copy(b[option+12:], mac(claim, when, 0, tuple))
+		return b
+	}
+	now := uint32(time.Now().Unix())
+	for _, c := range []struct {
+		name  string
+		frame []byte
+		want  int32
+	}{
+		{"OK signed here", sign(opener, 3, datagrms, now), tcxNext},
+		{"OK 20 s old", sign(opener, 3, datagrms, now-20), tcxNext},
+		{"OK no tag", question, tcxNext},
+		{"bad identity of nobody", sign(300, 3, datagrms, now), tcxDrop},
+		{"bad reserved identity", sign(uint32(1), 3, datagrms, now), tcxDrop},
+		{"bad epoch without key", sign(opener, 4, datagrms, now), tcxDrop},
+		{"bad flags of TCP", sign(opener, 3, 0, now), tcxDrop},
+		{"bad flags that leave out an address", sign(opener, 3, datagrms|2, now), tcxDrop},
+		{"bad 2 minutes old", sign(opener, 3, datagrms, now-120), tcxDrop},
+		{"bad 2 minutes ahead", sign(opener, 3, datagrms, now+120), tcxDrop},
+		{"bad answer to nothing", sign(opener, 3, datagrms|answers, now), tcxDrop},
+	} {
+		if got, _ := there.run("tc_ingress", c.frame); got != c.want {
+			t.Errorf("%s: %d, want %d", c.name, got, c.want)
+		}
+		if err := there.Maps["flows"].Delete(tuple); err != nil && c.want == tcxNext && len(c.frame) != len(question) {
+			t.Errorf("%s: no flow was kept", c.name)
+		}
+	}
+	// Where a flow is opened here, nobody else opens it.
+	there.put("flows", tuple, flow{Opener: acceptor, EpochOut: 1})
+	if got, _ := there.run("tc_ingress", tagged); got != tcxDrop {
+		t.Errorf("a tag from outside for a flow opened here: %d", got)
+	}
+}
+
+// One million tags with one or more bits changed, in UDP and in TCP: none is
+// accepted.
+func TestE02MutatedTags(t *testing.T) {
+	const each = 500_000
+	r := rand.New(rand.NewPCG(5, 6))
+	flip := func(b []byte) {
+		for range 1 + r.IntN(3) {
+			b[r.IntN(len(b))] ^= 1 << r.IntN(8)
+		}
+	}
+	h := newHost(t)
+	question, tuple := datagram(t, false, false, 16)
+	h.put("flows", tuple, flow{Opener: opener, EpochOut: 1, VerdictOut: uint8(abi.Provisional), Provable: 1})
+	_, tagged := h.run("tc_egress", question)
+	if err := h.Maps["flows"].Delete(tuple); err != nil {
+		t.Fatal(err)
+	}
+	dropped := 0
+	for range each {
+		b := slices.Clone(tagged)
+		option := b[len(b)-16:] // claim, time, mac: a change before that makes it no tag at all
+		flip(option)
+		if slices.Equal(option, tagged[len(tagged)-16:]) {
+			continue
+		}
+		if verdict, _ := h.run("tc_ingress", b); verdict == tcxDrop {
+			dropped++
+			continue
+		}
+		t.Fatalf("accepted % x", option)
+	}
+
+	h.put("selftest", uint32(0), []uint32{acceptor, 0, 0, uint32(abi.ProofUnknown)})
+	syn := taggedSYN(t, tuple, opener<<8|3<<4)
+	if verdict, _ := h.run("selftest_ingress", syn); verdict != pass {
+		t.Fatal("a good tag is refused: the mutations would prove nothing")
+	}
+	for range each {
+		b := slices.Clone(syn)
+		option := b[len(b)-16:]
+		flip(option)
+		if slices.Equal(option, syn[len(syn)-16:]) {
+			continue
+		}
+		if verdict, _ := h.run("selftest_ingress", b); verdict != drop {
+			t.Fatalf("accepted % x", option)
+		}
+		dropped++
+	}
+	if dropped < 2*each*9/10 {
+		t.Errorf("only %d mutations were tried", dropped)
+	}
+}
+
+// taggedSYN is a frame with a SYN from the tuple's source, and a tag signed in Go.
+func taggedSYN(t *testing.T, tuple abi.Tuple, claim uint32) []byte {
+	t.Helper()
+	ip := ip4(layers.IPProtocolTCP)
+	tuple.Proto = 6
+	segment := &layers.TCP{SrcPort: layers.TCPPort(tuple.SourcePort), DstPort: layers.TCPPort(tuple.DestinationPort), SYN: true, Seq: 0x11223344}
+	tag := binary.BigEndian.AppendUint16(nil, abi.TagExID)
+	tag = binary.BigEndian.AppendUint32(tag, claim)
+	tag = append(tag, mac(claim, segment.Seq, 0, tuple)...)
+	segment.Options = []layers.TCPOption{{OptionType: abi.TagKind, OptionLength: abi.TagLength, OptionData: tag}}
+	return frame(layers.EthernetTypeIPv4, serialize(t, ip, segment))
+}
