@@ -34,12 +34,14 @@ type Core struct {
 	objects *objects
 	links   *links
 	donated *proto.Descriptors
+	stop    func() // ends the upkeep; nil = it never began
 
 	mu       sync.Mutex
 	active   *generation       // what this core put in force; nil = nothing
 	previous *proto.Generation // what rollback returns to; nil = nothing
 	retired  int               // slot that packets may still be judged in; -1 = none
 	standing []string          // problems that last until the core is started again
+	troubles map[string]string // problems that the upkeep found, by part
 }
 
 // hooks let tests break a start. The zero value breaks nothing.
@@ -54,7 +56,7 @@ type hooks struct {
 func Open(config Config, log *slog.Logger) (*Core, error) { return open(config, log, hooks{}) }
 
 func open(config Config, log *slog.Logger, h hooks) (_ *Core, err error) {
-	c := &Core{config: config, log: log, pins: pins{config.BPFFS}, store: store{config.StateDir}, retired: -1}
+	c := &Core{config: config, log: log, pins: pins{config.BPFFS}, store: store{config.StateDir}, retired: -1, troubles: map[string]string{}}
 	defer func() {
 		if err != nil {
 			c.Close()
@@ -82,12 +84,18 @@ func open(config Config, log *slog.Logger, h hooks) (_ *Core, err error) {
 	if err := c.useKeys(t); err != nil {
 		return nil, err
 	}
+	if err := c.setWall(); err != nil {
+		return nil, err
+	}
 	if err := c.resume(t.committed); err != nil {
 		return nil, err
 	}
 	if t.committed {
-		return c, c.links.update()
+		if err := c.links.update(); err != nil {
+			return nil, err
+		}
 	}
+	c.start()
 	return c, nil
 }
 
@@ -401,6 +409,9 @@ func (c *Core) status() *proto.Status {
 			s.Problems = append(s.Problems, l.Problem)
 		}
 	}
+	for _, part := range sortedKeys(c.troubles) {
+		s.Problems = append(s.Problems, c.troubles[part])
+	}
 	if len(s.Problems) > 0 {
 		s.State = proto.StateDegraded
 	}
@@ -410,6 +421,9 @@ func (c *Core) status() *proto.Status {
 // Close gives up the descriptors. What is in force stays in force; if nothing is,
 // nothing stays.
 func (c *Core) Close() error {
+	if c.stop != nil {
+		c.stop()
+	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	var err error
