@@ -288,6 +288,7 @@ func (a *Actor) Close(stream int, _ *bool) error {
 type DatagramArgs struct {
 	To, From string
 	Count    int
+	Bytes    int           // of each; 0 = 16
 	Timeout  time.Duration // for each answer; 0 = do not wait for any
 	Every    time.Duration // between two, without waiting for answers
 }
@@ -324,9 +325,10 @@ func (a *Actor) Datagrams(args DatagramArgs, reply *DatagramReply) error {
 	}
 	defer c.Close()
 	reply.Local, reply.Errors = c.LocalAddr().String(), map[string]int{}
-	b := make([]byte, 64)
+	size := max(args.Bytes, 16)
+	b := make([]byte, size+64)
 	for range args.Count {
-		if _, err := c.WriteToUDPAddrPort(b[:16], to); err != nil {
+		if _, err := c.WriteToUDPAddrPort(b[:size], to); err != nil {
 			reply.Errors[problem(err)]++
 			continue
 		}
@@ -338,7 +340,7 @@ func (a *Actor) Datagrams(args DatagramArgs, reply *DatagramReply) error {
 		if err := c.SetReadDeadline(time.Now().Add(args.Timeout)); err != nil {
 			return err
 		}
-		if n, _, err := c.ReadFromUDPAddrPort(b); err == nil && n == 16 {
+		if n, _, err := c.ReadFromUDPAddrPort(b); err == nil && n == size {
 			reply.Answered++
 		}
 	}

@@ -51,6 +51,9 @@ type NodeOptions struct {
 	// Metrics is where the agent serves them, HOST:PORT in the node's own
 	// namespace; "" = nowhere.
 	Metrics string
+	// Home is the namespace of the host itself: its devices are the node's
+	// boundary. nil = a namespace of the node's own with nothing but lo.
+	Home *Namespace
 }
 
 // Node starts a node and applies the policy; "" = none, and nothing is enforced.
@@ -59,7 +62,9 @@ func (l *Lab) Node(policy string, o NodeOptions) *Node {
 	l.nodes++
 	n := &Node{lab: l, options: o, dir: filepath.Join(l.dir, fmt.Sprintf("node%d", l.nodes))}
 	n.root = l.makeCgroup(filepath.Join(l.cgroup, fmt.Sprintf("node%d", l.nodes)))
-	n.home = l.Island(fmt.Sprintf("node%d", l.nodes))
+	if n.home = o.Home; n.home == nil {
+		n.home = l.Island(fmt.Sprintf("node%d", l.nodes))
+	}
 	for _, dir := range []string{"", "bpf", "core", "state", "agent"} {
 		l.check(os.MkdirAll(filepath.Join(n.dir, dir), 0o755), "make directory")
 	}

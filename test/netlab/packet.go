@@ -6,6 +6,8 @@ import (
 	"net/netip"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/demarc/demarc/bpf/abi"
 )
 
 // Packet is what a wire saw of one frame. Fields that it does not have are zero.
@@ -18,6 +20,8 @@ type Packet struct {
 	ICMP      uint8 // type
 	Fragment  bool  // any fragment; ports are known in the first one only
 	Payload   int   // bytes behind the transport header
+	Surplus   int   // bytes behind the end of a UDP datagram (RFC 9868)
+	Tagged    bool  // has demarc's TCP option
 }
 
 func (p Packet) String() string {
@@ -127,6 +131,25 @@ func parseIPv6(b []byte, p *Packet) {
 	}
 }
 
+// hasTag walks TCP options.
+func hasTag(options []byte) bool {
+	for len(options) > 1 && options[0] != 0 {
+		if options[0] == 1 {
+			options = options[1:]
+			continue
+		}
+		size := int(options[1])
+		if size < 2 || size > len(options) {
+			return false
+		}
+		if options[0] == abi.TagKind && size >= 4 && binary.BigEndian.Uint16(options[2:]) == abi.TagExID {
+			return true
+		}
+		options = options[size:]
+	}
+	return false
+}
+
 func parseTransport(b []byte, left int, p *Packet) {
 	ports := func() {
 		p.Src = netip.AddrPortFrom(p.Src.Addr(), binary.BigEndian.Uint16(b))
@@ -136,10 +159,15 @@ func parseTransport(b []byte, left int, p *Packet) {
 	case p.Proto == unix.IPPROTO_TCP && len(b) >= 20:
 		ports()
 		p.Flags = b[13]
-		p.Payload = max(left-int(b[12]>>4)*4, 0)
+		header := int(b[12]>>4) * 4
+		p.Payload = max(left-header, 0)
+		p.Tagged = hasTag(b[min(20, len(b)):min(header, len(b))])
 	case (p.Proto == unix.IPPROTO_UDP || p.Proto == unix.IPPROTO_UDPLITE) && len(b) >= 8:
 		ports()
 		p.Payload = max(left-8, 0)
+		if length := int(binary.BigEndian.Uint16(b[4:])); p.Proto == unix.IPPROTO_UDP && length >= 8 && length < left {
+			p.Payload, p.Surplus = length-8, left-length
+		}
 	case (p.Proto == unix.IPPROTO_ICMP || p.Proto == unix.IPPROTO_ICMPV6) && len(b) >= 8:
 		p.ICMP = b[0]
 		p.Payload = max(left-8, 0)

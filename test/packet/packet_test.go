@@ -111,14 +111,20 @@ var payload = gopacket.Payload("0123456789abcdef")
 
 func TestPackets(t *testing.T) {
 	programs := load(t)
-	v4 := func(l ...gopacket.SerializableLayer) []byte { return frame(layers.EthernetTypeIPv4, serialize(t, l...)) }
-	v6 := func(l ...gopacket.SerializableLayer) []byte { return frame(layers.EthernetTypeIPv6, serialize(t, l...)) }
+	v4 := func(l ...gopacket.SerializableLayer) []byte {
+		return frame(layers.EthernetTypeIPv4, serialize(t, l...))
+	}
+	v6 := func(l ...gopacket.SerializableLayer) []byte {
+		return frame(layers.EthernetTypeIPv6, serialize(t, l...))
+	}
 	change := func(b []byte, offset int, v ...byte) []byte {
 		b = append([]byte(nil), b...)
 		copy(b[14+offset:], v)
 		return b
 	}
-	extension := func(next byte, length byte) []byte { return append([]byte{next, length}, make([]byte, 6+8*int(length))...) }
+	extension := func(next byte, length byte) []byte {
+		return append([]byte{next, length}, make([]byte, 6+8*int(length))...)
+	}
 	chain := func(headers ...[]byte) []byte {
 		var body []byte
 		for _, h := range headers {
