@@ -42,6 +42,7 @@ type Core struct {
 	retired  int               // slot that packets may still be judged in; -1 = none
 	standing []string          // problems that last until the core is started again
 	troubles map[string]string // problems that the upkeep found, by part
+	keys     keys
 }
 
 // hooks let tests break a start. The zero value breaks nothing.
@@ -81,7 +82,7 @@ func open(config Config, log *slog.Logger, h hooks) (_ *Core, err error) {
 	if c.donated, err = c.donate(); err != nil {
 		return nil, err
 	}
-	if err := c.useKeys(t); err != nil {
+	if err := c.useKeys(); err != nil {
 		return nil, err
 	}
 	if err := c.setWall(); err != nil {
@@ -121,18 +122,6 @@ func (c *Core) begin() error {
 		return err
 	}
 	return c.pins.pinMaps(c.objects)
-}
-
-func (c *Core) useKeys(t *trial) error {
-	if err := loadKeys(c.objects, t.keys); err != nil {
-		return err
-	}
-	state, err := readState(c.objects)
-	if err != nil {
-		return err
-	}
-	state.TagEpoch = t.tagEpoch
-	return writeState(c.objects, state)
 }
 
 // resume puts the stored image in force. If it cannot be read, the one before it

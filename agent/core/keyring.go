@@ -1,102 +1,225 @@
 package core
 
 import (
-	"crypto/rand"
+	"bytes"
 	"encoding/binary"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"io/fs"
 	"os"
+	"time"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/demarc/demarc/agent/core/keyring"
 	"github.com/demarc/demarc/agent/core/proto"
 	"github.com/demarc/demarc/bpf/abi"
 )
 
-// keyring is the file of tag keys.
-type keyring struct {
-	Keys []struct {
-		Epoch uint8  `json:"epoch"` // 0..15
-		Key   string `json:"key"`   // 32 hex digits: the 16 bytes of a SipHash key
-	} `json:"keys"`
+// keys are the tag keys in use: what was written to the kernel, and the ring it
+// follows from. The keys themselves are in the file and in the kernel; here they
+// are only on their way from one to the other.
+type keys struct {
+	ring    keyring.Ring // wiped
+	entries [abi.Epochs]keyEntry
 }
 
-// loadKeyring reads the keys and makes a first one if there is no file yet. The
-// last epoch listed tags what this host sends. A file that others could have read
-// or written is refused: whoever has a key can be anybody.
-func loadKeyring(file string) (keys [abi.Epochs]abi.Key, tag uint64, err error) {
+// keyEntry is a kernel entry without its key. The zero value is an empty one.
+type keyEntry struct {
+	valid        bool
+	print        [32]byte
+	since, until uint64 // ns of CLOCK_BOOTTIME; 0 = no bound
+}
+
+// same says whether nothing has to be written to turn one entry into the other.
+func (e keyEntry) same(other keyEntry) bool {
+	return e.valid == other.valid && e.print == other.print && near(e.since, other.since) && near(e.until, other.until)
+}
+
+// near takes two bounds for one: clocks are read one after the other, and the wall
+// clock is always being disciplined a little.
+func near(a, b uint64) bool {
+	if a == 0 || b == 0 {
+		return a == b
+	}
+	return time.Duration(a-b).Abs() < wallTolerance
+}
+
+// wall is the wall clock's time, to the precision that keys need.
+func (c bootClock) wall() time.Time {
+	var boot unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &boot); err != nil {
+		return time.Time{} // never: this clock was read before
+	}
+	return time.Unix(0, boot.Nano()+c.offset)
+}
+
+// entryOf is what the kernel must hold for a key. What has expired must be gone.
+func entryOf(k *keyring.Key, now time.Time, clock bootClock) keyEntry {
+	if k.Expired(now) {
+		return keyEntry{}
+	}
+	e := keyEntry{valid: true, print: k.Print}
+	if !k.Accept.IsZero() {
+		e.since = clock.at(k.Accept.Unix())
+	}
+	if !k.Until.IsZero() {
+		e.until = clock.at(k.Until.Unix())
+	}
+	return e
+}
+
+// firstKeyring reads the keyring, and makes one with a random key if there is no
+// file yet. The caller wipes it.
+func firstKeyring(file string, now time.Time) (*keyring.Ring, error) {
 	if _, err := os.Lstat(file); errors.Is(err, fs.ErrNotExist) {
-		if err := makeKeyring(file); err != nil {
-			return keys, 0, err
+		k, err := keyring.New(1)
+		if err != nil {
+			return nil, err
+		}
+		defer k.Wipe()
+		if err := keyring.Create(file, &keyring.Ring{Keys: []keyring.Key{k}}); err != nil && !errors.Is(err, fs.ErrExist) {
+			return nil, err
 		}
 	}
-	f, err := os.OpenFile(file, os.O_RDONLY|unix.O_NOFOLLOW, 0)
-	if err != nil {
-		return keys, 0, fmt.Errorf("open keyring: %w", err)
-	}
-	defer f.Close()
-	var stat unix.Stat_t
-	if err := unix.Fstat(int(f.Fd()), &stat); err != nil {
-		return keys, 0, fmt.Errorf("check keyring: %w", err)
-	}
-	if stat.Mode != unix.S_IFREG|0o600 || stat.Uid != uint32(os.Geteuid()) {
-		return keys, 0, proto.Refuse("chown root and chmod 600 it, or remove it to have a new one made",
-			"keyring %s has mode %#o and owner %d", file, stat.Mode&0o7777, stat.Uid)
-	}
-	text := make([]byte, 8192)
-	n, err := f.Read(text)
-	if err != nil {
-		return keys, 0, fmt.Errorf("read keyring: %w", err)
-	}
-	var ring keyring
-	if err := proto.Unmarshal(text[:n], &ring); err != nil {
-		return keys, 0, fmt.Errorf("read keyring %s: %w", file, err)
-	}
-	for _, k := range ring.Keys {
-		b, err := hex.DecodeString(k.Key)
-		if err != nil || len(b) != 16 || k.Epoch >= abi.Epochs || keys[k.Epoch].Valid != 0 {
-			return keys, 0, fmt.Errorf("read keyring %s: epoch %d is not one of 0..15 with 32 hex digits", file, k.Epoch)
-		}
-		keys[k.Epoch].Key = [2]uint64{binary.LittleEndian.Uint64(b), binary.LittleEndian.Uint64(b[8:])}
-		keys[k.Epoch].Valid = 1
-		tag = uint64(k.Epoch)
-	}
-	if len(ring.Keys) == 0 {
-		return keys, 0, fmt.Errorf("read keyring %s: no key", file)
-	}
-	return keys, tag, nil
+	return readKeyring(file, now)
 }
 
-// makeKeyring writes one random key. A crash leaves a whole file or none.
-func makeKeyring(file string) error {
-	var key [16]byte
-	if _, err := rand.Read(key[:]); err != nil {
-		return fmt.Errorf("make key: %w", err)
-	}
-	text := fmt.Sprintf("{\"keys\": [{\"epoch\": 1, \"key\": \"%x\"}]}\n", key)
-	aside := file + ".new"
-	f, err := os.OpenFile(aside, os.O_WRONLY|os.O_CREATE|os.O_TRUNC|unix.O_NOFOLLOW, 0o600)
-	if err == nil {
-		_, err = f.WriteString(text)
-		err = errors.Join(err, f.Chmod(0o600), f.Sync(), f.Close())
-	}
-	if err == nil {
-		err = os.Rename(aside, file)
-	}
+// readKeyring reads a keyring that can be used: one without a key to send with
+// would refuse every proven crossing. The caller wipes it.
+func readKeyring(file string, now time.Time) (*keyring.Ring, error) {
+	ring, err := keyring.Read(file)
 	if err != nil {
-		return fmt.Errorf("make keyring: %w", err)
+		return nil, err
+	}
+	if ring.Sending(now) == nil {
+		ring.Wipe()
+		return nil, proto.Refuse("demarc keys generate tag --add "+file, "%s: no key may be sent with now", file)
+	}
+	return ring, nil
+}
+
+// useKeys puts the keyring into the kernel as the core starts, whatever is there.
+func (c *Core) useKeys() error {
+	clock, err := readBootClock()
+	if err != nil {
+		return err
+	}
+	ring, err := firstKeyring(c.config.Keyring, clock.wall())
+	if err != nil {
+		return err
+	}
+	defer ring.Wipe()
+	for epoch := range c.keys.entries {
+		c.keys.entries[epoch] = keyEntry{valid: true} // unknown: equal to nothing
+	}
+	return c.writeKeys(ring, clock)
+}
+
+func (c *Core) upkeepKeys() error {
+	clock, err := readBootClock()
+	if err != nil {
+		return err
+	}
+	return c.followKeys(clock)
+}
+
+// followKeys is the upkeep of the keys at the time that a clock shows: it takes over what changed in the file, and
+// moves the bounds of keys when the wall clock was stepped. A file that cannot be
+// used changes nothing; the keys loaded before go on holding and ending as they
+// were to.
+func (c *Core) followKeys(clock bootClock) error {
+	ring, err := readKeyring(c.config.Keyring, clock.wall())
+	if err != nil {
+		if other := c.writeKeys(&c.keys.ring, clock); other != nil {
+			return other
+		}
+		return fmt.Errorf("%w; the keys loaded before stay in use", err)
+	}
+	defer ring.Wipe()
+	return c.writeKeys(ring, clock)
+}
+
+// writeKeys makes the kernel hold a ring's keys and send with the right one. New
+// keys come first and old ones go last, so that there is one to send with at any
+// moment. The ring is the one in use then, and wiped.
+func (c *Core) writeKeys(ring *keyring.Ring, clock bootClock) error {
+	now := clock.wall()
+	var want [abi.Epochs]keyEntry
+	var from [abi.Epochs]*keyring.Key
+	for i := range ring.Keys {
+		k := &ring.Keys[i]
+		want[k.Epoch], from[k.Epoch] = entryOf(k, now, clock), k
+	}
+	for epoch, entry := range want {
+		if entry.valid && !entry.same(c.keys.entries[epoch]) {
+			if err := c.writeKey(epoch, entry, from[epoch]); err != nil {
+				return err
+			}
+		}
+	}
+	if err := c.sendWith(ring.Sending(now)); err != nil {
+		return err
+	}
+	for epoch, entry := range want {
+		if !entry.valid && c.keys.entries[epoch].valid {
+			if err := c.writeKey(epoch, entry, nil); err != nil {
+				return err
+			}
+		}
+	}
+	ring.Wipe()
+	c.keys.ring = *ring
+	return nil
+}
+
+// writeKey writes one kernel entry. A key that was wiped after it was loaded is
+// still in the kernel, where only its bounds change.
+func (c *Core) writeKey(epoch int, want keyEntry, k *keyring.Key) error {
+	kernel := c.objects.Maps["keys"]
+	// On the heap, and by its address: copies would stay where they were made.
+	entry := new(abi.Key)
+	defer func() { *entry = abi.Key{} }()
+	if want.valid {
+		if secret := k.Secret(); secret != nil {
+			entry.Key = [2]uint64{binary.LittleEndian.Uint64(secret[:8]), binary.LittleEndian.Uint64(secret[8:])}
+		} else if had := c.keys.entries[epoch]; !had.valid || !bytes.Equal(had.print[:], want.print[:]) {
+			return fmt.Errorf("epoch %d holds again and was wiped: the file is needed", epoch)
+		} else if err := kernel.Lookup(uint32(epoch), unsafe.Pointer(entry)); err != nil {
+			return fmt.Errorf("read epoch %d: %w", epoch, err)
+		}
+		entry.Since, entry.Until, entry.Valid = want.since, want.until, 1
+	}
+	if err := kernel.Put(uint32(epoch), unsafe.Pointer(entry)); err != nil {
+		return fmt.Errorf("load epoch %d: %w", epoch, err)
+	}
+	had := c.keys.entries[epoch]
+	c.keys.entries[epoch] = want
+	switch {
+	case !want.valid && had.print == [32]byte{}: // whatever a former core left
+	case !want.valid:
+		c.log.Info("tag key wiped", "epoch", epoch)
+	case had.print != want.print:
+		c.log.Info("tag key loaded", "epoch", epoch, "fingerprint", k.Fingerprint())
 	}
 	return nil
 }
 
-// loadKeys puts the keyring into the kernel. Epochs without a key are emptied.
-func loadKeys(o *objects, keys [abi.Epochs]abi.Key) error {
-	for epoch := range keys {
-		if err := o.Maps["keys"].Put(uint32(epoch), &keys[epoch]); err != nil {
-			return fmt.Errorf("load key: %w", err)
-		}
+// sendWith changes the epoch that what leaves is tagged with. Without a key it
+// stays: the kernel makes no tag once that key has ended.
+func (c *Core) sendWith(k *keyring.Key) error {
+	if k == nil {
+		return nil
 	}
+	state, err := readState(c.objects)
+	if err != nil || state.TagEpoch == uint64(k.Epoch) {
+		return err
+	}
+	state.TagEpoch = uint64(k.Epoch)
+	if err := writeState(c.objects, state); err != nil {
+		return err
+	}
+	c.log.Info("tag key changes", "sending", k.Epoch)
 	return nil
 }

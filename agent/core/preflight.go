@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/btf"
@@ -44,8 +45,6 @@ type trial struct {
 	maps      map[string]*ebpf.Map
 	links     map[string]link.Link
 	objects   *objects
-	keys      [abi.Epochs]abi.Key
-	tagEpoch  uint64
 }
 
 func (t *trial) close() {
@@ -65,7 +64,7 @@ var checks = []struct {
 	{"privileges", "", "read the effective capabilities", "run as root, with CAP_BPF, CAP_PERFMON, CAP_NET_ADMIN and CAP_SYS_ADMIN", (*trial).privileges},
 	{"trust", "", "read trust_dir", "", func(t *trial) error { return checkTrust(t.config.TrustDir) }},
 	{"state", "", "write and flush a file in state_dir", "make state_dir a directory of root's on a sound disk with room", (*trial).state},
-	{"keyring", "state", "read the tag keys, and their owner and mode", "", (*trial).keyring},
+	{"keyring", "state", "read the tag keys, their times, and the file's owner and mode", "", (*trial).keyring},
 	{"clock", "", "read CLOCK_BOOTTIME", "", (*trial).clock},
 	{"cgroup2", "", "find the cgroup2 mount by its type, and cgroup_root in it", "mount cgroup2", (*trial).cgroup2},
 	{"cgroup namespace", "cgroup2", "compare /proc/self/ns/cgroup with the initial one", "run in the host's cgroup namespace (cgroup: host)", (*trial).namespace},
@@ -165,8 +164,11 @@ func (t *trial) state() error {
 	return errors.Join(err, f.Sync(), f.Close())
 }
 
-func (t *trial) keyring() (err error) {
-	t.keys, t.tagEpoch, err = loadKeyring(t.config.Keyring)
+func (t *trial) keyring() error {
+	ring, err := firstKeyring(t.config.Keyring, time.Now())
+	if err == nil {
+		ring.Wipe()
+	}
 	return err
 }
 

@@ -42,6 +42,7 @@ func (c *Core) upkeep() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.attend("clock", c.setWall())
+	c.attend("keyring", c.upkeepKeys())
 }
 
 // attend notes how a part of the upkeep went: a problem for as long as err is not

@@ -1,0 +1,96 @@
+package keyring
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/demarc/demarc/agent/core/proto"
+)
+
+// maxFile bounds the file, in bytes: 16 keys need less than a third.
+const maxFile = 8192
+
+// Read reads a keyring. A file that others could have read or written is refused.
+// The caller wipes the ring.
+func Read(file string) (*Ring, error) {
+	f, err := os.OpenFile(file, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, fmt.Errorf("open keyring: %w", err)
+	}
+	defer f.Close()
+	var stat unix.Stat_t
+	if err := unix.Fstat(int(f.Fd()), &stat); err != nil {
+		return nil, fmt.Errorf("check keyring: %w", err)
+	}
+	if stat.Mode != unix.S_IFREG|0o600 || stat.Uid != uint32(os.Geteuid()) {
+		return nil, proto.Refuse("make it a file of its user's own, with mode 0600",
+			"keyring %s has mode %#o and owner %d", file, stat.Mode&0o7777, stat.Uid)
+	}
+	text := make([]byte, maxFile+1)
+	defer clear(text)
+	n := 0
+	for n < len(text) {
+		more, err := unix.Read(int(f.Fd()), text[n:])
+		if errors.Is(err, unix.EINTR) {
+			continue
+		}
+		if err != nil {
+			return nil, fmt.Errorf("read keyring: %w", err)
+		}
+		if more == 0 {
+			return Parse(file, text[:n])
+		}
+		n += more
+	}
+	return nil, fmt.Errorf("read keyring: %s is larger than %d bytes", file, maxFile)
+}
+
+// Create writes a keyring where there is no file yet; else the error is
+// fs.ErrExist.
+func Create(file string, r *Ring) error { return write(file, r, os.Link) }
+
+// Replace writes a keyring in the place of what is there.
+func Replace(file string, r *Ring) error { return write(file, r, os.Rename) }
+
+// write leaves a whole file or what was there, also after a crash.
+func write(file string, r *Ring, put func(from, to string) error) error {
+	if bad := r.check(); bad.text != "" {
+		return fmt.Errorf("write keyring: %s", bad.text)
+	}
+	dir := filepath.Dir(file)
+	f, err := os.CreateTemp(dir, "."+filepath.Base(file)+"-") // mode 0600
+	if err != nil {
+		return fmt.Errorf("write keyring: %w", err)
+	}
+	text := r.encode()
+	defer clear(text)
+	_, err = f.Write(text)
+	err = errors.Join(err, f.Sync(), f.Close())
+	if err == nil {
+		err = put(f.Name(), file)
+	}
+	// A renamed file has left this name.
+	if gone := os.Remove(f.Name()); gone != nil && !errors.Is(gone, fs.ErrNotExist) {
+		err = errors.Join(err, gone)
+	}
+	if err == nil {
+		err = syncDir(dir)
+	}
+	if err != nil {
+		return fmt.Errorf("write keyring: %w", err)
+	}
+	return nil
+}
+
+func syncDir(dir string) error {
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
+}
