@@ -130,7 +130,11 @@ func (l *links) replace(name string) error {
 
 // current says whether a link runs the code that this core would attach.
 func (l *links) current(name string) (bool, error) {
-	info, err := l.open[name].Info()
+	return runs(l.open[name], l.objects.Programs[name])
+}
+
+func runs(l link.Link, p *ebpf.Program) (bool, error) {
+	info, err := l.Info()
 	if err != nil {
 		return false, err
 	}
@@ -143,7 +147,7 @@ func (l *links) current(name string) (bool, error) {
 	if err != nil {
 		return false, err
 	}
-	ours, err := l.objects.Programs[name].Info()
+	ours, err := p.Info()
 	if err != nil {
 		return false, err
 	}

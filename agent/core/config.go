@@ -10,7 +10,12 @@ import (
 	"os"
 	"os/user"
 	"path/filepath"
+	"slices"
 	"strconv"
+	"strings"
+	"unicode"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/demarc/demarc/agent/core/proto"
 )
@@ -24,6 +29,7 @@ type Config struct {
 	StateDir   string     // images and keyring; survives a reboot
 	TrustDir   string     // keys that sign images; "" = none
 	Keyring    string     // tag keys
+	Devices    Devices    // where datagrams prove themselves, and frames of workloads stop
 	AgentUID   uint32     // may connect, beside root
 	LogLevel   slog.Level // least severe line that is written
 	LogJSON    bool       // one JSON object a line instead of text
@@ -45,7 +51,7 @@ func LoadConfig(file string) (Config, error) {
 // nothing behind it. Errors start with file:line:col.
 func ParseConfig(file string, src []byte) (Config, error) {
 	p := configParser{file: file, src: src, decoder: json.NewDecoder(bytes.NewReader(src))}
-	c := Config{BPFFS: "/sys/fs/bpf/demarc", RunDir: "/run/demarc", StateDir: "/var/lib/demarc"}
+	c := Config{BPFFS: "/sys/fs/bpf/demarc", RunDir: "/run/demarc", StateDir: "/var/lib/demarc", Devices: Devices{Auto: true}}
 	if err := p.object(&c); err != nil {
 		return Config{}, err
 	}
@@ -109,7 +115,7 @@ func (p *configParser) set(c *Config, key string) error {
 	case "keyring":
 		return p.directory(&c.Keyring)
 	case "devices":
-		return p.devices()
+		return p.devices(&c.Devices)
 	case "agent_user":
 		return p.user(&c.AgentUID)
 	case "log_level":
@@ -133,12 +139,35 @@ func (p *configParser) directory(out *string) error {
 	return nil
 }
 
-func (p *configParser) devices() error {
-	var v string
-	if err := p.value(&v); err != nil || v != "auto" {
-		return p.fail(`devices is "auto": boundaries at named devices are not available in this version`)
+// devices takes "auto" or a list of names, which may be empty.
+func (p *configParser) devices(out *Devices) error {
+	var raw json.RawMessage
+	if err := p.value(&raw); err != nil {
+		return err
+	}
+	*out = Devices{Auto: string(raw) == `"auto"`}
+	if out.Auto {
+		return nil
+	}
+	if err := json.Unmarshal(raw, &out.Names); err != nil || out.Names == nil {
+		return p.fail(`devices is "auto" or a list of names`)
+	}
+	for i, name := range out.Names {
+		if !deviceName(name) {
+			return p.fail("%q cannot be the name of a device", name)
+		}
+		if slices.Contains(out.Names[:i], name) {
+			return p.fail("device %q is given twice", name)
+		}
 	}
 	return nil
+}
+
+// deviceName says whether the kernel would accept a name (dev_valid_name in
+// net/core/dev.c).
+func deviceName(name string) bool {
+	return name != "" && name != "." && name != ".." && len(name) < unix.IFNAMSIZ &&
+		!strings.ContainsFunc(name, func(r rune) bool { return r == '/' || r == ':' || unicode.IsSpace(r) || r == 0 })
 }
 
 // user takes a name or a number.

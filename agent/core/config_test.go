@@ -10,7 +10,8 @@ import (
 )
 
 func TestParseConfig(t *testing.T) {
-	defaults := Config{BPFFS: "/sys/fs/bpf/demarc", RunDir: "/run/demarc", StateDir: "/var/lib/demarc", Keyring: "/var/lib/demarc/keyring"}
+	defaults := Config{BPFFS: "/sys/fs/bpf/demarc", RunDir: "/run/demarc", StateDir: "/var/lib/demarc", Keyring: "/var/lib/demarc/keyring",
+		Devices: Devices{Auto: true}}
 	tests := []struct {
 		name, src string
 		want      Config
@@ -19,9 +20,9 @@ func TestParseConfig(t *testing.T) {
 		{name: "OK empty", src: "{}", want: defaults},
 		{name: "OK everything",
 			src: `{"cgroup_root": "lab", "bpffs": "/b/d", "run_dir": "/r", "state_dir": "/s", "trust_dir": "/t", "keyring": "/k",
-				"devices": "auto", "agent_user": "root", "log_level": "debug", "log_format": "json"}`,
+				"devices": ["eth0", "bond0.100"], "agent_user": "root", "log_level": "debug", "log_format": "json"}`,
 			want: Config{CgroupRoot: "lab", BPFFS: "/b/d", RunDir: "/r", StateDir: "/s", TrustDir: "/t", Keyring: "/k",
-				LogLevel: slog.LevelDebug, LogJSON: true}},
+				Devices: Devices{Names: []string{"eth0", "bond0.100"}}, LogLevel: slog.LevelDebug, LogJSON: true}},
 		{name: "OK user by number", src: `{"agent_user": 1234}`, want: func() Config { c := defaults; c.AgentUID = 1234; return c }()},
 		{name: "OK keyring follows state_dir", src: `{"state_dir": "/s"}`,
 			want: func() Config { c := defaults; c.StateDir, c.Keyring = "/s", "/s/keyring"; return c }()},
@@ -33,7 +34,15 @@ func TestParseConfig(t *testing.T) {
 		{name: "bad relative directory", src: `{"run_dir": "run"}`, err: `f:1:13: "run" is not a clean absolute path`},
 		{name: "bad directory with dots", src: `{"run_dir": "/run/../etc"}`, err: `f:1:13: "/run/../etc" is not a clean absolute path`},
 		{name: "bad root directory", src: `{"state_dir": "/"}`, err: `f:1:15: "/" is not a clean absolute path`},
-		{name: "bad devices", src: `{"devices": ["eth0"]}`, err: `f:1:13: devices is "auto": boundaries at named devices are not available in this version`},
+		{name: "OK devices by themselves", src: `{"devices": "auto"}`, want: defaults},
+		{name: "OK no devices", src: `{"devices": []}`, want: func() Config { c := defaults; c.Devices = Devices{Names: []string{}}; return c }()},
+		{name: "bad devices word", src: `{"devices": "none"}`, err: `f:1:13: devices is "auto" or a list of names`},
+		{name: "bad devices null", src: `{"devices": null}`, err: `f:1:13: devices is "auto" or a list of names`},
+		{name: "bad devices number", src: `{"devices": [1]}`, err: `f:1:13: devices is "auto" or a list of names`},
+		{name: "bad device name", src: `{"devices": ["eth0", "eth 0"]}`, err: `f:1:13: "eth 0" cannot be the name of a device`},
+		{name: "bad long device name", src: `{"devices": ["a234567890123456"]}`, err: `f:1:13: "a234567890123456" cannot be the name of a device`},
+		{name: "bad empty device name", src: `{"devices": [""]}`, err: `f:1:13: "" cannot be the name of a device`},
+		{name: "bad device twice", src: `{"devices": ["eth0", "eth0"]}`, err: `f:1:13: device "eth0" is given twice`},
 		{name: "bad user", src: `{"agent_user": "no such user"}`, err: `f:1:16: agent_user "no such user" is no user of this machine`},
 		{name: "bad negative user", src: `{"agent_user": -1}`, err: `f:1:16: agent_user -1 is no user of this machine`},
 		{name: "bad level", src: `{"log_level": "loud"}`, err: `f:1:15: log_level is one of debug, info, warn, error`},

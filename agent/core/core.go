@@ -33,6 +33,8 @@ type Core struct {
 	store   store
 	objects *objects
 	links   *links
+	devices *boundary
+	limits  []string // what this machine cannot enforce
 	donated *proto.Descriptors
 	stop    func() // ends the upkeep; nil = it never began
 
@@ -48,6 +50,7 @@ type Core struct {
 // hooks let tests break a start. The zero value breaks nothing.
 type hooks struct {
 	load      func() error            // before the programs are loaded
+	tcx       func() error            // in the place of probeTCX
 	attaching func(name string) error // before each program is attached
 }
 
@@ -74,6 +77,11 @@ func open(config Config, log *slog.Logger, h hooks) (_ *Core, err error) {
 	c.tree, c.objects, t.objects = t.tree, t.objects, nil
 	c.links = &links{objects: c.objects, tree: c.tree, pins: c.pins, attaching: h.attaching,
 		open: map[string]link.Link{}, running: t.running()}
+	c.limits = t.limits
+	if c.devices, err = newBoundary(config.Devices, c.objects, c.pins, t.taps, log); err != nil {
+		return nil, err
+	}
+	c.devices.attaching, t.taps = h.attaching, nil
 	if t.committed {
 		c.links.open, t.links = t.links, nil
 	} else if err := c.begin(); err != nil {
@@ -92,7 +100,7 @@ func open(config Config, log *slog.Logger, h hooks) (_ *Core, err error) {
 		return nil, err
 	}
 	if t.committed {
-		if err := c.links.update(); err != nil {
+		if err := errors.Join(c.links.update(), c.devices.adopt()); err != nil {
 			return nil, err
 		}
 	}
@@ -297,6 +305,11 @@ func (c *Core) install(g *generation, durable bool) (err error) {
 		return err
 	}
 	if first {
+		// Proofs are verified at devices before anything asks for them.
+		if err := c.devices.begin(); err != nil {
+			return err
+		}
+		undo = append(undo, c.devices.end)
 		if err := c.links.attach(attachOrder[namers:]); err != nil {
 			return err
 		}
@@ -377,7 +390,8 @@ func (c *Core) Status() *proto.Status {
 }
 
 func (c *Core) status() *proto.Status {
-	s := &proto.Status{State: proto.StateIdle, Previous: c.previous, Links: c.links.status(), Problems: append([]string(nil), c.standing...)}
+	s := &proto.Status{State: proto.StateIdle, Previous: c.previous, Links: c.links.status(), Limits: c.limits,
+		Problems: append([]string(nil), c.standing...)}
 	if c.active != nil {
 		s.Active, s.State, s.Claims = c.active.describe(), proto.StateEnforcing, len(c.active.selectors.claims)
 		if s.Active.Mode == "observe" {
@@ -393,6 +407,8 @@ func (c *Core) status() *proto.Status {
 			s.Problems = append(s.Problems, fmt.Sprintf("%d of %d programs are attached", len(s.Links), len(attachOrder)))
 		}
 	}
+	taps, problems := c.devices.status()
+	s.Links, s.Problems = append(s.Links, taps...), append(s.Problems, problems...)
 	for _, l := range s.Links {
 		if l.Problem != "" {
 			s.Problems = append(s.Problems, l.Problem)
@@ -426,6 +442,7 @@ func (c *Core) Close() error {
 		if c.links != nil {
 			closeAll(c.links.open)
 		}
+		c.devices.close()
 		if c.active != nil {
 			c.active.close()
 		}

@@ -1,6 +1,8 @@
 package core
 
 import (
+	"errors"
+	"fmt"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -17,8 +19,25 @@ import (
 	"github.com/demarc/demarc/policy/policytest"
 )
 
+// TestMain begins anew in a network namespace of the tests' own, so that no core
+// ever meets a device of the machine.
+func TestMain(m *testing.M) {
+	const apart = "DEMARC_TEST_APART"
+	if os.Geteuid() == 0 && os.Getenv(apart) == "" {
+		runtime.LockOSThread() // the thread that leaves is the one that goes on
+		err := errors.Join(os.Setenv(apart, "1"), unix.Unshare(unix.CLONE_NEWNET))
+		if err == nil {
+			err = unix.Exec("/proc/self/exe", os.Args, os.Environ())
+		}
+		fmt.Fprintln(os.Stderr, "make a network namespace:", err)
+		os.Exit(1)
+	}
+	os.Exit(m.Run())
+}
+
 // machine is a piece of this one: a cgroup subtree and a BPF file system of the
-// test's own. The programs are attached to that subtree only.
+// test's own. The programs are attached to that subtree only, and to devices only
+// where a test says so.
 type machine struct {
 	t      testing.TB
 	config Config

@@ -19,6 +19,7 @@ import (
 //
 //	DIR/maps/NAME    every map but the compiler's own
 //	DIR/links/NAME   every attached program
+//	DIR/links/NAME_N the same, of the device with index N
 //	DIR/abi          identityCard; pinned last, so that pins without it are what
 //	                 an interrupted start left behind
 //
@@ -46,6 +47,9 @@ func (p pins) check(spec *ebpf.CollectionSpec) (committed bool, err error) {
 	known := map[string][]string{p.dir: {"maps", "links", "abi"}, p.maps(""): keptMaps(spec), p.links(""): nil}
 	for _, name := range attachOrder {
 		known[p.links("")] = append(known[p.links("")], name, filepath.Base(p.aside(name)))
+	}
+	for _, h := range p.hooks() {
+		known[p.links("")] = append(known[p.links("")], h.String())
 	}
 	for _, dir := range []string{p.dir, p.maps(""), p.links("")} {
 		if err := checkDirectory(dir, known[dir]); err != nil {
@@ -201,6 +205,41 @@ func leadsTo(l link.Link, spec *ebpf.ProgramSpec, t *tree) error {
 	return nil
 }
 
+// hooks lists the pins of devices. A directory that cannot be read has none.
+func (p pins) hooks() []hook {
+	var all []hook
+	entries, _ := os.ReadDir(p.links(""))
+	for _, e := range entries {
+		if h, ours := parseHook(e.Name()); ours {
+			all = append(all, h)
+		}
+	}
+	return all
+}
+
+// adoptDevices opens the pinned links of devices. Those whose device is gone are
+// among them, so that they can be removed once it is certain that this core
+// starts. The caller closes them.
+func (p pins) adoptDevices(spec *ebpf.CollectionSpec) (_ map[hook]link.Link, err error) {
+	all := map[hook]link.Link{}
+	defer func() {
+		if err != nil {
+			closeAll(all)
+		}
+	}()
+	for _, h := range p.hooks() {
+		path := p.links(h.String())
+		if all[h], err = link.LoadPinnedLink(path, nil); err != nil {
+			delete(all, h)
+			return nil, proto.Refuse(mend, "adopt pins: open %s: %w", path, err)
+		}
+		if err := h.leadsTo(all[h], spec.Programs[h.program]); err != nil && !errors.Is(err, errAway) {
+			return nil, proto.Refuse(mend, "adopt pins: %s %w", path, err)
+		}
+	}
+	return all, nil
+}
+
 // pinMaps makes the directory and pins the maps.
 func (p pins) pinMaps(o *objects) error {
 	for _, dir := range []string{p.dir, p.maps(""), p.links("")} {
@@ -237,6 +276,9 @@ func (p pins) commit(spec *ebpf.CollectionSpec, t *tree) error {
 // before all else: what an interruption leaves is then known to be unfinished.
 func (p pins) clear(spec *ebpf.CollectionSpec) error {
 	paths := []string{p.abi()}
+	for _, h := range p.hooks() {
+		paths = append(paths, p.links(h.String()))
+	}
 	for _, name := range slices.Backward(attachOrder) {
 		paths = append(paths, p.links(name), p.aside(name))
 	}
@@ -252,7 +294,7 @@ func (p pins) clear(spec *ebpf.CollectionSpec) error {
 }
 
 // closeAll closes whatever is open.
-func closeAll[C interface{ Close() error }](all map[string]C) {
+func closeAll[K comparable, C interface{ Close() error }](all map[K]C) {
 	for _, c := range all {
 		if any(c) != nil {
 			_ = c.Close()

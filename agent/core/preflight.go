@@ -25,6 +25,7 @@ type Check struct {
 	OK      bool   `json:"ok"`
 	Tried   string `json:"tried"`             // what was done to find out
 	Problem string `json:"problem,omitempty"` // why it is not there
+	Limit   string `json:"limit,omitempty"`   // what is not enforced, though it is good enough to start
 	Fix     string `json:"fix,omitempty"`     // what to do
 }
 
@@ -44,12 +45,16 @@ type trial struct {
 	committed bool // a former core finished its start here
 	maps      map[string]*ebpf.Map
 	links     map[string]link.Link
+	taps      map[hook]link.Link // links of devices
+	noTCX     bool               // the kernel has no place for programs at devices
+	limits    []string           // what is not enforced, though a start is not refused
 	objects   *objects
 }
 
 func (t *trial) close() {
 	closeAll(t.maps)
 	closeAll(t.links)
+	closeAll(t.taps)
 	if t.objects != nil {
 		t.objects.Close()
 	}
@@ -70,6 +75,8 @@ var checks = []struct {
 	{"cgroup namespace", "cgroup2", "compare /proc/self/ns/cgroup with the initial one", "run in the host's cgroup namespace (cgroup: host)", (*trial).namespace},
 	{"btf", "", "read the kernel's type information", "use a kernel with CONFIG_DEBUG_INFO_BTF", (*trial).btf},
 	{"pins", "cgroup2", "compare what is pinned below bpffs with what this version would pin", "", (*trial).pins},
+	{"devices", "", "look for places for programs at devices, and for the devices that are named",
+		`use a kernel with tcx (6.6 or later), or set "devices" to []`, (*trial).devices},
 	{"programs", "pins", "load every program and map", "use a kernel that has it (6.1 or later)", (*trial).load},
 	{"attach", "programs", "attach every program to a scratch cgroup and detach it", "look for another program that does not share the hook", (*trial).attach},
 	{"ring buffer", "programs", "map the events ring into memory", "use a kernel with BPF_MAP_TYPE_RINGBUF", (*trial).ring},
@@ -85,7 +92,12 @@ func (t *trial) run() []Check {
 		if failed[c.needs] {
 			err = fmt.Errorf("not tried: it needs %s", c.needs)
 		} else {
+			known := len(t.limits)
 			err = c.try(t)
+			r.Limit = strings.Join(t.limits[known:], "; ")
+		}
+		if r.Limit != "" {
+			r.Fix = c.fix
 		}
 		if err != nil {
 			failed[c.name] = true
@@ -210,7 +222,10 @@ func (t *trial) pins() (err error) {
 	if t.committed, err = p.check(t.spec); err != nil || !t.committed {
 		return err
 	}
-	t.maps, t.links, err = p.adopt(t.spec, t.tree)
+	if t.maps, t.links, err = p.adopt(t.spec, t.tree); err != nil {
+		return err
+	}
+	t.taps, err = p.adoptDevices(t.spec)
 	return err
 }
 
@@ -218,6 +233,11 @@ func (t *trial) load() (err error) {
 	if t.hooks.load != nil {
 		if err := t.hooks.load(); err != nil {
 			return err
+		}
+	}
+	if t.noTCX {
+		for _, name := range devicePrograms {
+			delete(t.spec.Programs, name)
 		}
 	}
 	t.objects, err = loadObjects(t.spec, t.maps)
@@ -271,8 +291,11 @@ func FormatChecks(results []Check) string {
 	}
 	for _, c := range results {
 		mark, what := "ok  ", c.Tried
-		if !c.OK {
+		switch {
+		case !c.OK:
 			mark, what = "FAIL", c.Problem
+		case c.Limit != "":
+			mark, what = "note", c.Limit
 		}
 		fmt.Fprintf(&out, "%s  %-*s  %s\n", mark, width, c.Name, what)
 		if c.Fix != "" {

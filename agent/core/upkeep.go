@@ -3,6 +3,7 @@ package core
 import (
 	"context"
 	"fmt"
+	"sync"
 	"time"
 )
 
@@ -13,14 +14,12 @@ const upkeepInterval = time.Second
 // waits for it to end.
 func (c *Core) start() {
 	ctx, cancel := context.WithCancel(context.Background())
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		c.run(ctx)
-	}()
+	var all sync.WaitGroup
+	all.Go(func() { c.run(ctx) })
+	all.Go(func() { c.devices.run(ctx) })
 	c.stop = func() {
 		cancel()
-		<-done
+		all.Wait()
 	}
 }
 

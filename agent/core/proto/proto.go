@@ -101,6 +101,7 @@ const (
 type Status struct {
 	State    State       `json:"state"`
 	Problems []string    `json:"problems,omitempty"`
+	Limits   []string    `json:"limits,omitempty"` // what this machine cannot enforce, and was not asked to
 	Active   *Generation `json:"active,omitempty"`
 	Previous *Generation `json:"previous,omitempty"` // what rollback would return to; Slot and Epoch are 0
 	Links    []Link      `json:"links,omitempty"`
