@@ -1,0 +1,88 @@
+package core
+
+import (
+	"testing"
+	"time"
+
+	"github.com/demarc/demarc/bpf/abi"
+)
+
+// wallOff is how far the kernel's idea of the time is from the machine's.
+func wallOff(t *testing.T, c *Core) time.Duration {
+	t.Helper()
+	clock, err := readBootClock()
+	must(t, err)
+	state, err := readState(c.objects)
+	must(t, err)
+	return time.Duration(clock.offset - int64(state.Wall)).Abs()
+}
+
+// The programs know the time from the start, and again soon after a clock step;
+// nothing else of the state changes.
+func TestWallFollowsClock(t *testing.T) {
+	m := newMachine(t)
+	c := m.start()
+	if off := wallOff(t, c); off > wallTolerance {
+		t.Errorf("at the start the time is off by %v", off)
+	}
+	_, err := c.Apply(shop(t, nil))
+	must(t, err)
+	for _, step := range []time.Duration{time.Hour, -time.Hour, 2 * wallTolerance} {
+		before, err := readState(c.objects)
+		must(t, err)
+		c.mu.Lock()
+		stepped := before
+		stepped.Wall -= uint64(step)
+		err = writeState(c.objects, stepped)
+		c.mu.Unlock()
+		must(t, err)
+		for end := time.Now().Add(2 * upkeepInterval); wallOff(t, c) > wallTolerance; time.Sleep(time.Millisecond) {
+			if time.Now().After(end) {
+				t.Fatalf("a step of %v is not followed", step)
+			}
+		}
+		after, err := readState(c.objects)
+		must(t, err)
+		before.Wall, after.Wall = 0, 0
+		if before != after {
+			t.Errorf("state before %+v, after %+v", before, after)
+		}
+	}
+}
+
+// The time is written between two changes of the policy without undoing either.
+func TestWallDuringApply(t *testing.T) {
+	m := newMachine(t)
+	c := m.start()
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for range 2000 {
+			c.mu.Lock()
+			state, err := readState(c.objects)
+			if err == nil {
+				state.Wall -= uint64(time.Hour)
+				err = writeState(c.objects, state)
+			}
+			c.mu.Unlock()
+			c.upkeep()
+			if err != nil {
+				t.Error(err)
+				return
+			}
+		}
+	}()
+	for v := uint64(7); v < 27; v++ {
+		s, err := c.Apply(shop(t, version(v)))
+		must(t, err)
+		state, err := readState(c.objects)
+		must(t, err)
+		if want := abi.MakeActive(uint32(s.Active.Slot), abi.ActiveFlags(state.Active), s.Active.Epoch); state.Active != want {
+			t.Fatalf("version %d: active %#x, want %#x", v, state.Active, want)
+		}
+	}
+	<-done
+	if off := wallOff(t, c); off > wallTolerance {
+		t.Errorf("the time is off by %v", off)
+	}
+}
