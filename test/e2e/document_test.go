@@ -9,6 +9,7 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/demarc/demarc/agent/api"
+	"github.com/demarc/demarc/agent/flow"
 	"github.com/demarc/demarc/policy/image"
 	"github.com/demarc/demarc/test/netlab"
 )
@@ -109,3 +110,5 @@ func eventually(t testing.TB, within time.Duration, what string, holds func() bo
 		}
 	}
 }
+
+type flowOf = flow.Flow
