@@ -228,6 +228,11 @@ func (l *link) with(request func(core) error) error {
 	err := request(s.core)
 	var refused *proto.Refused
 	if err != nil && !errors.As(err, &refused) {
+		// What the core said last is not known to hold any more: whoever looks
+		// before the session has ended must not be told that it does.
+		l.mu.Lock()
+		s.status = nil
+		l.mu.Unlock()
 		s.fail(err)
 		return fmt.Errorf("%w: %w", errAway, err)
 	}
