@@ -24,10 +24,11 @@ type TrafficArgs struct {
 
 // TrafficReply is what came of it.
 type TrafficReply struct {
-	Exchanged int                  // round trips on the streams that were kept open
-	Connected int                  // connections made and used
-	Tried     int                  // denied calls
-	Last      map[string]time.Time // of the last round trip, by "tcp " or "udp " and server
+	Exchanged int                      // round trips on the streams that were kept open
+	Connected int                      // connections made and used
+	Tried     int                      // denied calls
+	Last      map[string]time.Time     // of the last round trip, by "tcp " or "udp " and server
+	Silence   map[string]time.Duration // longest between two round trips
 	Problems  []string
 }
 
@@ -43,7 +44,7 @@ type traffic struct {
 func (a *Actor) StartTraffic(args TrafficArgs, _ *bool) error {
 	ctx, cancel := context.WithCancel(context.Background())
 	f := &traffic{cancel: cancel}
-	f.reply.Last = map[string]time.Time{}
+	f.reply.Last, f.reply.Silence = map[string]time.Time{}, map[string]time.Duration{}
 	for _, to := range args.Streams {
 		c, err := dialStream(DialArgs{To: to, Timeout: 5 * time.Second})
 		if err != nil {
@@ -97,7 +98,7 @@ func (a *Actor) Traffic(_ bool, reply *TrafficReply) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	*reply = f.reply
-	reply.Last, reply.Problems = maps.Clone(f.reply.Last), slices.Clone(f.reply.Problems)
+	reply.Last, reply.Silence, reply.Problems = maps.Clone(f.reply.Last), maps.Clone(f.reply.Silence), slices.Clone(f.reply.Problems)
 	return nil
 }
 
@@ -162,7 +163,11 @@ func (f *traffic) converse(ctx context.Context, c net.Conn, name string) {
 func (f *traffic) exchanged(name string) {
 	f.mu.Lock()
 	f.reply.Exchanged++
-	f.reply.Last[name] = time.Now()
+	now := time.Now()
+	if last, ok := f.reply.Last[name]; ok {
+		f.reply.Silence[name] = max(f.reply.Silence[name], now.Sub(last))
+	}
+	f.reply.Last[name] = now
 	f.mu.Unlock()
 	time.Sleep(2 * time.Millisecond)
 }
