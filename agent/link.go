@@ -231,7 +231,9 @@ func (l *link) with(request func(core) error) error {
 		// What the core said last is not known to hold any more: whoever looks
 		// before the session has ended must not be told that it does.
 		l.mu.Lock()
-		s.status = nil
+		if l.session == s {
+			l.session, l.problem = nil, err.Error()
+		}
 		l.mu.Unlock()
 		s.fail(err)
 		return fmt.Errorf("%w: %w", errAway, err)
