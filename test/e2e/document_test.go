@@ -4,6 +4,8 @@ import (
 	"encoding/json"
 	"fmt"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"testing"
 	"time"
 
@@ -49,6 +51,10 @@ func newEnds(t testing.TB, body string, o netlab.NodeOptions) *ends {
 	e := &ends{lab: netlab.New(t), versions: 1}
 	e.web, e.db = e.lab.Namespace("web"), e.lab.Namespace("db")
 	e.node = e.lab.Node(document(1, webAndDB+body), o)
+	// Cgroups can be listed by anybody, as on a real host: the agent is nobody.
+	if err := os.Chmod(filepath.Dir(e.node.Root().Dir()), 0o755); err != nil {
+		t.Fatal(err)
+	}
 	e.client = startActor(t, e.web, e.node.Cgroup("/lab/web"))
 	e.server = startActor(t, e.db, e.node.Cgroup("/lab/db"))
 	return e
