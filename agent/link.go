@@ -228,6 +228,13 @@ func (l *link) with(request func(core) error) error {
 	err := request(s.core)
 	var refused *proto.Refused
 	if err != nil && !errors.As(err, &refused) {
+		// What the core said last is not known to hold any more: whoever looks
+		// before the session has ended must not be told that it does.
+		l.mu.Lock()
+		if l.session == s {
+			l.session, l.problem = nil, err.Error()
+		}
+		l.mu.Unlock()
 		s.fail(err)
 		return fmt.Errorf("%w: %w", errAway, err)
 	}

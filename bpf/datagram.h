@@ -243,7 +243,7 @@ GLOBAL int carefree_datagram(struct packet *p, struct outcome *o, bool outgoing)
 	if (flow && flow->opener && flow->opener != DEMARC_ID_UNMANAGED && fresh_flow(flow, o->query.now))
 		flow->acceptor = DEMARC_ID_UNMANAGED;
 	else
-		vouch(&p->tuple, false);
+		vouch(&p->tuple, DEMARC_ID_UNMANAGED, false);
 	return true;
 }
 

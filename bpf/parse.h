@@ -45,7 +45,7 @@ static __always_inline int parse_ipv4(struct __sk_buff *skb, struct packet *p)
 		return DEMARC_IP_OPTIONS;
 	total = bpf_ntohs(ip.tot_len);
 	/* 0 is a super-packet beyond 64 KiB, made by the stack itself. */
-	if (total ? total < sizeof(ip) || p->network + total > skb->len : skb->len <= 0xffff)
+	if (total ? total < sizeof(ip) : skb->len <= 0xffff)
 		return DEMARC_MALFORMED;
 	if (ip.frag_off & bpf_htons(0x3fff))
 		return DEMARC_FRAGMENT;
@@ -66,8 +66,6 @@ static __always_inline int parse_ipv6(struct __sk_buff *skb, struct packet *p)
 	if (bpf_skb_load_bytes(skb, p->network, &ip, sizeof(ip)))
 		return DEMARC_MALFORMED;
 	if (ip.version != 6)
-		return DEMARC_MALFORMED;
-	if (ip.payload_len && offset + bpf_ntohs(ip.payload_len) > skb->len)
 		return DEMARC_MALFORMED;
 	p->end = ip.payload_len ? offset + bpf_ntohs(ip.payload_len) : 0;
 	__builtin_memcpy(p->tuple.saddr, &ip.saddr, 16);
@@ -122,6 +120,10 @@ static __always_inline int parse_udp(struct __sk_buff *skb, struct packet *p)
 	length = bpf_ntohs(udp.len);
 	if (length ? length < sizeof(udp) || p->transport + length > skb->len : skb->len <= 0xffff)
 		return DEMARC_MALFORMED;
+	/* Before sockets see it, the stack cuts a datagram to its own length: what
+	 * was behind it (RFC 9868) is still in the IP header's. */
+	if (p->end > skb->len && p->transport + length != skb->len)
+		return DEMARC_MALFORMED;
 	p->tuple.sport = bpf_ntohs(udp.source);
 	p->tuple.dport = bpf_ntohs(udp.dest);
 	p->length = length;
@@ -167,6 +169,8 @@ GLOBAL int parse(struct __sk_buff *skb, __u32 network, struct packet *p)
 							    DEMARC_MALFORMED;
 	if (refused)
 		return refused;
+	if (p->end > skb->len && p->tuple.proto != PROTO_UDP)
+		return DEMARC_MALFORMED;
 	switch (p->tuple.proto) {
 	case PROTO_TCP:
 		return parse_tcp(skb, p);

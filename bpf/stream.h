@@ -43,8 +43,8 @@ GLOBAL int remember(struct __sk_buff *skb, const struct outcome *o)
 	return 0;
 }
 
-/* A flow entry that only says which local, unmanaged process is at an end. */
-GLOBAL int vouch(const struct demarc_tuple *opener, bool accepts)
+/* A flow entry that only says which local process is at an end. */
+GLOBAL int vouch(const struct demarc_tuple *opener, __u32 identity, bool accepts)
 {
 	struct demarc_flow fresh = { .last = bpf_ktime_get_boot_ns() }, *flow;
 
@@ -60,26 +60,30 @@ GLOBAL int vouch(const struct demarc_tuple *opener, bool accepts)
 		return 0;
 	flow->last = fresh.last;
 	if (accepts)
-		flow->acceptor = DEMARC_ID_UNMANAGED;
+		flow->acceptor = identity;
 	else
-		flow->opener = DEMARC_ID_UNMANAGED;
+		flow->opener = identity;
 	return 0;
 }
 
-/* No proof in the packet: was it a local unmanaged process that sent it? */
+/* No proof in the packet: was it a local process that sent it? Where one end is
+ * unmanaged there is no tag, and this is the proof. Between workloads it is none:
+ * a tag proves this very connection, and this only that there was one. */
 static __always_inline void ask_vouchers(struct outcome *o, bool acceptor)
 {
 	struct demarc_flow *flow;
+	__u32 peer;
 
 	if (o->query.proof != DEMARC_PROOF_NONE || !(DEMARC_ACTIVE_FLAGS(o->active) & DEMARC_ACTIVE_UNMANAGED))
 		return;
 	flow = bpf_map_lookup_elem(&flows, &o->opener);
 	if (!flow || o->query.now - flow->last > DEMARC_FLOW_IDLE)
 		return;
-	if ((acceptor ? flow->acceptor : flow->opener) != DEMARC_ID_UNMANAGED)
+	peer = acceptor ? flow->acceptor : flow->opener;
+	if (!peer || (peer != DEMARC_ID_UNMANAGED && o->query.subject != DEMARC_ID_UNMANAGED))
 		return;
 	o->query.proof = DEMARC_PROOF_IDENTITY;
-	o->query.peer = DEMARC_ID_UNMANAGED;
+	o->query.peer = peer;
 }
 
 /* Our SYN leaves. */
@@ -97,13 +101,16 @@ GLOBAL int syn_out(struct __sk_buff *skb, struct packet *p, struct outcome *o)
 		return !refused(o, o->query.reason);
 	if (o->query.subject == DEMARC_ID_UNMANAGED) {
 		if (DEMARC_ACTIVE_FLAGS(o->active) & DEMARC_ACTIVE_UNMANAGED)
-			vouch(&p->tuple, false);
+			vouch(&p->tuple, o->query.subject, false);
 		return true;
 	}
 	tagged = provable_crossing(o->query.slot, o->query.subject, DEMARC_EGRESS, PROTO_TCP, o->query.port,
 				   o->query.now);
-	if (tagged == DEMARC_NO_CROSSING_INDEX)
+	if (tagged == DEMARC_NO_CROSSING_INDEX) {
+		if (DEMARC_ACTIVE_FLAGS(o->active) & DEMARC_ACTIVE_UNMANAGED)
+			vouch(&p->tuple, o->query.subject, false);
 		return true;
+	}
 	/* The tag was written by sockops. No room for it, no connection; and a
 	 * socket must not speak for another identity than its own. */
 	if (find_tag(skb, p, &tag) != 1)
@@ -157,18 +164,27 @@ GLOBAL int synack_out(struct __sk_buff *skb, struct packet *p, struct outcome *o
 		return 0;
 	ask_back(o, p, DEMARC_INGRESS);
 	pending = bpf_map_lookup_elem(&pending_syns, &o->opener);
-	if (!pending || pending->self != o->query.subject || pending->seq + 1 != p->ack)
+	if (!pending) {
+		/* A redirected port is translated back before packets are judged, so
+		 * its entry is not found here. The SYN that is answered was admitted,
+		 * or the listener would not have seen it; the caller checks our proof. */
+		return (p->flags & (FLAG_SYN | FLAG_ACK | FLAG_RST)) == (FLAG_SYN | FLAG_ACK) ? true :
+												!refused(o, DEMARC_NO_STATE);
+	}
+	if (pending->self != o->query.subject || pending->seq + 1 != p->ack)
 		return !refused(o, DEMARC_NO_STATE);
 	o->query.peer = pending->peer;
 	o->query.proof = pending->proof;
-	if (pending->proof == DEMARC_PROOF_IDENTITY && pending->peer != DEMARC_ID_UNMANAGED) {
+	if (pending->proof == DEMARC_PROOF_IDENTITY && pending->peer >= DEMARC_ID_FIRST &&
+	    pending->self >= DEMARC_ID_FIRST) {
 		if (find_tag(skb, p, &tag) != 1)
 			return !refused(o, DEMARC_TAG_NO_ROOM);
 		if (bpf_ntohl(tag.claim) >> 8 != o->query.subject)
 			return !refused(o, DEMARC_TAG_BAD_IDENTITY);
 	}
-	if (o->query.subject == DEMARC_ID_UNMANAGED && DEMARC_ACTIVE_FLAGS(o->active) & DEMARC_ACTIVE_UNMANAGED)
-		vouch(&o->opener, true);
+	if ((o->query.subject == DEMARC_ID_UNMANAGED || pending->peer == DEMARC_ID_UNMANAGED) &&
+	    DEMARC_ACTIVE_FLAGS(o->active) & DEMARC_ACTIVE_UNMANAGED)
+		vouch(&o->opener, o->query.subject, true);
 	return true;
 }
 
@@ -287,10 +303,10 @@ GLOBAL int carefree_stream(struct __sk_buff *skb, struct packet *p, struct outco
 		if (!(DEMARC_ACTIVE_FLAGS(o->active) & DEMARC_ACTIVE_UNMANAGED))
 			return true;
 		if (tcp_state == TCP_SYN_SENT) {
-			vouch(&p->tuple, false);
+			vouch(&p->tuple, DEMARC_ID_UNMANAGED, false);
 		} else {
 			reverse(&o->opener, &p->tuple);
-			vouch(&o->opener, true);
+			vouch(&o->opener, DEMARC_ID_UNMANAGED, true);
 		}
 		return true;
 	}

@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"syscall"
 	"testing"
@@ -35,9 +36,12 @@ func (m *machine) daemon(t *testing.T) *proto.Client {
 	must(t, os.WriteFile(config, text, 0o600))
 	core := exec.Command(binary, "run", "--config", config)
 	core.Stderr = testWriter{t}
+	// The kernel means the death of the thread, not of the process.
+	runtime.LockOSThread()
 	core.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	must(t, core.Start())
 	t.Cleanup(func() {
+		defer runtime.UnlockOSThread()
 		_ = core.Process.Signal(syscall.SIGTERM)
 		if err := core.Wait(); err != nil {
 			t.Errorf("demarc-core: %v", err)

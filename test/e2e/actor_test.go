@@ -348,7 +348,10 @@ func (a *Actor) Datagrams(args DatagramArgs, reply *DatagramReply) error {
 }
 
 // ServeArgs is a socket that answers.
-type ServeArgs struct{ Network, At string }
+type ServeArgs struct {
+	Network, At string
+	Silent      bool // do not answer datagrams
+}
 
 // Served is what came in: connections, or datagrams and the last sender.
 type Served struct {
@@ -383,7 +386,7 @@ func (a *Actor) Serve(args ServeArgs, reply *string) error {
 			go s.streams(l)
 		}
 	} else if s.packet, err = net.ListenPacket("udp", args.At); err == nil {
-		go s.datagrams(s.packet)
+		go s.datagrams(s.packet, args.Silent)
 	}
 	if err != nil {
 		*reply = problem(err)
@@ -419,7 +422,7 @@ func (s *echoServer) streams(l net.Listener) {
 	}
 }
 
-func (s *echoServer) datagrams(c net.PacketConn) {
+func (s *echoServer) datagrams(c net.PacketConn, silent bool) {
 	b := make([]byte, 64<<10)
 	for {
 		n, from, err := c.ReadFrom(b)
@@ -427,7 +430,9 @@ func (s *echoServer) datagrams(c net.PacketConn) {
 			return
 		}
 		s.note(1, n, from)
-		_, _ = c.WriteTo(b[:n], from)
+		if !silent {
+			_, _ = c.WriteTo(b[:n], from)
+		}
 	}
 }
 

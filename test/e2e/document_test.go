@@ -4,11 +4,14 @@ import (
 	"encoding/json"
 	"fmt"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"testing"
 	"time"
 
 	"github.com/cilium/ebpf"
 	"github.com/demarc/demarc/agent/api"
+	"github.com/demarc/demarc/agent/flow"
 	"github.com/demarc/demarc/policy/image"
 	"github.com/demarc/demarc/test/netlab"
 )
@@ -48,6 +51,10 @@ func newEnds(t testing.TB, body string, o netlab.NodeOptions) *ends {
 	e := &ends{lab: netlab.New(t), versions: 1}
 	e.web, e.db = e.lab.Namespace("web"), e.lab.Namespace("db")
 	e.node = e.lab.Node(document(1, webAndDB+body), o)
+	// Cgroups can be listed by anybody, as on a real host: the agent is nobody.
+	if err := os.Chmod(filepath.Dir(e.node.Root().Dir()), 0o755); err != nil {
+		t.Fatal(err)
+	}
 	e.client = startActor(t, e.web, e.node.Cgroup("/lab/web"))
 	e.server = startActor(t, e.db, e.node.Cgroup("/lab/db"))
 	return e
@@ -109,3 +116,5 @@ func eventually(t testing.TB, within time.Duration, what string, holds func() bo
 		}
 	}
 }
+
+type flowOf = flow.Flow

@@ -4,8 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"net/netip"
+	"slices"
 	"sync"
 	"syscall"
 	"time"
@@ -13,17 +15,20 @@ import (
 
 // TrafficArgs is traffic that goes on until it is stopped.
 type TrafficArgs struct {
-	Streams []string // servers that a connection is kept open to, and used all the time
-	Connect []string // servers that connections are made to, one after the other
-	Denied  []string // where nothing may go: connections and datagrams are tried all the time
-	Every   time.Duration
+	Streams   []string      // servers that a connection is kept open to, and used all the time
+	Datagrams []string      // servers that datagrams go to and come from all the time, by one socket each
+	Connect   []string      // servers that connections are made to, one after the other
+	Denied    []string      // where nothing may go: connections and datagrams are tried all the time
+	Every     time.Duration // between two denied tries
 }
 
 // TrafficReply is what came of it.
 type TrafficReply struct {
-	Exchanged int // round trips on the streams that were kept open
-	Connected int // connections made and used
-	Tried     int // denied calls
+	Exchanged int                      // round trips on the streams that were kept open
+	Connected int                      // connections made and used
+	Tried     int                      // denied calls
+	Last      map[string]time.Time     // of the last round trip, by "tcp " or "udp " and server
+	Silence   map[string]time.Duration // longest between two round trips
 	Problems  []string
 }
 
@@ -39,13 +44,22 @@ type traffic struct {
 func (a *Actor) StartTraffic(args TrafficArgs, _ *bool) error {
 	ctx, cancel := context.WithCancel(context.Background())
 	f := &traffic{cancel: cancel}
+	f.reply.Last, f.reply.Silence = map[string]time.Time{}, map[string]time.Duration{}
 	for _, to := range args.Streams {
 		c, err := dialStream(DialArgs{To: to, Timeout: 5 * time.Second})
 		if err != nil {
 			cancel()
 			return err
 		}
-		f.all.Go(func() { f.use(ctx, c) })
+		f.all.Go(func() { f.use(ctx, c, "tcp "+to) })
+	}
+	for _, to := range args.Datagrams {
+		c, err := net.Dial("udp", to)
+		if err != nil {
+			cancel()
+			return err
+		}
+		f.all.Go(func() { f.converse(ctx, c, "udp "+to) })
 	}
 	for _, to := range args.Connect {
 		f.repeat(ctx, 10*time.Millisecond, func() error { return f.connect(to) })
@@ -84,6 +98,7 @@ func (a *Actor) Traffic(_ bool, reply *TrafficReply) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	*reply = f.reply
+	reply.Last, reply.Silence, reply.Problems = maps.Clone(f.reply.Last), maps.Clone(f.reply.Silence), slices.Clone(f.reply.Problems)
 	return nil
 }
 
@@ -118,17 +133,43 @@ func (f *traffic) note(n *int) {
 	*n++
 }
 
-// use exchanges data on a stream until it is told to stop.
-func (f *traffic) use(ctx context.Context, c net.Conn) {
+// use exchanges data on a stream until it is told to stop, or the stream breaks.
+func (f *traffic) use(ctx context.Context, c net.Conn, name string) {
 	defer c.Close()
+	defer context.AfterFunc(ctx, func() { _ = c.SetDeadline(time.Now()) })()
 	for ctx.Err() == nil {
 		if err := exchange(c, 200, 5*time.Second); err != nil {
-			f.fail(fmt.Errorf("stream %s > %s broke: %w", c.LocalAddr(), c.RemoteAddr(), err))
+			if ctx.Err() == nil {
+				f.fail(fmt.Errorf("stream %s > %s broke: %w", c.LocalAddr(), c.RemoteAddr(), err))
+			}
 			return
 		}
-		f.note(&f.reply.Exchanged)
-		time.Sleep(2 * time.Millisecond)
+		f.exchanged(name)
 	}
+}
+
+// converse does the same with datagrams, of which some may be lost or refused.
+func (f *traffic) converse(ctx context.Context, c net.Conn, name string) {
+	defer c.Close()
+	for ctx.Err() == nil {
+		if err := exchange(c, 200, 100*time.Millisecond); err != nil {
+			time.Sleep(time.Millisecond)
+			continue
+		}
+		f.exchanged(name)
+	}
+}
+
+func (f *traffic) exchanged(name string) {
+	f.mu.Lock()
+	f.reply.Exchanged++
+	now := time.Now()
+	if last, ok := f.reply.Last[name]; ok {
+		f.reply.Silence[name] = max(f.reply.Silence[name], now.Sub(last))
+	}
+	f.reply.Last[name] = now
+	f.mu.Unlock()
+	time.Sleep(2 * time.Millisecond)
 }
 
 func (f *traffic) connect(to string) error {

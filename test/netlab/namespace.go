@@ -171,9 +171,77 @@ func (ns *Namespace) join(sw *Namespace, port string) error {
 	return errors.New("cable does not come up")
 }
 
+// LinkLocal is the address of eth0 that the kernel chose.
+func (ns *Namespace) LinkLocal() netip.Addr {
+	ns.lab.t.Helper()
+	device, err := ns.links.LinkByIndex(ns.device)
+	ns.lab.check(err, "find eth0 in %s", ns.Name)
+	all, err := ns.links.AddrList(device, netlink.FAMILY_V6)
+	ns.lab.check(err, "list addresses in %s", ns.Name)
+	for _, a := range all {
+		if ip, _ := netip.AddrFromSlice(a.IP); ip.IsLinkLocalUnicast() {
+			return ip
+		}
+	}
+	ns.lab.t.Fatalf("eth0 in %s has no link-local address", ns.Name)
+	return netip.Addr{}
+}
+
 func (ns *Namespace) up(device string) {
 	ns.lab.t.Helper()
 	link, err := ns.links.LinkByName(device)
 	ns.lab.check(err, "find %s in %s", device, ns.Name)
 	ns.lab.check(ns.links.LinkSetUp(link), "set %s up in %s", device, ns.Name)
+}
+
+// Device gives the namespace one more device, with an address, and returns the
+// wire behind it. Nobody is there; neighbours are known of those that are named.
+func (ns *Namespace) Device(name string, prefix netip.Prefix, neighbours ...netip.Addr) *Wire {
+	ns.lab.t.Helper()
+	far := ns.lab.Island(ns.Name + " behind " + name)
+	ns.lab.check(ns.links.LinkAdd(&netlink.Veth{
+		LinkAttrs: netlink.LinkAttrs{Name: name}, PeerName: "far", PeerNamespace: netlink.NsFd(far.file.Fd()),
+	}), "make %s in %s", name, ns.Name)
+	far.up("far")
+	ns.up(name)
+	link, err := ns.links.LinkByName(name)
+	ns.lab.check(err, "find %s in %s", name, ns.Name)
+	end, err := far.links.LinkByName("far")
+	ns.lab.check(err, "find far end of %s", name)
+	index := link.Attrs().Index
+	ns.lab.check(ns.links.AddrAdd(link, &netlink.Addr{
+		IPNet: &net.IPNet{IP: prefix.Addr().AsSlice(), Mask: net.CIDRMask(prefix.Bits(), prefix.Addr().BitLen())},
+		Flags: unix.IFA_F_NODAD,
+	}), "add address in %s", ns.Name)
+	for _, a := range neighbours {
+		ns.lab.check(ns.links.NeighSet(&netlink.Neigh{
+			LinkIndex: index, IP: a.AsSlice(), State: netlink.NUD_PERMANENT, HardwareAddr: end.Attrs().HardwareAddr,
+		}), "add neighbour in %s", ns.Name)
+	}
+	return ns.lab.wire(far, ns, end.Attrs().Index, index, false)
+}
+
+// Lead sends everything for a prefix to another namespace, which need not have an
+// address in it: what nobody answers can be sent there without waiting for a
+// neighbour.
+func (ns *Namespace) Lead(prefix netip.Prefix, to *Namespace) {
+	ns.lab.t.Helper()
+	ns.lab.check(ns.links.RouteAdd(&netlink.Route{
+		Dst: &net.IPNet{IP: prefix.Addr().AsSlice(), Mask: net.CIDRMask(prefix.Bits(), prefix.Addr().BitLen())},
+		Gw:  to.IP4.AsSlice(), LinkIndex: ns.device,
+	}), "add route in %s", ns.Name)
+}
+
+// SendIP sends an IPv4 packet as it is, header and all; the kernel fills in
+// checksum and, where it is zero, length and identifier of the header.
+func (ns *Namespace) SendIP(packet []byte) {
+	ns.lab.t.Helper()
+	ns.lab.check(ns.Do(func() error {
+		fd, err := unix.Socket(unix.AF_INET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.IPPROTO_RAW)
+		if err != nil {
+			return err
+		}
+		defer unix.Close(fd)
+		return unix.Sendto(fd, packet, 0, &unix.SockaddrInet4{Addr: [4]byte(packet[16:20])})
+	}), "send packet in %s", ns.Name)
 }

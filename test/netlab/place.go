@@ -6,6 +6,9 @@ import (
 	"github.com/demarc/demarc/agent/flow"
 )
 
+// Flow is what the kernel tells of a verdict, in words.
+type Flow = flow.Flow
+
 // Place is an address and a port; an invalid address and port 0 stand for any.
 type Place struct {
 	Address netip.Addr

@@ -17,7 +17,7 @@ type Wire struct {
 	ns     *Namespace
 	device int // index in ns that sentinels are sent on
 	file   *os.File
-	lo     bool
+	own    bool // the capture is on the namespace's own device: what it sends goes out
 
 	mu      sync.Mutex
 	packets []Packet
@@ -43,9 +43,9 @@ func (ns *Namespace) Loopback() *Wire {
 }
 
 // wire captures on a device of one namespace what another one sends through it.
-func (l *Lab) wire(at, of *Namespace, index, device int, lo bool) *Wire {
+func (l *Lab) wire(at, of *Namespace, index, device int, own bool) *Wire {
 	l.t.Helper()
-	w := &Wire{ns: of, device: device, lo: lo, seen: make(map[uint64]int), news: make(chan struct{})}
+	w := &Wire{ns: of, device: device, own: own, seen: make(map[uint64]int), news: make(chan struct{})}
 	l.check(at.Do(func() error {
 		fd, err := packetSocket(index)
 		if err != nil {
@@ -108,7 +108,7 @@ func (w *Wire) read() {
 // on lo every frame goes out and comes in again.
 func (w *Wire) see(frame []byte, outgoing bool) {
 	p := parseFrame(frame)
-	p.Sent = outgoing == w.lo
+	p.Sent = outgoing == w.own
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if p.EtherType == sentinelType && len(frame) >= 22 {

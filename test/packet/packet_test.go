@@ -153,7 +153,9 @@ func TestPackets(t *testing.T) {
 		{"bad v4 header length below 5", change(v4(ip4(layers.IPProtocolUDP), udp(), payload), 0, 0x44), drop},
 		{"bad v4 options", change(v4(ip4(layers.IPProtocolUDP), udp(), payload), 0, 0x46), drop},
 		{"bad v4 says version 6", change(v4(ip4(layers.IPProtocolUDP), udp(), payload), 0, 0x65), drop},
-		{"bad v4 total length beyond packet", change(v4(ip4(layers.IPProtocolUDP), udp(), payload), 2, 0x40, 0), drop},
+		{"OK v4 UDP cut to its own length", change(v4(ip4(layers.IPProtocolUDP), udp(), payload), 2, 0x40, 0), pass},
+		{"bad v4 total length beyond packet", change(v4(ip4(layers.IPProtocolTCP), tcp(), payload), 2, 0x40, 0), drop},
+		{"bad v4 UDP total length beyond packet, datagram shorter", change(change(v4(ip4(layers.IPProtocolUDP), udp(), payload), 2, 0x40, 0), 20+4, 0, 9), drop},
 		{"bad v4 total length below header", change(v4(ip4(layers.IPProtocolUDP), udp(), payload), 2, 0, 19), drop},
 		{"bad v4 total length zero", change(v4(ip4(layers.IPProtocolUDP), udp(), payload), 2, 0, 0), drop},
 		{"bad v4 first fragment", change(v4(ip4(layers.IPProtocolUDP), udp(), payload), 6, 0x20, 0), drop},
@@ -167,7 +169,8 @@ func TestPackets(t *testing.T) {
 		{"bad v4 UDP length zero", change(v4(ip4(layers.IPProtocolUDP), udp(), payload), 20+4, 0, 0), drop},
 		{"bad v4 ICMP cut", v4(ip4(layers.IPProtocolICMPv4), gopacket.Payload("1234")), drop},
 		{"bad v6 says version 4", change(v6(ip6(layers.IPProtocolUDP), udp(), payload), 0, 0x40), drop},
-		{"bad v6 payload length beyond packet", change(v6(ip6(layers.IPProtocolUDP), udp(), payload), 4, 0x40, 0), drop},
+		{"OK v6 UDP cut to its own length", change(v6(ip6(layers.IPProtocolUDP), udp(), payload), 4, 0x40, 0), pass},
+		{"bad v6 payload length beyond packet", change(v6(ip6(layers.IPProtocolTCP), tcp(), payload), 4, 0x40, 0), drop},
 		{"bad v6 fragment header", change(v6(ip6(layers.IPProtocolIPv6Fragment), gopacket.Payload("\x11\x00\x00\x00\x00\x00\x00\x00"), udp(), payload), 6, 44), drop},
 		{"bad v6 routing header type 0", change(chain(extension(17, 0), udpBytes), 6, 43), drop},
 		{"bad v6 hop-by-hop beyond packet", chain(extension(17, 0)[:2], []byte{0}), drop},
@@ -220,6 +223,12 @@ func TestF08MutatedPackets(t *testing.T) {
 	}
 }
 
+// trimmed says whether a packet is a datagram that ends where it says itself: the
+// stack cuts what is behind.
+func trimmed(proto byte, l3 []byte, header int) bool {
+	return proto == 17 && len(l3) >= header+8 && header+int(binary.BigEndian.Uint16(l3[header+4:])) == len(l3)
+}
+
 // suspicious says what a strict reader holds against a packet.
 func suspicious(b []byte) string {
 	l3 := b[14:]
@@ -229,7 +238,7 @@ func suspicious(b []byte) string {
 		switch {
 		case l3[0] != 0x45:
 			return "its first byte is not 0x45"
-		case total > len(l3) || total < 20:
+		case total < 20 || total > len(l3) && !trimmed(l3[9], l3, 20):
 			return "its total length is wrong"
 		case binary.BigEndian.Uint16(l3[6:])&0x3fff != 0:
 			return "it is a fragment"
@@ -238,7 +247,7 @@ func suspicious(b []byte) string {
 		switch {
 		case l3[0]>>4 != 6:
 			return "its version is not 6"
-		case int(binary.BigEndian.Uint16(l3[4:]))+40 > len(l3):
+		case int(binary.BigEndian.Uint16(l3[4:]))+40 > len(l3) && !trimmed(l3[6], l3, 40):
 			return "its payload length is wrong"
 		case l3[6] == 44 || l3[6] == 43:
 			return "it has a fragment or routing header"

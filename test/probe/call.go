@@ -18,11 +18,11 @@ import (
 // calls by name.
 var calls = map[string]func(*prober, *Call) (Result, error){
 	"socket": socket, "bind": bind, "connect": connect, "disconnect": disconnect, "listen": listen, "accept": accept,
-	"send": send, "sendmmsg": sendmmsg, "recv": receive, "close": closeSocket, "shutdown": shutdown,
+	"send": send, "sendmmsg": sendmmsg, "recv": receive, "swallow": swallow, "close": closeSocket, "shutdown": shutdown,
 	"set": setOption, "settext": setText, "get": getOption, "name": socketName,
 	"sendfile": sendFile, "splice": spliceFile, "filter": attachFilter,
-	"cgroup": enterCgroup, "steal": steal, "mailbox": mailbox, "give": give, "take": take, "exec": execSelf,
-	"churn": churn, "ring": newRing, "ringsend": ringSend, "ringconnect": ringConnect, "ringsocket": ringSocket,
+	"cgroup": enterCgroup, "dup": duplicate, "steal": steal, "mailbox": mailbox, "give": give, "take": take, "exec": execSelf,
+	"serve": serve, "flood": flood, "bindall": bindAll, "churn": churn, "ring": newRing, "ringsend": ringSend, "ringconnect": ringConnect, "ringsocket": ringSocket,
 }
 
 // address makes the bytes of a socket address. The form of the text decides the
@@ -236,7 +236,8 @@ type mmsghdr struct {
 
 // sendmmsg sends the data to each address of the batch, as many as the kernel
 // takes at once, and goes on behind the one that it refuses. N counts those sent,
-// Data has one byte for each: 1 sent, 0 refused.
+// Data has one byte for each: 1 sent, 0 refused. The kernel tells an error only
+// where nothing was sent before it.
 func sendmmsg(p *prober, c *Call) (Result, error) {
 	fd, err := p.fd(c)
 	if err != nil {
@@ -258,15 +259,14 @@ func sendmmsg(p *prober, c *Call) (Result, error) {
 	for at := 0; at < len(batch); {
 		n, _, errno := unix.Syscall6(unix.SYS_SENDMMSG, uintptr(fd), uintptr(unsafe.Pointer(&batch[at])), uintptr(len(batch)-at), 0, 0, 0)
 		if errno != 0 {
-			err = errno // of the first one left
-			at++
-			continue
+			err, n = errno, 0
 		}
 		for range n {
 			r.Data[at] = 1
 			at++
 		}
 		r.N += int(n)
+		at++ // what stopped it was tried and refused
 	}
 	runtime.KeepAlive(names)
 	return r, err
@@ -288,6 +288,29 @@ func receive(p *prober, c *Call) (Result, error) {
 		return Result{}, errno
 	}
 	return Result{N: int(n), Data: b[:n], From: addressText(from[:length])}, nil
+}
+
+// swallow reads until nothing comes for the timeout, or the other side closes. N
+// counts the bytes. With Value, silence is no error.
+func swallow(p *prober, c *Call) (r Result, err error) {
+	fd, err := p.fd(c)
+	if err != nil {
+		return r, err
+	}
+	b := make([]byte, 1<<20)
+	for {
+		if err := await(fd, unix.POLLIN, c.Timeout); err != nil {
+			if errors.Is(err, errTimeout) && c.Value != 0 {
+				return r, nil
+			}
+			return r, err
+		}
+		n, err := unix.Read(fd, b)
+		if err != nil || n == 0 {
+			return r, err
+		}
+		r.N += n
+	}
 }
 
 func closeSocket(p *prober, c *Call) (Result, error) {
@@ -431,6 +454,19 @@ func attachFilter(p *prober, c *Call) (Result, error) {
 // enterCgroup moves this process into the cgroup of a directory.
 func enterCgroup(_ *prober, c *Call) (Result, error) {
 	return Result{}, os.WriteFile(c.Path+"/cgroup.procs", []byte("0"), 0)
+}
+
+// duplicate gives a socket a second descriptor; N is its number.
+func duplicate(p *prober, c *Call) (Result, error) {
+	fd, err := p.fd(c)
+	if err != nil {
+		return Result{}, err
+	}
+	made, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		return Result{}, err
+	}
+	return p.keep(c, made)
 }
 
 // steal takes a descriptor out of another process.

@@ -1,0 +1,124 @@
+package e2e_test
+
+import (
+	"net/netip"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/demarc/demarc/bpf/abi"
+	"github.com/demarc/demarc/test/netlab"
+	"github.com/demarc/demarc/test/probe"
+)
+
+// More flows than the table of flows has room for: what was denied stays denied,
+// what was allowed goes on.
+func TestH01FlowTable(t *testing.T) {
+	w := enforced(t)
+	w.control()
+	w.p.Socket("t", "tcp4")
+	w.p.Connect("t", w.decoy.At4(7000).String())
+	w.p.Echoed("t", "before")
+	w.p.Socket("u", "udp4")
+	w.p.Connect("u", w.decoy.At4(7000).String())
+	w.p.Echoed("u", "before")
+	// Everything on 7000 may be opened until the other side fails to prove itself.
+	crowd := netip.MustParsePrefix("10.128.0.0/9")
+	w.web.Lead(crowd, w.peer)
+	w.p.Socket("f", "udp4")
+	const flows = 300_000 // the table holds 131,072
+	flood := probe.Call{Op: "flood", Socket: "f", Size: flows, Data: []byte("x"), Address: netlab.Place{Address: crowd.Addr(), Port: 7000}.String()}
+	if r := w.p.Must(flood); r.N != flows {
+		t.Errorf("%d of %d flows were opened", r.N, flows)
+	}
+	w.p.Echoed("t", "after")
+	w.p.Echoed("u", "after")
+	w.p.Refused(send("f", w.peer.At4(7001)), "EPERM")
+	w.denied(abi.NoCrossingFor, udp, w.peer.At4(7001))
+	w.p.Socket("s", "tcp4")
+	w.p.Refused(connect("s", w.peer.At4(7001)), "EPERM")
+	w.denied(abi.NoCrossingFor, tcp, w.peer.At4(7001))
+	sender := w.peer.Probe(w.lab.Cgroup("peer"))
+	sender.Socket("u", "udp4")
+	w.p.Socket("in", "udp4")
+	w.p.Must(probe.Call{Op: "bind", Socket: "in", Address: w.web.At4(7005).String()})
+	sender.Must(send("u", w.web.At4(7005)))
+	w.node.AwaitDenied(abi.NoCrossingFor, udp, w.web.At4(7005))
+	w.p.Refused(probe.Call{Op: "recv", Socket: "in", Timeout: 1}, probe.Timeout)
+	w.control()
+	w.silent()
+}
+
+// A full table refuses what it has no room for, and says so.
+func TestH02FullTable(t *testing.T) {
+	w := enforced(t)
+	w.control()
+	// Ports of two namespaces: one has too few to fill the table of port owners.
+	room := 65536
+	for _, ns := range []*netlab.Namespace{w.web, w.decoy} {
+		p := ns.Probe(w.node.Cgroup("/lab/other"))
+		for _, kind := range []int{unix.SOCK_DGRAM, unix.SOCK_STREAM} {
+			r := p.Do(probe.Call{Op: "bindall", Type: kind, Value: 10000, Size: 30000})
+			if room -= r.N; r.Error == "" {
+				continue
+			}
+			if r.Error != "EPERM" || room > 64 || room < -64 {
+				t.Fatalf("bind: %q with room for %d", r.Error, room)
+			}
+			f := w.node.AwaitFlow("a full table", func(f netlab.Flow) bool { return f.Verdict == abi.Deny && f.Reason == abi.MapFull })
+			if f.Hook != abi.HookBind || f.Source.Workload != "other" && f.Destination.Workload != "other" {
+				t.Errorf("denied %s", netlab.Describe(f))
+			}
+			if n := w.node.Faults()[abi.FaultPortFull]; n == 0 {
+				t.Error("the fault is not counted")
+			}
+			// What needs no new port goes on; what was denied stays so.
+			w.p.Socket("u", "udp4")
+			w.p.Refused(send("u", w.peer.At4(7001)), "EPERM")
+			w.denied(abi.NoCrossingFor, udp, w.peer.At4(7001))
+			p.Kill()
+			w.control()
+			w.silent()
+			return
+		}
+	}
+	t.Fatalf("the table has room for %d more", room)
+}
+
+// With the rings full and nobody reading them, nothing passes and everything is
+// counted; who reads again hears how much is missing.
+func TestH03FullRing(t *testing.T) {
+	w := enforced(t)
+	w.control()
+	w.node.StopCore() // and with it the only reader
+	w.p.Socket("u", "udp4")
+	const times = 100_000 // the ring holds less than a fifth of that
+	flood := probe.Call{Op: "flood", Socket: "u", Size: times, Value: 1, Data: []byte("x"), Address: w.peer.At4(7001).String()}
+	if r := w.p.Do(flood); r.N != 0 || r.Error != "EPERM" {
+		t.Errorf("%d of %d datagrams were taken: %q", r.N, times, r.Error)
+	}
+	w.silent()
+	w.node.Forget()
+	w.node.StartCore()
+	if n := w.node.Denied(abi.NoCrossingFor); n != times {
+		t.Errorf("%d denials counted of %d", n, times)
+	}
+	w.p.Socket("t", "tcp4")
+	w.p.Refused(connect("t", w.peer.At4(7001)), "EPERM")
+	w.denied(abi.NoCrossingFor, tcp, w.peer.At4(7001)) // behind the flood, there is room again
+	ring := w.node.Rings()[abi.RingDenied]
+	if ring.Lost == 0 {
+		t.Error("nothing was lost: this test shows nothing")
+	}
+	var heard uint64
+	for _, f := range w.node.Flows() {
+		if f.Verdict == abi.Deny {
+			heard++
+		}
+	}
+	if heard+ring.Lost != ring.Seq || ring.Seq != times+1 {
+		t.Errorf("%d events made, %d heard, %d lost", ring.Seq, heard, ring.Lost)
+	}
+	w.control()
+	w.silent()
+}

@@ -1,0 +1,112 @@
+package probe
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"io"
+	"net"
+	"os"
+	"runtime"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// serve answers on TCP and UDP from now on: it sends back what it gets, or, if
+// Value is set, only swallows it.
+func serve(_ *prober, c *Call) (Result, error) {
+	var config net.ListenConfig
+	config.SetMultipathTCP(false)
+	stream, err := config.Listen(context.Background(), "tcp", c.Address)
+	if err != nil {
+		return Result{}, err
+	}
+	datagram, err := config.ListenPacket(context.Background(), "udp", c.Address)
+	if err != nil {
+		return Result{}, errors.Join(err, stream.Close())
+	}
+	swallow := c.Value != 0
+	go func() {
+		for {
+			conn, err := stream.Accept()
+			if err != nil {
+				return
+			}
+			go func() {
+				defer conn.Close()
+				if swallow {
+					_, _ = io.Copy(io.Discard, conn)
+				} else {
+					_, _ = io.Copy(conn, conn)
+				}
+			}()
+		}
+	}()
+	go func() {
+		b := make([]byte, 64<<10)
+		for {
+			n, from, err := datagram.ReadFrom(b)
+			if err != nil {
+				return
+			}
+			if !swallow {
+				_, _ = datagram.WriteTo(b[:n], from)
+			}
+		}
+	}()
+	return Result{}, nil
+}
+
+// flood sends the data Size times, to the address and those that follow it, one
+// each, or all to the same if Value is set. It goes on behind refusals; N counts
+// what the kernel took, and the error is the last refusal.
+func flood(p *prober, c *Call) (r Result, err error) {
+	fd, err := p.fd(c)
+	if err != nil {
+		return r, err
+	}
+	to, err := address(c, c.Address)
+	if err != nil {
+		return r, err
+	}
+	if len(to) != 16 {
+		return r, errors.New("flood is for IPv4")
+	}
+	first := binary.BigEndian.Uint32(to[4:])
+	for i := range c.Size {
+		if c.Value == 0 {
+			binary.BigEndian.PutUint32(to[4:], first+uint32(i))
+		}
+		_, _, errno := unix.Syscall6(unix.SYS_SENDTO, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(c.Data))),
+			uintptr(len(c.Data)), 0, uintptr(unsafe.Pointer(unsafe.SliceData(to))), uintptr(len(to)))
+		if errno == 0 {
+			r.N++
+		} else {
+			err = errno
+		}
+	}
+	runtime.KeepAlive(to)
+	return r, err
+}
+
+// bindAll binds sockets of Type to every port from Value on, until Size are bound
+// or the kernel refuses. N counts those that are; they stay until the probe ends.
+func bindAll(_ *prober, c *Call) (r Result, err error) {
+	limit := unix.Rlimit{Cur: 1 << 18, Max: 1 << 18}
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
+		return r, os.NewSyscallError("setrlimit", err)
+	}
+	for port := c.Value; port < 1<<16 && r.N < c.Size; port++ {
+		fd, err := unix.Socket(unix.AF_INET, c.Type|unix.SOCK_CLOEXEC, 0)
+		if err != nil {
+			return r, err
+		}
+		if err := unix.Bind(fd, &unix.SockaddrInet4{Port: port}); err != nil {
+			unix.Close(fd)
+			return r, err
+		}
+		r.N++
+	}
+	return r, nil
+}
