@@ -9,7 +9,6 @@ import (
 	"io"
 	"slices"
 	"strconv"
-	"strings"
 	"time"
 
 	"github.com/demarc/demarc/bpf/abi"
@@ -182,12 +181,14 @@ func (p *parser) epoch() (uint8, error) {
 	return uint8(n), nil
 }
 
-// secret takes the key that a number stands for.
+// secret takes the key that a number stands for. It is looked for in the text as
+// it is: digits written as escapes are no number of ours.
 func (p *parser) secret() (*[KeySize]byte, error) {
 	var text string
 	p.advance()
-	if err := p.decoder.Decode(&text); err == nil && len(text) == 2*KeySize {
-		if n, err := strconv.Atoi(strings.TrimLeft(text, "0")); err == nil && n <= len(p.secrets) {
+	raw := p.text[p.at:]
+	if err := p.decoder.Decode(&text); err == nil && len(text) == 2*KeySize && bytes.HasPrefix(raw, []byte(`"`+text+`"`)) {
+		if n, err := strconv.ParseUint(text, 10, 64); err == nil && n >= 1 && n <= uint64(len(p.secrets)) {
 			secret := new([KeySize]byte)
 			*secret = p.secrets[n-1]
 			return secret, nil
