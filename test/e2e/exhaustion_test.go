@@ -53,36 +53,44 @@ func TestH01FlowTable(t *testing.T) {
 func TestH02FullTable(t *testing.T) {
 	w := enforced(t)
 	w.control()
-	// Ports of two namespaces: one has too few to fill the table of port owners.
-	room := 65536
-	for _, ns := range []*netlab.Namespace{w.web, w.decoy} {
-		p := ns.Probe(w.node.Cgroup("/lab/other"))
-		for _, kind := range []int{unix.SOCK_DGRAM, unix.SOCK_STREAM} {
-			r := p.Do(probe.Call{Op: "bindall", Type: kind, Value: 10000, Size: 30000})
-			if room -= r.N; r.Error == "" {
-				continue
+	// One namespace has too few ports to fill the table of port owners, and one
+	// process too few descriptors.
+	const room, each = 65536, 15000
+	held := 0
+	hoard := func() (last *netlab.Probe, err string) {
+		for _, ns := range []*netlab.Namespace{w.web, w.decoy} {
+			for _, kind := range []int{unix.SOCK_DGRAM, unix.SOCK_STREAM} {
+				for first := 10000; first < 55000; first += each {
+					last = ns.Probe(w.node.Cgroup("/lab/other"))
+					r := last.Do(probe.Call{Op: "bindall", Type: kind, Value: first, Size: each})
+					if held += r.N; r.Error != "" {
+						return last, r.Error
+					}
+				}
 			}
-			if r.Error != "EPERM" || room > 64 || room < -64 {
-				t.Fatalf("bind: %q with room for %d", r.Error, room)
-			}
-			f := w.node.AwaitFlow("a full table", func(f netlab.Flow) bool { return f.Verdict == abi.Deny && f.Reason == abi.MapFull })
-			if f.Hook != abi.HookBind || f.Source.Workload != "other" && f.Destination.Workload != "other" {
-				t.Errorf("denied %s", netlab.Describe(f))
-			}
-			if n := w.node.Faults()[abi.FaultPortFull]; n == 0 {
-				t.Error("the fault is not counted")
-			}
-			// What needs no new port goes on; what was denied stays so.
-			w.p.Socket("u", "udp4")
-			w.p.Refused(send("u", w.peer.At4(7001)), "EPERM")
-			w.denied(abi.NoCrossingFor, udp, w.peer.At4(7001))
-			p.Kill()
-			w.control()
-			w.silent()
-			return
 		}
+		return last, ""
 	}
-	t.Fatalf("the table has room for %d more", room)
+	last, err := hoard()
+	if err != "EPERM" || held < room-64 || held > room {
+		t.Fatalf("bind: %q with %d ports held", err, held)
+	}
+	f := w.node.AwaitFlow("a full table", func(f netlab.Flow) bool { return f.Verdict == abi.Deny && f.Reason == abi.MapFull })
+	if f.Hook != abi.HookBind || f.Destination.Workload != "other" {
+		t.Errorf("denied %s", netlab.Describe(f))
+	}
+	if n := w.node.Faults()[abi.FaultPortFull]; n == 0 {
+		t.Error("the fault is not counted")
+	}
+	w.p.Socket("t", "tcp4")
+	w.p.Refused(probe.Call{Op: "bind", Socket: "t", Address: w.web.At4(9999).String()}, "EPERM")
+	w.p.Socket("u", "udp4")
+	w.p.Refused(send("u", w.peer.At4(7001)), "EPERM")
+	w.denied(abi.NoCrossingFor, udp, w.peer.At4(7001))
+	last.Kill() // its ports are free again
+	w.p.Must(probe.Call{Op: "bind", Socket: "t", Address: w.web.At4(9999).String()})
+	w.control()
+	w.silent()
 }
 
 // With the rings full and nobody reading them, nothing passes and everything is

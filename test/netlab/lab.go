@@ -48,7 +48,7 @@ func New(t testing.TB) *Lab {
 		t.Fatal("this package needs: func TestMain(m *testing.M) { netlab.Main(m) }")
 	}
 	l := &Lab{t: t}
-	registerLab(l)
+	registerLab(l) // before anything is made
 	t.Cleanup(func() {
 		if err := l.close(); err != nil {
 			t.Errorf("clean up: %v", err)
@@ -73,11 +73,17 @@ func New(t testing.TB) *Lab {
 func (l *Lab) Dir() string { return l.dir }
 
 // later remembers how something is undone. Labs are undone from the newest to the
-// oldest, and once.
+// oldest, and once. A test that goes on behind the end of its lab, because a signal
+// ended it, does so no further than here.
 func (l *Lab) later(undo func() error) {
 	l.mu.Lock()
-	defer l.mu.Unlock()
+	closed := l.closed
 	l.undo = append(l.undo, undo)
+	l.mu.Unlock()
+	if closed {
+		_ = undo()
+		select {}
+	}
 }
 
 // close undoes everything, also what comes after something that failed. The

@@ -26,8 +26,9 @@ const probeName = "demarc-probe"
 // own: what it mounts, the machine does not notice. test/run sets it too.
 const privateVariable = "DEMARC_PRIVATE_MOUNTS"
 
-// cgroupPrefix and the process id of their test name the cgroups of all labs.
-const cgroupPrefix = "demarc-lab-"
+// prefix and the process id of their test name the cgroup and the directory of all
+// labs.
+const prefix = "demarc-lab-"
 
 // process is what the labs of this process share.
 var process struct {
@@ -36,14 +37,19 @@ var process struct {
 
 	mu   sync.Mutex
 	labs map[*Lab]bool
+	over bool // interrupted: no test makes anything any more
 }
 
 func prepared() bool { return process.cgroup != "" }
 
 func registerLab(l *Lab) {
 	process.mu.Lock()
-	defer process.mu.Unlock()
+	over := process.over
 	process.labs[l] = true
+	process.mu.Unlock()
+	if over {
+		select {} // until the process ends
+	}
 }
 
 func unregisterLab(l *Lab) {
@@ -82,7 +88,9 @@ func mainRun(m *testing.M) int {
 	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM)
 	go func() {
 		s := <-signals
-		tidy()
+		if err := tidy(); err != nil {
+			fmt.Fprintf(os.Stderr, "netlab: clean up: %v\n", err)
+		}
 		os.Exit(128 + int(s.(syscall.Signal)))
 	}()
 	status := m.Run()
@@ -133,37 +141,41 @@ func prepare() error {
 		return err
 	}
 	process.labs = make(map[*Lab]bool)
-	if process.dir, err = os.MkdirTemp("", cgroupPrefix); err != nil {
-		return err
-	}
-	if err := os.Chmod(process.dir, 0o755); err != nil {
-		return err
-	}
-	process.cgroup = filepath.Join(mount, cgroupPrefix+strconv.Itoa(os.Getpid()))
-	return os.Mkdir(process.cgroup, 0o755)
+	name := prefix + strconv.Itoa(os.Getpid())
+	process.dir, process.cgroup = filepath.Join(os.TempDir(), name), filepath.Join(mount, name)
+	return errors.Join(os.Mkdir(process.dir, 0o755), os.Mkdir(process.cgroup, 0o755))
 }
 
-// removeStale removes cgroups of tests whose process is gone.
+// removeStale removes cgroups and files of tests whose process is gone.
 func removeStale(mount string) error {
-	old, err := filepath.Glob(filepath.Join(mount, cgroupPrefix+"*"))
-	if err != nil {
-		return err
-	}
-	for _, dir := range old {
-		pid, err := strconv.Atoi(strings.TrimPrefix(filepath.Base(dir), cgroupPrefix))
-		if err != nil || pid == os.Getpid() || !errors.Is(unix.Kill(pid, 0), unix.ESRCH) {
-			continue
+	for _, parent := range []string{mount, os.TempDir()} {
+		old, err := filepath.Glob(filepath.Join(parent, prefix+"*"))
+		if err != nil {
+			return err
 		}
-		if err := errors.Join(killCgroup(dir), removeCgroup(dir)); err != nil {
-			return fmt.Errorf("remove cgroup of a killed test: %w", err)
+		for _, dir := range old {
+			pid, err := strconv.Atoi(strings.TrimPrefix(filepath.Base(dir), prefix))
+			if err != nil || !errors.Is(unix.Kill(pid, 0), unix.ESRCH) {
+				continue
+			}
+			if parent == mount {
+				err = errors.Join(killCgroup(dir), removeCgroup(dir))
+			} else {
+				err = os.RemoveAll(dir)
+			}
+			if err != nil {
+				return fmt.Errorf("remove what a killed test left: %w", err)
+			}
 		}
 	}
 	return nil
 }
 
-// tidy ends what still runs and removes what the labs share.
-func tidy() error {
+// tidy ends what still runs and removes what the labs share. Whoever comes second,
+// be it a signal or the end of the tests, waits for the first.
+var tidy = sync.OnceValue(func() error {
 	process.mu.Lock()
+	process.over = true
 	labs := make([]*Lab, 0, len(process.labs))
 	for l := range process.labs {
 		labs = append(labs, l)
@@ -174,4 +186,4 @@ func tidy() error {
 		problems = append(problems, l.close())
 	}
 	return errors.Join(append(problems, killCgroup(process.cgroup), removeCgroup(process.cgroup), os.RemoveAll(process.dir))...)
-}
+})

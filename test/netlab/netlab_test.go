@@ -127,8 +127,8 @@ func TestProcess(t *testing.T) {
 		t.Errorf("process lives on: %v", err)
 	}
 	for _, path := range []string{dir, filepath.Dir(filepath.Dir(dir)), temporary} {
-		if _, err := os.Stat(path); !errors.Is(err, os.ErrNotExist) {
-			t.Errorf("%s is left: %v", path, err)
+		if !gone(path) {
+			t.Errorf("%s is left", path)
 		}
 	}
 }
@@ -141,19 +141,28 @@ func TestRemoveStale(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	dead := filepath.Join(mount, cgroupPrefix+strconv.Itoa(1<<30))
-	if err := os.MkdirAll(filepath.Join(dead, "a", "b"), 0o755); err != nil {
-		t.Fatal(err)
+	parents := []string{mount, os.TempDir()}
+	for _, parent := range parents {
+		if err := os.MkdirAll(filepath.Join(parent, prefix+strconv.Itoa(1<<30), "a", "b"), 0o755); err != nil {
+			t.Fatal(err)
+		}
 	}
 	if err := removeStale(mount); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := os.Stat(dead); !errors.Is(err, os.ErrNotExist) {
-		t.Errorf("cgroup of a dead process is left: %v", err)
+	for _, parent := range parents {
+		if dead := filepath.Join(parent, prefix+strconv.Itoa(1<<30)); !gone(dead) {
+			t.Errorf("%s of a dead process is left", dead)
+		}
+		if own := filepath.Join(parent, prefix+strconv.Itoa(os.Getpid())); gone(own) {
+			t.Errorf("%s of a living process is gone", own)
+		}
 	}
-	if _, err := os.Stat(process.cgroup); err != nil {
-		t.Errorf("own cgroup: %v", err)
-	}
+}
+
+func gone(path string) bool {
+	_, err := os.Stat(path)
+	return errors.Is(err, os.ErrNotExist)
 }
 
 const smallPolicy = `apiVersion: demarc.dev/v1alpha1
