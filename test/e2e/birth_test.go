@@ -80,11 +80,10 @@ type newborn struct {
 	turn      uint32 // what goes first: bit 0 TCP, bit 1 declared
 	_         uint32
 
-	first                    unix.Timespec // end of the first send
-	deniedUDP, deniedTCP     uint64        // errno
-	allowedUDP, allowedTCP   uint64        // errno of the last attempt
-	retried                  uint64
-	socketUDP, socketTCP, at uint64 // errno of socket(2)
+	first                  unix.Timespec // end of the first send
+	deniedUDP, deniedTCP   uint64        // errno
+	allowedUDP, allowedTCP uint64        // errno of the last attempt
+	retried                uint64
 }
 
 // cloneArgs is struct clone_args of the kernel's include/uapi/linux/sched.h.
@@ -110,7 +109,7 @@ func (a *Actor) Births(args BirthArgs, reply *BirthReply) error {
 	defer unix.Close(parent)
 	b := (*newborn)(unsafe.Pointer(unsafe.SliceData(shared)))
 	b.allowed, b.denied = sockaddr4(to, 7000), sockaddr4(to, 7001)
-	b.timeout = unix.Timeval{Sec: 1}
+	b.timeout = unix.Timeval{Sec: 3}
 	reply.Refused = map[string]int{}
 	var took []time.Duration
 	growStack(0)
@@ -193,8 +192,8 @@ func sockaddr4(ip netip.Addr, port uint16) (a [16]byte) {
 	return a
 }
 
-// growStack makes the goroutine's stack large enough that the child never has to
-// grow it: there is no runtime in the child that could.
+// growStack makes the goroutine's stack large enough that the functions of the
+// child, which check nothing, have room.
 //
 //go:noinline
 func growStack(depth int) byte {
@@ -206,10 +205,13 @@ func growStack(depth int) byte {
 	return frame[depth]
 }
 
-// forkChild makes a child with a copy of this thread only. The child makes raw
-// system calls on memory that exists already, and ends.
+// forkChild makes a child with a copy of this thread only. There is no runtime in
+// it that could grow a stack or make way for another goroutine, so its functions
+// must not ask for either: they are nosplit, make raw system calls on memory that
+// exists already, and end.
 //
 //go:norace
+//go:nosplit
 func forkChild(b *newborn) (int, unix.Errno) {
 	pid, _, errno := unix.RawSyscall(unix.SYS_CLONE3, uintptr(unsafe.Pointer(&b.cloneArgs)), unsafe.Sizeof(b.cloneArgs), 0)
 	if errno != 0 || pid != 0 {
@@ -228,6 +230,7 @@ func forkChild(b *newborn) (int, unix.Errno) {
 }
 
 //go:norace
+//go:nosplit
 func childDenied(b *newborn) {
 	if b.turn&1 == 0 {
 		b.deniedUDP = childSend(b, &b.denied)
@@ -241,6 +244,7 @@ func childDenied(b *newborn) {
 }
 
 //go:norace
+//go:nosplit
 func childAllowed(b *newborn) {
 	if b.turn&1 == 0 {
 		b.allowedUDP = childSend(b, &b.allowed)
@@ -254,6 +258,7 @@ func childAllowed(b *newborn) {
 // childSent notes when the first call was over.
 //
 //go:norace
+//go:nosplit
 func childSent(b *newborn, first bool) {
 	if first != (b.turn&2 == 0) {
 		return
@@ -265,6 +270,7 @@ func childSent(b *newborn, first bool) {
 // times at most. It returns the errno.
 //
 //go:norace
+//go:nosplit
 func childSend(b *newborn, to *[16]byte) uint64 {
 	fd, _, errno := unix.RawSyscall(unix.SYS_SOCKET, unix.AF_INET, unix.SOCK_DGRAM, 0)
 	if errno != 0 {
@@ -287,14 +293,17 @@ func childSend(b *newborn, to *[16]byte) uint64 {
 	return uint64(errno)
 }
 
-// childConnect connects a stream, blocking. It returns the errno.
+// childConnect connects a stream, within three seconds, in which a lost SYN is
+// sent again twice. It returns the errno.
 //
 //go:norace
+//go:nosplit
 func childConnect(b *newborn, to *[16]byte) uint64 {
 	fd, _, errno := unix.RawSyscall(unix.SYS_SOCKET, unix.AF_INET, unix.SOCK_STREAM, 0)
 	if errno != 0 {
 		return uint64(errno)
 	}
+	_, _, _ = unix.RawSyscall6(unix.SYS_SETSOCKOPT, fd, unix.SOL_SOCKET, unix.SO_SNDTIMEO, uintptr(unsafe.Pointer(&b.timeout)), unsafe.Sizeof(b.timeout), 0)
 	_, _, errno = unix.RawSyscall(unix.SYS_CONNECT, fd, uintptr(unsafe.Pointer(to)), 16)
 	if to == &b.allowed && b.turn&1 == 1 {
 		childSent(b, false)
