@@ -39,8 +39,12 @@ GLOBAL int opened_out(struct demarc_flow *flow, struct outcome *o)
 	epoch = DEMARC_ACTIVE_EPOCH(o->active);
 	if (flow->epoch_out != epoch || (flow->until_out && o->query.now >= flow->until_out) ||
 	    (flow->verdict_out == DEMARC_PROVISIONAL && flow->acceptor)) {
-		o->query.proof = flow->acceptor ? DEMARC_PROOF_IDENTITY : DEMARC_PROOF_UNKNOWN;
-		o->query.peer = flow->acceptor;
+		if (flow->acceptor && !is_group(o->query.address)) {
+			o->query.proof = DEMARC_PROOF_IDENTITY;
+			o->query.peer = flow->acceptor;
+		} else {
+			o->query.proof = DEMARC_PROOF_UNKNOWN;
+		}
 		if (!(flow->verdict_out == DEMARC_PROVISIONAL ? settle(o) : settle_again(o)))
 			return false;
 		if (flow->verdict_out == DEMARC_PROVISIONAL && o->query.verdict == DEMARC_ALLOW)

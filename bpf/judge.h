@@ -53,6 +53,27 @@ static __always_inline bool bound_enough(const struct outcome *o)
 	return crossing && o->omitted == omission(crossing->nat, o->query.direction == DEMARC_EGRESS);
 }
 
+/* IPv4 224.0.0.0/3 (multicast, limited broadcast and what is reserved), IPv6 ff00::/8. */
+static __always_inline bool is_group(const __u8 *address)
+{
+	static const __u8 mapped[12] = { [10] = 0xff, [11] = 0xff };
+
+	if (address[0] == 0xff)
+		return true;
+	for (int i = 0; i < 12; i++) {
+		if (address[i] != mapped[i])
+			return false;
+	}
+	return address[12] >= 224;
+}
+
+/* Waiting for the proof of a group would be waiting for any of its members, while
+ * all of them receive: only a crossing that admits the address will do. */
+static __always_inline bool waits_for_group(const struct demarc_query *q)
+{
+	return q->verdict == DEMARC_PROVISIONAL && is_group(q->address);
+}
+
 /* Judges a flow for good: what it returns may be cached. True: let it pass. */
 GLOBAL int settle(struct outcome *o)
 {
@@ -61,6 +82,8 @@ GLOBAL int settle(struct outcome *o)
 	decide(&o->query);
 	if (o->query.verdict == DEMARC_DENY)
 		return !refused(o, o->query.reason);
+	if (waits_for_group(&o->query))
+		return !refused(o, DEMARC_NO_CROSSING);
 	if (!bound_enough(o))
 		return !refused(o, DEMARC_TAG_UNBOUND);
 	if (o->query.verdict == DEMARC_ALLOW && !within_limit(&o->query))
@@ -74,7 +97,7 @@ GLOBAL int settle_again(struct outcome *o)
 	if (!o)
 		return 0;
 	decide(&o->query);
-	if (o->query.verdict == DEMARC_DENY)
+	if (o->query.verdict == DEMARC_DENY || waits_for_group(&o->query))
 		return !refused(o, DEMARC_REVOKED);
 	return true;
 }

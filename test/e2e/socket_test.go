@@ -451,7 +451,11 @@ func TestA27Multicast(t *testing.T) {
 	w := enforced(t)
 	w.control()
 	w.web.Lead(netip.MustParsePrefix("0.0.0.0/0"), w.peer)
-	for _, to := range []string{"239.1.1.1:7001", "224.0.0.1:7001", "255.255.255.255:7001", "10.66.255.255:7001", "[ff02::1%eth0]:7001"} {
+	// On 7000, decoy could prove itself if it were asked alone; a group cannot.
+	for _, to := range []string{
+		"239.1.1.1:7001", "224.0.0.1:7001", "255.255.255.255:7001", "10.66.255.255:7001", "[ff02::1%eth0]:7001",
+		"239.1.1.1:7000", "255.255.255.255:7000", "[ff02::1%eth0]:7000",
+	} {
 		kind, address := "udp4", netip.MustParseAddrPort(to)
 		if address.Addr().Is6() {
 			kind = "udp6"
@@ -459,7 +463,7 @@ func TestA27Multicast(t *testing.T) {
 		w.p.Socket("u", kind)
 		w.p.Must(probe.Call{Op: "set", Socket: "u", Level: unix.SOL_SOCKET, Option: unix.SO_BROADCAST, Value: 1})
 		w.p.Refused(probe.Call{Op: "send", Socket: "u", Address: to, Data: []byte("x")}, "EPERM")
-		group := netlab.Place{Address: address.Addr().WithZone(""), Port: 7001}
+		group := netlab.Place{Address: address.Addr().WithZone(""), Port: address.Port()}
 		w.denied(abi.NoCrossingFor, udp, group)
 		w.nothing(netlab.To(udp, group.Address, 0))
 	}
