@@ -35,6 +35,7 @@ type binder struct {
 	mu       sync.Mutex
 	made     map[string]image.ID // claims that the core accepted on this connection
 	since    time.Time           // of that connection
+	settled  bool                // on this connection, the core has forgotten what an agent before claimed
 	names    *flow.Names         // of the image they were made under
 	problems []string
 }
@@ -85,7 +86,7 @@ func (b *binder) reconcile() {
 	if !v.Connected || !v.Since.Equal(b.since) {
 		// A core that restarted has forgotten our claims, and one that did not
 		// accepts them twice.
-		b.made, b.since = nil, v.Since
+		b.made, b.since, b.settled = nil, v.Since, false
 	}
 	if !v.Connected || v.Names == nil || inv == nil {
 		return
@@ -120,6 +121,15 @@ func (b *binder) reconcile() {
 			b.made = make(map[string]image.ID)
 		}
 		b.made[path] = id
+	}
+	// What an agent before this one claimed, and the inventory no longer names,
+	// must not keep its identity.
+	if !b.settled {
+		if err := b.link.with(func(c core) error { return c.Forget() }); err != nil {
+			problems = append(problems, "forget earlier claims: "+err.Error())
+			return
+		}
+		b.settled = true
 	}
 }
 

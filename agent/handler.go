@@ -107,6 +107,7 @@ func (s *service) status() *api.Status {
 		}
 		out.State = v.Status.State
 		out.Problems = append(out.Problems, v.Status.Problems...)
+		out.Limits = slices.Clone(v.Status.Limits)
 		if g := v.Status.Active; g != nil {
 			out.Policy = &api.Policy{Name: g.Name, Version: g.Version, Digest: g.Digest, Mode: g.Mode, Since: g.Since}
 			if v.Names != nil {
@@ -121,7 +122,7 @@ func (s *service) status() *api.Status {
 		out.Inventory = s.binder.status()
 		out.Problems = append(out.Problems, out.Inventory.Problems...)
 		if st := out.Core.Status; st != nil && st.Claims > out.Inventory.Bound {
-			out.Problems = append(out.Problems, fmt.Sprintf("the core holds %d claims, this agent made %d: restart the core to forget the others", st.Claims, out.Inventory.Bound))
+			out.Problems = append(out.Problems, fmt.Sprintf("the core holds %d claims, this agent made %d: somebody else makes claims", st.Claims, out.Inventory.Bound))
 		}
 	}
 	return out

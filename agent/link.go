@@ -30,6 +30,7 @@ type core interface {
 	Image() (*os.File, error)
 	Bind(path string, id uint32) error
 	Unbind(path string) error
+	Forget() error
 	Close() error
 }
 

@@ -102,6 +102,7 @@ func newStandIn() *standIn {
 
 // connection is one connection to a stand-in.
 type connection struct {
+	bound map[string]bool // on this connection
 	*standIn
 	closed chan struct{}
 	once   sync.Once
@@ -210,6 +211,17 @@ func (c *connection) Bind(path string, id uint32) error {
 		return err
 	}
 	c.claims[path] = id
+	if c.bound == nil {
+		c.bound = map[string]bool{}
+	}
+	c.bound[path] = true
+	return nil
+}
+
+func (c *connection) Forget() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	maps.DeleteFunc(c.claims, func(path string, _ uint32) bool { return !c.bound[path] })
 	return nil
 }
 

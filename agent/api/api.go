@@ -44,6 +44,7 @@ type Status struct {
 	Rings     []Ring      `json:"rings"`
 	Inventory *Inventory  `json:"inventory,omitempty"`
 	Problems  []string    `json:"problems,omitempty"`
+	Limits    []string    `json:"limits,omitempty"` // what this host's kernel cannot do; no problem by itself
 }
 
 // StateUnknown is the state while the core does not answer.

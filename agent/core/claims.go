@@ -53,6 +53,26 @@ func (c *Core) Unbind(path string) error {
 	return c.rebind(path)
 }
 
+// forget withdraws all claims but the given ones.
+func (c *Core) forget(but map[string]bool) error {
+	c.mu.Lock()
+	var gone []string
+	if c.active != nil {
+		for _, key := range sortedKeys(c.active.selectors.claims) {
+			if path := strings.TrimSuffix(key, "/"); !but[path] {
+				gone = append(gone, path)
+			}
+		}
+	}
+	c.mu.Unlock()
+	for _, path := range gone {
+		if err := c.Unbind(path); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // rebind names the cgroups below a path again. If that changed anything, cached
 // verdicts are of no use any more: the epoch grows.
 func (c *Core) rebind(path string) error {

@@ -181,6 +181,7 @@ func (c *Core) checkPeer(conn *net.UnixConn) error {
 type session struct {
 	core    *Core
 	greeted bool
+	claimed map[string]bool // paths bound on this connection
 }
 
 // handle answers one request. The files stay the caller's; so do those of the
@@ -192,8 +193,16 @@ func (s *session) handle(q proto.Request, files []*os.File) (r proto.Response, a
 		err = proto.Refuse("say hello first, and once", "%s is out of order", q.Op)
 	case !wellFormed(q, len(files)):
 		err = proto.Refuse("", "malformed %q request", q.Op)
+	case q.Op == proto.OpForget:
+		err = s.core.forget(s.claimed)
 	default:
 		r, answer, mine, err = s.core.answer(q, files)
+	}
+	if err == nil && q.Op == proto.OpBind {
+		if s.claimed == nil {
+			s.claimed = map[string]bool{}
+		}
+		s.claimed[q.Path] = true
 	}
 	if err != nil {
 		r, answer = proto.Response{Error: err.Error()}, nil
@@ -221,7 +230,7 @@ func wellFormed(q proto.Request, files int) bool {
 		want.Path = q.Path
 	case proto.OpApply:
 		wantFiles = 1
-	case proto.OpStatus, proto.OpRollback, proto.OpImage:
+	case proto.OpStatus, proto.OpRollback, proto.OpImage, proto.OpForget:
 	default:
 		return false
 	}

@@ -19,6 +19,7 @@ import (
 
 	"github.com/demarc/demarc/agent/core/proto"
 	"github.com/demarc/demarc/bpf/abi"
+	"github.com/demarc/demarc/policy/image"
 )
 
 // serve runs the socket of a core until the test ends.
@@ -104,6 +105,39 @@ func TestConversation(t *testing.T) {
 	must(t, err)
 	if again.Active.Version != 7 || again.State != proto.StateEnforcing {
 		t.Errorf("after refusals: %+v", again)
+	}
+}
+
+// A new agent says what it claims, and has the rest forgotten: what an agent before
+// it claimed must not outlive the inventory.
+func TestForget(t *testing.T) {
+	m := newMachine(t)
+	m.mkdir("/lab/stays")
+	m.mkdir("/lab/goes")
+	c := m.start()
+	serve(t, c)
+	before := dial(t, c)
+	_, d, err := before.Hello()
+	must(t, err)
+	defer d.Close()
+	b := shop(t, nil)
+	_, err = before.Apply(memfd(t, b))
+	must(t, err)
+	pod := id(t, b, "pod")
+	must(t, before.Bind("/lab/stays", pod))
+	must(t, before.Bind("/lab/goes", pod))
+
+	after := dial(t, c)
+	_, other, err := after.Hello()
+	must(t, err)
+	defer other.Close()
+	must(t, after.Bind("/lab/stays", pod))
+	must(t, after.Forget())
+	if got := identity(t, c, "/lab/stays"); got != pod {
+		t.Errorf("what is claimed again is bound to %d", got)
+	}
+	if got := identity(t, c, "/lab/goes"); got != uint32(image.Unmanaged) {
+		t.Errorf("what nobody claims any more is bound to %d", got)
 	}
 }
 

@@ -144,6 +144,9 @@ func printStatus(w io.Writer, s *api.Status) error {
 	for _, problem := range s.Problems {
 		p.row("Problem", "%s", problem)
 	}
+	for _, limit := range s.Limits {
+		p.row("Limit", "%s", limit)
+	}
 	return p.err
 }
 

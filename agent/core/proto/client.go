@@ -86,6 +86,10 @@ func (c *Client) Bind(path string, id uint32) error {
 // Unbind withdraws a claim.
 func (c *Client) Unbind(path string) error { return c.done(Request{Op: OpUnbind, Path: path}) }
 
+// Forget withdraws every claim that was not made on this connection: those of an
+// agent before.
+func (c *Client) Forget() error { return c.done(Request{Op: OpForget}) }
+
 func (c *Client) done(q Request) error {
 	_, files, err := c.ask(q, nil)
 	CloseFiles(files)

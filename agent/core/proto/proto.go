@@ -29,6 +29,7 @@ const (
 	OpImage    Op = "image"    // answer: one descriptor, the active image; refused if there is none
 	OpBind     Op = "bind"     // claim that a cgroup path belongs to a workload
 	OpUnbind   Op = "unbind"   // withdraw a claim
+	OpForget   Op = "forget"   // withdraw every claim that was not made on this connection
 )
 
 // Request is one question.
