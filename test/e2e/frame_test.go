@@ -31,6 +31,14 @@ const (
 	flagACK = 0x10
 )
 
+// Flags of a claim; enum demarc_tag_flags of abi.h.
+const (
+	tagAnswer        = 1
+	tagNoSource      = 2
+	tagNoDestination = 4
+	tagDatagram      = 8
+)
+
 // parseTCPFrame reads a frame; ok is false if it is no TCP segment.
 func parseTCPFrame(b []byte) (s tcpFrame, ok bool) {
 	if len(b) < 14+20+20 {
@@ -98,6 +106,15 @@ func (s tcpFrame) macOf(key [16]byte, claim uint32) [8]byte {
 	src, dst := s.src.Addr().As16(), s.dst.Addr().As16()
 	copy(input[16:], src[:])
 	copy(input[32:], dst[:])
+	// What a claim leaves out counts as zero.
+	if claim&uint32(tagNoSource) != 0 {
+		clear(input[12:14])
+		clear(input[16:32])
+	}
+	if claim&uint32(tagNoDestination) != 0 {
+		clear(input[14:16])
+		clear(input[32:48])
+	}
 	hash := siphash.Hash(binary.LittleEndian.Uint64(key[:]), binary.LittleEndian.Uint64(key[8:]), input[:])
 	var mac [8]byte
 	binary.LittleEndian.PutUint64(mac[:], hash)

@@ -60,7 +60,7 @@ func TestTagOnTheWire(t *testing.T) {
 						want = [][]byte{s.tagOf(key, web, epoch, 0)}
 					case flagSYN | flagACK:
 						answers++
-						want = [][]byte{s.tagOf(key, db, epoch, 1)}
+						want = [][]byte{s.tagOf(key, db, epoch, tagAnswer)}
 					default:
 						others++
 					}
@@ -169,8 +169,12 @@ func TestForgedTag(t *testing.T) {
 			{"bad unknown identity", func(s tcpFrame) []byte { return s.tagOf(key, web^1, epoch, 0) }, abi.TagBadIdentity},
 			{"bad reserved identity", func(s tcpFrame) []byte { return s.tagOf(key, 1, epoch, 0) }, abi.TagBadIdentity},
 			{"bad identity without a crossing", func(s tcpFrame) []byte { return s.tagOf(key, db, epoch, 0) }, abi.NoCrossingFor},
-			{"bad flags of a SYN-ACK", func(s tcpFrame) []byte { return s.tagOf(key, web, epoch, 1) }, abi.TagMalformed},
-			{"bad unknown flag", func(s tcpFrame) []byte { return s.tagOf(key, web, epoch, 2) }, abi.TagMalformed},
+			{"bad flags of a SYN-ACK", func(s tcpFrame) []byte { return s.tagOf(key, web, epoch, tagAnswer) }, abi.TagMalformed},
+			{"bad flags of a datagram", func(s tcpFrame) []byte { return s.tagOf(key, web, epoch, tagDatagram) }, abi.TagMalformed},
+			{"bad without its source", func(s tcpFrame) []byte { return s.tagOf(key, web, epoch, tagNoSource) }, abi.TagUnbound},
+			{"bad without its destination", func(s tcpFrame) []byte { return s.tagOf(key, web, epoch, tagNoDestination) }, abi.TagUnbound},
+			{"bad without either", func(s tcpFrame) []byte { return s.tagOf(key, web, epoch, tagNoSource|tagNoDestination) }, abi.TagMalformed},
+			{"bad flag set afterwards", func(s tcpFrame) []byte { t := s.tagOf(key, web, epoch, 0); t[7] |= tagNoSource; return t }, abi.TagBadMAC},
 			{"bad two tags", func(s tcpFrame) []byte {
 				t := s.tagOf(key, web, epoch, 0)
 				return append(t, t...)
