@@ -52,7 +52,7 @@ func newMachine(t testing.TB) *machine {
 	if err != nil || len(mounts) == 0 {
 		t.Fatalf("find cgroup2: %v", err)
 	}
-	root, err := os.MkdirTemp(mounts[0].point, "demarc-test-")
+	root, err := os.MkdirTemp(mounts[0].point, fmt.Sprintf("demarc-test-%d-", os.Getpid()))
 	if err != nil {
 		t.Fatal(err)
 	}
