@@ -160,11 +160,28 @@ func removeStale(mount string) error {
 			}
 			if parent == mount {
 				err = errors.Join(killCgroup(dir), removeCgroup(dir))
-			} else {
+			} else if err = unmountBelow(dir); err == nil {
 				err = os.RemoveAll(dir)
 			}
 			if err != nil {
 				return fmt.Errorf("remove what a killed test left: %w", err)
+			}
+		}
+	}
+	return nil
+}
+
+// unmountBelow unmounts what is mounted below a directory: under test/run, packages
+// share a mount namespace, and the one before may have been killed.
+func unmountBelow(dir string) error {
+	text, err := os.ReadFile("/proc/self/mounts")
+	if err != nil {
+		return err
+	}
+	for line := range strings.Lines(string(text)) {
+		if fields := strings.Fields(line); strings.HasPrefix(fields[1], dir+"/") {
+			if err := unix.Unmount(fields[1], unix.MNT_DETACH); err != nil {
+				return err
 			}
 		}
 	}

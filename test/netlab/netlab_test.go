@@ -147,6 +147,10 @@ func TestRemoveStale(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	mounted := filepath.Join(os.TempDir(), prefix+strconv.Itoa(1<<30), "a")
+	if err := unix.Mount("bpf", mounted, "bpf", 0, ""); err != nil {
+		t.Fatal(err)
+	}
 	if err := removeStale(mount); err != nil {
 		t.Fatal(err)
 	}

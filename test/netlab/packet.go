@@ -94,7 +94,7 @@ func parseIPv4(b []byte, p *Packet) {
 	p.Proto = b[9]
 	src, dst := netip.AddrFrom4([4]byte(b[12:])), netip.AddrFrom4([4]byte(b[16:]))
 	p.Src, p.Dst = netip.AddrPortFrom(src, 0), netip.AddrPortFrom(dst, 0)
-	if offset&0x1fff == 0 && len(b) >= header {
+	if offset&0x1fff == 0 && header >= 20 && len(b) >= header {
 		parseTransport(b[header:], total-header, p)
 	}
 }
@@ -161,7 +161,7 @@ func parseTransport(b []byte, left int, p *Packet) {
 		p.Flags = b[13]
 		header := int(b[12]>>4) * 4
 		p.Payload = max(left-header, 0)
-		p.Tagged = hasTag(b[min(20, len(b)):min(header, len(b))])
+		p.Tagged = hasTag(b[20:max(20, min(header, len(b)))]) // tests send headers that lie
 	case (p.Proto == unix.IPPROTO_UDP || p.Proto == unix.IPPROTO_UDPLITE) && len(b) >= 8:
 		ports()
 		p.Payload = max(left-8, 0)
