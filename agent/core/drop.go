@@ -11,12 +11,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// kept are the privileges of a running core, and what for. All else is given up,
-// by every thread and for good.
+// keptCapabilities are the privileges of a running core, and what for. All else is
+// given up, by every thread and for good. Programs are loaded before, so nothing
+// more is needed to attach them.
 var keptCapabilities = []int{
-	unix.CAP_BPF,       // make maps and run programs
-	unix.CAP_PERFMON,   // attach tracepoints at the first policy
-	unix.CAP_NET_ADMIN, // attach to cgroups at the first policy, run packet programs
+	unix.CAP_BPF,       // make maps, write them, run the self-test
+	unix.CAP_NET_ADMIN, // attach to cgroups at the first policy, and to devices
 }
 
 // DropPrivileges leaves a started core with the few capabilities that it needs to

@@ -3,6 +3,7 @@ package core
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
@@ -31,7 +32,7 @@ type Check struct {
 
 // Preflight tries everything that enforcement needs and leaves nothing behind.
 func Preflight(config Config) []Check {
-	t := &trial{config: config}
+	t := &trial{config: config, dry: true}
 	defer t.close()
 	return t.run()
 }
@@ -40,6 +41,8 @@ func Preflight(config Config) []Check {
 type trial struct {
 	config    Config
 	hooks     hooks
+	dry       bool     // nothing may stay
+	made      []string // directories that go again if so, deepest first
 	tree      *tree
 	spec      *ebpf.CollectionSpec
 	committed bool // a former core finished its start here
@@ -57,6 +60,9 @@ func (t *trial) close() {
 	closeAll(t.taps)
 	if t.objects != nil {
 		t.objects.Close()
+	}
+	for _, dir := range t.made {
+		os.Remove(dir)
 	}
 }
 
@@ -157,6 +163,9 @@ func (t *trial) privileges() error {
 
 func (t *trial) state() error {
 	dir := t.config.StateDir
+	for d := dir; t.dry && missing(d); d = filepath.Dir(d) {
+		t.made = append(t.made, d)
+	}
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return err
 	}
@@ -176,7 +185,15 @@ func (t *trial) state() error {
 	return errors.Join(err, f.Sync(), f.Close())
 }
 
+func missing(path string) bool {
+	_, err := os.Lstat(path)
+	return errors.Is(err, fs.ErrNotExist)
+}
+
 func (t *trial) keyring() error {
+	if t.dry && missing(t.config.Keyring) { // a start makes it
+		return nil
+	}
 	ring, err := firstKeyring(t.config.Keyring, time.Now())
 	if err == nil {
 		ring.Wipe()

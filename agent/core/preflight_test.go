@@ -19,6 +19,7 @@ func TestPreflightPasses(t *testing.T) {
 		t.Errorf("\n%s", FormatChecks(results))
 	}
 	absent(t, m.config.BPFFS)
+	absent(t, m.config.StateDir)
 	// Beside an enforcing core too, which it must not disturb.
 	c := m.start()
 	if _, err := c.Apply(shop(t, nil)); err != nil {

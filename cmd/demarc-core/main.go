@@ -130,19 +130,17 @@ func preflight(args []string, stdout, stderr io.Writer) error {
 	if err != nil {
 		return err
 	}
-	var text []byte
+	if format != "text" && format != "json" {
+		fmt.Fprintf(stderr, "demarc-core: -o is text or json, not %q\n", format)
+		return errUsage
+	}
 	results := core.Preflight(config)
-	switch format {
-	case "text":
-		text = []byte(core.FormatChecks(results))
-	case "json":
+	text := []byte(core.FormatChecks(results))
+	if format == "json" {
 		if text, err = json.MarshalIndent(results, "", "  "); err != nil {
 			return err
 		}
 		text = append(text, '\n')
-	default:
-		fmt.Fprintf(stderr, "demarc-core: -o is text or json, not %q\n", format)
-		return errUsage
 	}
 	if _, err := stdout.Write(text); err != nil {
 		return err
