@@ -99,6 +99,10 @@ GLOBAL int syn_out(struct __sk_buff *skb, struct packet *p, struct outcome *o)
 	decide(&o->query);
 	if (o->query.verdict == DEMARC_DENY)
 		return !refused(o, o->query.reason);
+	/* The stack resets what still stands from before a crash. That carries
+	 * nothing, and no proof. */
+	if (!(p->flags & FLAG_SYN) && p->flags & FLAG_RST)
+		return true;
 	if (o->query.subject == DEMARC_ID_UNMANAGED) {
 		if (DEMARC_ACTIVE_FLAGS(o->active) & DEMARC_ACTIVE_UNMANAGED)
 			vouch(&p->tuple, o->query.subject, false);
@@ -196,9 +200,11 @@ GLOBAL int synack_in(struct __sk_buff *skb, struct packet *p, struct outcome *o)
 		return 0;
 	ask_back(o, p, DEMARC_EGRESS);
 	if ((p->flags & (FLAG_SYN | FLAG_ACK | FLAG_RST)) != (FLAG_SYN | FLAG_ACK)) {
-		/* A reset tells the caller that nobody listens. Nothing else is
+		/* A reset tells the caller that nobody listens, an acknowledgement
+		 * that a connection from before its crash still stands there: the
+		 * stack takes nothing from it and resets that one. Nothing else is
 		 * an answer, and two sides that open at once prove nothing. */
-		if ((p->flags & (FLAG_SYN | FLAG_RST)) == FLAG_RST)
+		if (!(p->flags & FLAG_SYN) && p->flags & (FLAG_RST | FLAG_ACK))
 			return true;
 		return !refused(o, p->flags & FLAG_SYN ? DEMARC_PROTOCOL : DEMARC_NO_STATE);
 	}
