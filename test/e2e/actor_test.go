@@ -17,6 +17,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/demarc/demarc/test/netlab"
 )
 
@@ -270,6 +272,27 @@ func (a *Actor) Push(args ExchangeArgs, reply *int) error {
 	}
 	*reply, _ = c.Write(make([]byte, args.Bytes))
 	return nil
+}
+
+// Vanish ends a stream as a crash of its host does: the peer is told nothing. See
+// TCP_REPAIR in tcp(7) of the kernel.
+func (a *Actor) Vanish(stream int, _ *bool) error {
+	c, err := a.stream(stream)
+	if err != nil {
+		return err
+	}
+	raw, err := c.(*net.TCPConn).SyscallConn()
+	if err != nil {
+		return err
+	}
+	var bad error
+	err = raw.Control(func(fd uintptr) {
+		bad = syscall.SetsockoptInt(int(fd), syscall.IPPROTO_TCP, unix.TCP_REPAIR, 1)
+	})
+	if err := errors.Join(err, bad); err != nil {
+		return err
+	}
+	return a.Close(stream, nil)
 }
 
 // Close closes a stream.

@@ -6,6 +6,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/demarc/demarc/bpf/abi"
 	"github.com/demarc/demarc/test/netlab"
 )
 
@@ -84,5 +85,32 @@ func TestRestart100(t *testing.T) {
 	}
 	if got := e.server.served("udp", 7001); got.Count != 0 {
 		t.Errorf("datagrams of nobody were delivered: %+v", got)
+	}
+}
+
+// A caller whose host crashed connects again from the same port: the server still
+// has the old connection, says so, is told otherwise, and the new one comes about.
+func TestHalfOpenRecovery(t *testing.T) {
+	e := newEnds(t, `crossings:
+  - {name: web-db, from: [workload/web], to: [workload/db], ports: [tcp/7000]}
+`, netlab.NodeOptions{CoreOnly: true})
+	e.server.serve(7000)
+	for i, to := range e.both(7000) {
+		from := []netlab.Place{e.web.At4(5000), e.web.At6(5000)}[i].String()
+		for range 2 {
+			r := call[DialReply](e.client, "Dial", DialArgs{To: to.String(), From: from, Timeout: 5 * time.Second})
+			if r.Error != "" {
+				t.Fatalf("dial %s from %s: %s", to, from, r.Error)
+			}
+			if problem := call[string](e.client, "Exchange", ExchangeArgs{Stream: r.Stream, Bytes: 16, Timeout: time.Second}); problem != "" {
+				t.Errorf("exchange with %s: %s", to, problem)
+			}
+			call[bool](e.client, "Vanish", r.Stream)
+		}
+	}
+	for _, f := range e.node.Flows() {
+		if f.Verdict != abi.Allow {
+			t.Errorf("%s", netlab.Describe(f))
+		}
 	}
 }
