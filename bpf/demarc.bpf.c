@@ -32,6 +32,7 @@
 #include "handshake.h"
 #include "cgroup.h"
 #include "device.h"
+#include "listener.h"
 
 char LICENSE[] SEC("license") = "GPL";
 
@@ -143,6 +144,12 @@ SEC("tcx/ingress")
 int tc_ingress(struct __sk_buff *skb)
 {
 	return frame_arrives(skb);
+}
+
+SEC("iter/tcp")
+int old_listeners(struct bpf_iter__tcp *ctx)
+{
+	return ask_for_tags(ctx);
 }
 
 /* Never attached: the core's self-test and the differential test run these. */

@@ -324,6 +324,9 @@ func (c *Core) install(g *generation, durable bool) (err error) {
 		}
 	}
 	c.succeed(g, before, on, durable)
+	if first {
+		c.adoptListeners()
+	}
 	return nil
 }
 

@@ -180,6 +180,7 @@ const (
 	demarcProgEgress               = "egress"
 	demarcProgIngress              = "ingress"
 	demarcProgJudge                = "judge"
+	demarcProgOldListeners         = "old_listeners"
 	demarcProgPostBind4            = "post_bind4"
 	demarcProgPostBind6            = "post_bind6"
 	demarcProgSelftestEgress       = "selftest_egress"
@@ -255,6 +256,7 @@ type demarcProgramSpecs struct {
 	Egress          *ebpf.ProgramSpec `ebpf:"egress"`
 	Ingress         *ebpf.ProgramSpec `ebpf:"ingress"`
 	Judge           *ebpf.ProgramSpec `ebpf:"judge"`
+	OldListeners    *ebpf.ProgramSpec `ebpf:"old_listeners"`
 	PostBind4       *ebpf.ProgramSpec `ebpf:"post_bind4"`
 	PostBind6       *ebpf.ProgramSpec `ebpf:"post_bind6"`
 	SelftestEgress  *ebpf.ProgramSpec `ebpf:"selftest_egress"`
@@ -424,6 +426,7 @@ type demarcPrograms struct {
 	Egress          *ebpf.Program `ebpf:"egress"`
 	Ingress         *ebpf.Program `ebpf:"ingress"`
 	Judge           *ebpf.Program `ebpf:"judge"`
+	OldListeners    *ebpf.Program `ebpf:"old_listeners"`
 	PostBind4       *ebpf.Program `ebpf:"post_bind4"`
 	PostBind6       *ebpf.Program `ebpf:"post_bind6"`
 	SelftestEgress  *ebpf.Program `ebpf:"selftest_egress"`
@@ -447,6 +450,7 @@ func (p *demarcPrograms) Close() error {
 		p.Egress,
 		p.Ingress,
 		p.Judge,
+		p.OldListeners,
 		p.PostBind4,
 		p.PostBind6,
 		p.SelftestEgress,

@@ -249,3 +249,29 @@ func TestLargeDatagrams(t *testing.T) {
 		t.Errorf("%d of 2 large datagrams are answered in a proven flow", r.Answered)
 	}
 }
+
+// A listener that is older than the first policy proves itself all the same, where
+// it is in the namespace of the host.
+func TestListenerOlderThanPolicy(t *testing.T) {
+	lab := netlab.New(t)
+	host, elsewhere := lab.Namespace("host"), lab.Namespace("elsewhere")
+	node := lab.Node("", netlab.NodeOptions{CoreOnly: true, Home: host})
+	server := startActor(t, host, node.Cgroup("/lab/db"))
+	server.serve(7000)
+	client := startActor(t, elsewhere, node.Cgroup("/lab/web"))
+	node.Apply(document(1, webAndDB+`crossings:
+  - {name: web-db, from: [workload/web], to: [workload/db], ports: [tcp/7000, udp/7000]}
+`))
+	for _, address := range []netip.Addr{host.IP4, host.IP6} {
+		at := netip.AddrPortFrom(address, 7000)
+		if !client.reaches(at) {
+			t.Errorf("%s is not reached", at)
+		}
+		if n := client.datagrams(at, 2).Answered; n != 2 {
+			t.Errorf("%d of 2 datagrams to %s are answered", n, at)
+		}
+	}
+	if limits := node.Status().Limits; len(limits) != 0 {
+		t.Errorf("limits %q", limits)
+	}
+}
