@@ -7,6 +7,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/demarc/demarc/agent/flow"
 	"github.com/demarc/demarc/bpf/abi"
 	"github.com/demarc/demarc/test/netlab"
 )
@@ -64,7 +65,7 @@ func TestUDPUnprovenLimit(t *testing.T) {
 	}
 	e.node.AwaitDenied(abi.UnprovenLimit, unix.IPPROTO_UDP, far.At4(7000))
 	// What the stranger answered was not taken for the workload's answer.
-	e.node.AwaitFlow("answers without a proof", func(f flowOf) bool {
+	e.node.AwaitFlow("answers without a proof", func(f flow.Flow) bool {
 		return f.Verdict == abi.Deny && f.Reason == abi.TagMissing && f.Direction == abi.Egress && f.Destination.Address == far.IP4
 	})
 }

@@ -10,8 +10,8 @@ import (
 	"time"
 
 	"github.com/cilium/ebpf"
+
 	"github.com/demarc/demarc/agent/api"
-	"github.com/demarc/demarc/agent/flow"
 	"github.com/demarc/demarc/policy/image"
 	"github.com/demarc/demarc/test/netlab"
 )
@@ -116,5 +116,3 @@ func eventually(t testing.TB, within time.Duration, what string, holds func() bo
 		}
 	}
 }
-
-type flowOf = flow.Flow

@@ -9,6 +9,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/demarc/demarc/agent/flow"
 	"github.com/demarc/demarc/bpf/abi"
 	"github.com/demarc/demarc/test/netlab"
 )
@@ -140,7 +141,7 @@ func TestForgedTag(t *testing.T) {
 				t.Errorf("dial %s: connected to an impostor", to)
 			}
 		}
-		e.node.AwaitFlow("tag-missing at the caller", func(f flowOf) bool {
+		e.node.AwaitFlow("tag-missing at the caller", func(f flow.Flow) bool {
 			return f.Reason == abi.TagMissing && f.Direction == abi.Egress && f.Destination.Port == 7001
 		})
 	})

@@ -8,6 +8,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/demarc/demarc/agent/flow"
 	"github.com/demarc/demarc/bpf/abi"
 	"github.com/demarc/demarc/test/netlab"
 )
@@ -62,10 +63,10 @@ func TestUnmanagedCrossings(t *testing.T) {
 		wantBothWays(t, "workload to unmanaged, with a tag that a workload could ask for", e.client, family(7102), true)
 		wantBothWays(t, "among unmanaged", local, family(7101), true)
 	}
-	e.node.AwaitFlow("the unmanaged caller, by name", func(f flowOf) bool {
+	e.node.AwaitFlow("the unmanaged caller, by name", func(f flow.Flow) bool {
 		return f.Verdict == abi.Allow && f.Crossing == "local-db" && f.Source.Label() == "unmanaged" && f.Direction == abi.Ingress
 	})
-	e.node.AwaitFlow("the unmanaged listener, by name", func(f flowOf) bool {
+	e.node.AwaitFlow("the unmanaged listener, by name", func(f flow.Flow) bool {
 		return f.Verdict == abi.Allow && f.Crossing == "web-local" && f.Destination.Label() == "unmanaged" && f.Direction == abi.Egress
 	})
 	for _, proto := range []uint8{unix.IPPROTO_TCP, unix.IPPROTO_UDP} {
