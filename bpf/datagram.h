@@ -29,6 +29,16 @@ static __always_inline bool asks_no_answer(const struct demarc_query *q)
 	return crossing && crossing->need == DEMARC_NEED_SENDER;
 }
 
+/* Somebody else is where the acceptor was. What was proven holds no longer, and
+ * the opener judges whoever it is. In a group there may be many. */
+static __always_inline void take_over(struct demarc_flow *flow, const struct demarc_tuple *opener, __u32 subject)
+{
+	if (!flow->epoch_out || !flow->acceptor || flow->acceptor == subject || is_group(opener->daddr))
+		return;
+	flow->acceptor = subject;
+	flow->verdict_out = DEMARC_PROVISIONAL;
+}
+
 /* The opener's side of a flow that exists: may this packet leave? */
 GLOBAL int opened_out(struct demarc_flow *flow, struct outcome *o)
 {
@@ -135,6 +145,8 @@ GLOBAL int datagram_out(struct packet *p, struct outcome *o)
 		ask_back(o, p, DEMARC_INGRESS);
 		return accepted_out(flow, o);
 	}
+	if (flow && fresh_flow(flow, o->query.now))
+		take_over(flow, &other, o->query.subject);
 
 	return open_flow(p, o);
 }
@@ -220,6 +232,7 @@ GLOBAL int datagram_in(struct packet *p, struct outcome *o)
 		if (!accept_flow(p, o))
 			return false;
 	} else {
+		take_over(flow, &p->tuple, o->query.subject);
 		flow->acceptor = o->query.subject;
 		flow->verdict_in = DEMARC_ALLOW;
 		flow->until_in = window_end(&o->query);
@@ -232,7 +245,8 @@ GLOBAL int datagram_in(struct packet *p, struct outcome *o)
 }
 
 /* Unmanaged processes among themselves: only who they are is written down, and
- * only where some crossing names them. */
+ * only where some crossing names them. They do not come into a workload's
+ * conversations: whose port they have now is not who they are. */
 GLOBAL int carefree_datagram(struct packet *p, struct outcome *o, bool outgoing)
 {
 	struct demarc_tuple other;
@@ -240,10 +254,19 @@ GLOBAL int carefree_datagram(struct packet *p, struct outcome *o, bool outgoing)
 
 	if (!p || !o)
 		return 0;
+	if (outgoing)
+		reverse(&other, &p->tuple);
+	else
+		__builtin_memcpy(&other, &p->tuple, sizeof(other));
+	flow = bpf_map_lookup_elem(&flows, &other);
+	if (flow && flow->acceptor >= DEMARC_ID_FIRST && !is_group(other.daddr) && fresh_flow(flow, o->query.now)) {
+		take_over(flow, &other, DEMARC_ID_UNMANAGED);
+		__builtin_memcpy(&o->opener, &other, sizeof(other));
+		o->query.direction = DEMARC_INGRESS;
+		return !refused(o, DEMARC_NO_STATE);
+	}
 	if (!outgoing || !(DEMARC_ACTIVE_FLAGS(o->active) & DEMARC_ACTIVE_UNMANAGED))
 		return true;
-	reverse(&other, &p->tuple);
-	flow = bpf_map_lookup_elem(&flows, &other);
 	if (flow && flow->opener && flow->opener != DEMARC_ID_UNMANAGED && fresh_flow(flow, o->query.now))
 		flow->acceptor = DEMARC_ID_UNMANAGED;
 	else

@@ -45,8 +45,7 @@ static __always_inline bool judge_packet(struct __sk_buff *skb, struct bpf_sock 
 	cgroup = bpf_sk_cgroup_id(sk);
 	subject = identity_of(DEMARC_ACTIVE_SLOT(active), cgroup);
 	free_to = carefree(DEMARC_ACTIVE_SLOT(active), subject);
-	if (free_to && !(DEMARC_ACTIVE_FLAGS(active) & DEMARC_ACTIVE_UNMANAGED) && tcp_state != TCP_SYN_SENT &&
-	    tcp_state != TCP_LISTEN)
+	if (free_to && sk->type == SOCK_STREAM && tcp_state != TCP_SYN_SENT && tcp_state != TCP_LISTEN)
 		return true; /* only a handshake could bring a bad proof */
 	begin(&o, active, subject, cgroup, outgoing ? DEMARC_HOOK_EGRESS : DEMARC_HOOK_INGRESS);
 	o.query.direction = outgoing ? DEMARC_EGRESS : DEMARC_INGRESS;
