@@ -63,6 +63,7 @@ type bench struct {
 	tuples int    // declared by every policy, each way
 	pairs  []*pair
 	node   *netlab.Node
+	empty  map[string]*ebpf.Program // attached to the pair of that name
 }
 
 // build makes a bench without pairs.

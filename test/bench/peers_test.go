@@ -38,6 +38,7 @@ func (b *bench) addEmpty() {
 	b.t.Helper()
 	p := b.pair(empty, false, b.lab.Cgroup("empty/client"), b.lab.Cgroup("empty/server"))
 	programs := b.programs(b.compile("peers"), "empty_egress", "empty_ingress")
+	b.empty = programs.Programs
 	for name, attach := range map[string]ebpf.AttachType{
 		"empty_egress": ebpf.AttachCGroupInetEgress, "empty_ingress": ebpf.AttachCGroupInetIngress,
 	} {

@@ -17,6 +17,26 @@ int empty(struct __sk_buff *skb)
 	return 1;
 }
 
+static __always_inline int datagram(struct __sk_buff *skb, bool outgoing)
+{
+	struct bpf_sock *sk = skb->sk;
+
+	sk = sk ? bpf_sk_fullsock(sk) : 0;
+	return sk && judge_packet(skb, sk, false, 0, outgoing);
+}
+
+SEC("cgroup_skb/egress")
+int packet_datagram_out(struct __sk_buff *skb)
+{
+	return datagram(skb, true);
+}
+
+SEC("cgroup_skb/ingress")
+int packet_datagram_in(struct __sk_buff *skb)
+{
+	return datagram(skb, false);
+}
+
 /* A packet of an established connection. The first one of a run finds no verdict on
  * its new socket, is refused, and leaves there what a handshake would have left. */
 SEC("cgroup_skb/ingress")
