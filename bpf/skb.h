@@ -7,11 +7,12 @@
 /* The verdict that an established connection carries. 1 = pass; 0 = look closer. */
 static __always_inline int carried(struct bpf_sock *sk, __u32 tcp_state, __u64 active)
 {
-	struct demarc_socket *kept = bpf_sk_storage_get(&sockets, sk, 0, 0);
+	struct demarc_socket *kept;
 
-	if (!kept || kept->verdict != DEMARC_ALLOW || kept->epoch != DEMARC_ACTIVE_EPOCH(active))
-		return 0;
 	if (tcp_state == TCP_SYN_SENT || tcp_state == TCP_LISTEN || tcp_state == TCP_SYN_RECV)
+		return 0;
+	kept = bpf_sk_storage_get(&sockets, sk, 0, 0);
+	if (!kept || kept->verdict != DEMARC_ALLOW || kept->epoch != DEMARC_ACTIVE_EPOCH(active))
 		return 0;
 	return !over(kept->until);
 }
@@ -50,6 +51,7 @@ static __always_inline bool judge_packet(struct __sk_buff *skb, struct bpf_sock 
 		return true; /* only a handshake could bring a bad proof */
 	begin(&o, active, subject, cgroup, outgoing ? DEMARC_HOOK_EGRESS : DEMARC_HOOK_INGRESS);
 	o.query.direction = outgoing ? DEMARC_EGRESS : DEMARC_INGRESS;
+	o.query.now = bpf_ktime_get_boot_ns();
 	if (!(DEMARC_ACTIVE_FLAGS(active) & DEMARC_ACTIVE_ON))
 		return !refused(&o, DEMARC_NO_POLICY);
 	reason = parse(skb, 0, &p);
@@ -100,6 +102,7 @@ static __always_inline int selftest_hook(struct __sk_buff *skb, bool outgoing)
 	if (!test || parse(skb, 0, &p))
 		return 0;
 	begin(&o, 0, test->subject, 0, 0);
+	o.query.now = bpf_ktime_get_boot_ns();
 	o.query.slot = test->slot;
 	ask_forward(&o, &p, outgoing ? DEMARC_EGRESS : DEMARC_INGRESS);
 	o.query.proof = test->proof;
