@@ -108,6 +108,7 @@ func (b *bench) packets(outcome *Packets) {
 		{"SYN at a listener: no tag, counted and told", "server", "packet_syn", unsigned, 0},
 		{"datagram of a known flow, on its way out", "client", "packet_datagram_out", datagram, 1},
 		{"datagram of a known flow, on its way in", "server", "packet_datagram_in", datagram, 1},
+		{"no packet: a socket's verdict, made and deleted", "server", "packet_storage", data, 1},
 	} {
 		before := rings(b.t, c)
 		var ns float64

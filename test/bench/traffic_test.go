@@ -57,14 +57,9 @@ func TestTraffic(t *testing.T) {
 				if result.Operations == 0 {
 					t.Fatalf("%s, %s: nothing came through: %+v", p.name, mode, result)
 				}
-				// Each connection and each flow of datagrams has one verdict at
-				// either end: more traffic than verdicts went past the hooks.
 				if p.name == demarc {
-					want := [2]uint64{uint64(result.Made), uint64(result.Made)}
 					after := b.admitted(p)
-					if got := [2]uint64{after[0] - before[0], after[1] - before[1]}; got != want {
-						t.Errorf("%s: %v verdicts at client and server, want %v", mode, got, want)
-					}
+					b.accounted(mode, result.Made, [2]uint64{after[0] - before[0], after[1] - before[1]})
 					connections += result.Made
 				}
 				r.Order = append(r.Order, p.name)
@@ -73,7 +68,7 @@ func TestTraffic(t *testing.T) {
 			outcome.Rounds = append(outcome.Rounds, r)
 		}
 	}
-	outcome.Controls = append(outcome.Controls, fmt.Sprintf("OK demarc: one verdict at either end for each of %d connections and flows", connections))
+	outcome.Controls = append(outcome.Controls, fmt.Sprintf("OK demarc: a verdict at either end for each of %d connections and flows", connections))
 	outcome.Events = map[string]int64{}
 	for i, state := range b.node.Rings() {
 		outcome.Events["made"] += int64(state.Seq - rings[i].Seq)
@@ -138,6 +133,18 @@ func (b *bench) admitted(p *pair) (n [2]uint64) {
 		}
 	}
 	return n
+}
+
+// accounted checks that each connection had one final verdict at either end: traffic
+// without went past the hooks. A flow of datagrams has at least one; where the first
+// answer comes in while the next datagram goes out on another CPU, both settle it.
+func (b *bench) accounted(mode Mode, made int64, verdicts [2]uint64) {
+	b.t.Helper()
+	for _, got := range verdicts {
+		if got < uint64(made) || (got > uint64(made) && mode != Datagrams && mode != Unconnected) {
+			b.t.Errorf("%s: %v verdicts at client and server for %d connections", mode, verdicts, made)
+		}
+	}
 }
 
 func writeJSON(t *testing.T, outcome any) {

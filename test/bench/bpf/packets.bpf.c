@@ -55,6 +55,20 @@ int packet_established(struct __sk_buff *skb)
 	return 0;
 }
 
+/* What each end pays once a connection, besides its packets: a verdict on a socket,
+ * made and taken away. */
+SEC("cgroup_skb/ingress")
+int packet_storage(struct __sk_buff *skb)
+{
+	struct bpf_sock *sk = skb->sk;
+	struct demarc_socket fresh = { .verdict = DEMARC_ALLOW };
+
+	sk = sk ? bpf_sk_fullsock(sk) : 0;
+	if (!sk || !bpf_sk_storage_get(&sockets, sk, &fresh, BPF_SK_STORAGE_GET_F_CREATE))
+		return 0;
+	return bpf_sk_storage_delete(&sockets, sk) == 0;
+}
+
 /* A SYN at a listener. The verdict's epoch moves on before each, so that the same
  * bytes are a new handshake and not one that is sent again. */
 SEC("cgroup_skb/ingress")
