@@ -51,7 +51,6 @@ static __always_inline bool judge_packet(struct __sk_buff *skb, struct bpf_sock 
 		return true; /* only a handshake could bring a bad proof */
 	begin(&o, active, subject, cgroup, outgoing ? DEMARC_HOOK_EGRESS : DEMARC_HOOK_INGRESS);
 	o.query.direction = outgoing ? DEMARC_EGRESS : DEMARC_INGRESS;
-	o.query.now = bpf_ktime_get_boot_ns();
 	if (!(DEMARC_ACTIVE_FLAGS(active) & DEMARC_ACTIVE_ON))
 		return !refused(&o, DEMARC_NO_POLICY);
 	reason = parse(skb, 0, &p);
@@ -102,7 +101,6 @@ static __always_inline int selftest_hook(struct __sk_buff *skb, bool outgoing)
 	if (!test || parse(skb, 0, &p))
 		return 0;
 	begin(&o, 0, test->subject, 0, 0);
-	o.query.now = bpf_ktime_get_boot_ns();
 	o.query.slot = test->slot;
 	ask_forward(&o, &p, outgoing ? DEMARC_EGRESS : DEMARC_INGRESS);
 	o.query.proof = test->proof;

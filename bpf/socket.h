@@ -121,7 +121,6 @@ static __always_inline int addressed(struct bpf_sock_addr *ctx, __u8 hook, bool 
 		o.query.port = 128;
 	o.query.direction = DEMARC_EGRESS;
 	o.query.proof = DEMARC_PROOF_UNKNOWN;
-	o.query.now = bpf_ktime_get_boot_ns();
 	__builtin_memcpy(o.query.address, o.opener.daddr, 16);
 	decide(&o.query);
 	return o.query.verdict != DEMARC_DENY || !refused(&o, o.query.reason);

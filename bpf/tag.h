@@ -217,12 +217,12 @@ static long next_option(__u32 n, struct option_walk *walk)
  * scale. Anything else is walked through. */
 #define USUAL_OPTIONS 20
 
-static __always_inline bool usual_options(const __u8 *options, __u32 length)
+static __always_inline bool usual_options(const __u8 *options)
 {
 	const __u32 *word = (const __u32 *)options;
 
-	return length == USUAL_OPTIONS + DEMARC_TAG_LENGTH && (word[0] & bpf_htonl(0xffff0000)) == bpf_htonl(0x02040000) &&
-	       word[1] == bpf_htonl(0x0402080a) && (word[4] & bpf_htonl(0xffffff00)) == bpf_htonl(0x01030300) &&
+	return (word[0] & bpf_htonl(0xffff0000)) == bpf_htonl(0x02040000) && word[1] == bpf_htonl(0x0402080a) &&
+	       (word[4] & bpf_htonl(0xffffff00)) == bpf_htonl(0x01030300) &&
 	       word[5] == bpf_htonl(DEMARC_TAG_KIND << 24 | DEMARC_TAG_LENGTH << 16 | DEMARC_TAG_EXID);
 }
 
@@ -243,11 +243,15 @@ GLOBAL int find_tag(struct __sk_buff *skb, const struct packet *p, struct demarc
 		return 0;
 	if (walk.length > TCP_OPTIONS_MAX)
 		return -1;
-	if (bpf_skb_load_bytes(skb, p->transport + 20, walk.options, walk.length))
+	if (walk.length == USUAL_OPTIONS + DEMARC_TAG_LENGTH) {
+		if (cut(skb, p->transport + 20, walk.options, USUAL_OPTIONS + DEMARC_TAG_LENGTH))
+			return -1;
+		if (usual_options(walk.options)) {
+			__builtin_memcpy(tag, &walk.options[USUAL_OPTIONS], sizeof(*tag));
+			return 1;
+		}
+	} else if (bpf_skb_load_bytes(skb, p->transport + 20, walk.options, walk.length)) {
 		return -1;
-	if (usual_options(walk.options, walk.length)) {
-		__builtin_memcpy(tag, &walk.options[USUAL_OPTIONS], sizeof(*tag));
-		return 1;
 	}
 	bpf_loop(TCP_OPTIONS_MAX, next_option, &walk, 0);
 	if (walk.broken)
