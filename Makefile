@@ -10,7 +10,7 @@ OBJECT := agent/core/demarc_bpfel.o
 ROOT_TESTS := ./agent/core/... ./test/...
 
 .DEFAULT_GOAL := help
-.PHONY: help build generate check-generate lint test unit root demo tcb fuzz bench clean
+.PHONY: help build generate check-generate lint test unit root demo tcb fuzz bench bench-micro clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,9 +53,19 @@ FUZZTIME ?= 30s
 fuzz: ## run each fuzz target for FUZZTIME (30s)
 	scripts/fuzz $(FUZZTIME)
 
-bench: ## compile and load a policy of 10,000 workloads and 100,000 crossings
+ROUNDS ?= 15
+bench: ## the largest policies, then ROUNDS (15) of traffic beside no agent, nftables and tc
+	scripts/install bench
+	@mkdir -p $(BIN)
 	$(GO) test ./policy -run '^$$' -bench . -benchmem
 	test/run -run '^$$' -bench . ./agent/core
+	ROUNDS=$(ROUNDS) BENCH_JSON=$(CURDIR)/$(BIN)/bench.json test/run -count=1 -v -timeout 60m -run '^TestTraffic$$' ./test/bench
+
+REPEAT ?= 200000
+bench-micro: ## single packets by BPF_PROG_TEST_RUN, REPEAT (200000) times, net of an empty program
+	scripts/install bench
+	@mkdir -p $(BIN)
+	REPEAT=$(REPEAT) BENCH_JSON=$(CURDIR)/$(BIN)/bench-micro.json test/run -count=1 -v -timeout 20m -run '^TestPackets$$' ./test/bench
 
 clean: ## remove what the build made
 	rm -rf $(BIN)

@@ -32,12 +32,25 @@ static __always_inline void map_ipv4(__u8 *out, __u32 address)
 	__builtin_memcpy(out + 12, &address, 4);
 }
 
+/* Copies bytes of a packet; those that lie together without a call. Returns true if
+ * the packet is too short. */
+static __always_inline bool cut(struct __sk_buff *skb, __u32 offset, void *to, __u32 size)
+{
+	void *from = (void *)(long)skb->data + offset;
+
+	if (offset <= sizeof(struct ipv6hdr) && from + size <= (void *)(long)skb->data_end) {
+		__builtin_memcpy(to, from, size);
+		return false;
+	}
+	return bpf_skb_load_bytes(skb, offset, to, size);
+}
+
 static __always_inline int parse_ipv4(struct __sk_buff *skb, struct packet *p)
 {
 	struct iphdr ip;
 	__u16 total;
 
-	if (bpf_skb_load_bytes(skb, p->network, &ip, sizeof(ip)))
+	if (cut(skb, p->network, &ip, sizeof(ip)))
 		return DEMARC_MALFORMED;
 	if (ip.version != 4 || ip.ihl < 5)
 		return DEMARC_MALFORMED;
@@ -63,7 +76,7 @@ static __always_inline int parse_ipv6(struct __sk_buff *skb, struct packet *p)
 	__u32 offset = p->network + sizeof(ip);
 	__u8 next, header[2];
 
-	if (bpf_skb_load_bytes(skb, p->network, &ip, sizeof(ip)))
+	if (cut(skb, p->network, &ip, sizeof(ip)))
 		return DEMARC_MALFORMED;
 	if (ip.version != 6)
 		return DEMARC_MALFORMED;
@@ -95,17 +108,14 @@ static __always_inline int parse_ipv6(struct __sk_buff *skb, struct packet *p)
 static __always_inline int parse_tcp(struct __sk_buff *skb, struct packet *p)
 {
 	struct tcphdr tcp;
-	__u8 flags;
 
-	if (bpf_skb_load_bytes(skb, p->transport, &tcp, sizeof(tcp)))
-		return DEMARC_MALFORMED;
-	if (tcp.doff < 5 || bpf_skb_load_bytes(skb, p->transport + 13, &flags, 1))
+	if (cut(skb, p->transport, &tcp, sizeof(tcp)) || tcp.doff < 5)
 		return DEMARC_MALFORMED;
 	p->tuple.sport = bpf_ntohs(tcp.source);
 	p->tuple.dport = bpf_ntohs(tcp.dest);
 	p->seq = bpf_ntohl(tcp.seq);
 	p->ack = bpf_ntohl(tcp.ack_seq);
-	p->flags = flags;
+	p->flags = ((__u8 *)&tcp)[13];
 	p->options = (tcp.doff - 5) * 4;
 	return 0;
 }
@@ -115,7 +125,7 @@ static __always_inline int parse_udp(struct __sk_buff *skb, struct packet *p)
 	struct udphdr udp;
 	__u16 length;
 
-	if (bpf_skb_load_bytes(skb, p->transport, &udp, sizeof(udp)))
+	if (cut(skb, p->transport, &udp, sizeof(udp)))
 		return DEMARC_MALFORMED;
 	length = bpf_ntohs(udp.len);
 	if (length ? length < sizeof(udp) || p->transport + length > skb->len : skb->len <= 0xffff)

@@ -5,14 +5,14 @@
 #define DEMARC_SKB_H
 
 /* The verdict that an established connection carries. 1 = pass; 0 = look closer. */
-static __always_inline int carried(struct bpf_sock *sk, __u64 active)
+static __always_inline int carried(struct bpf_sock *sk, __u32 tcp_state, __u64 active)
 {
-	struct demarc_socket *kept = bpf_sk_storage_get(&sockets, sk, 0, 0);
-	__u32 tcp_state = sk->state;
+	struct demarc_socket *kept;
 
-	if (!kept || kept->verdict != DEMARC_ALLOW || kept->epoch != DEMARC_ACTIVE_EPOCH(active))
-		return 0;
 	if (tcp_state == TCP_SYN_SENT || tcp_state == TCP_LISTEN || tcp_state == TCP_SYN_RECV)
+		return 0;
+	kept = bpf_sk_storage_get(&sockets, sk, 0, 0);
+	if (!kept || kept->verdict != DEMARC_ALLOW || kept->epoch != DEMARC_ACTIVE_EPOCH(active))
 		return 0;
 	return !over(kept->until);
 }
@@ -28,11 +28,12 @@ static __always_inline bool kernel_control(struct bpf_sock *sk, const struct pac
 	return p->tuple.proto == PROTO_TCP && !(p->flags & FLAG_SYN);
 }
 
-/* True: the packet may pass. */
-static __always_inline bool judge_packet(struct __sk_buff *skb, struct bpf_sock *sk, bool outgoing)
+/* True: the packet may pass. What the socket is comes beside it, so that a test
+ * can say it: packets without a network have a socket that is nothing. */
+static __always_inline bool judge_packet(struct __sk_buff *skb, struct bpf_sock *sk, bool stream, __u32 tcp_state,
+					 bool outgoing)
 {
 	__u64 active = active_word();
-	__u32 tcp_state = sk->state;
 	struct packet p;
 	struct outcome o;
 	__u32 subject;
@@ -40,7 +41,7 @@ static __always_inline bool judge_packet(struct __sk_buff *skb, struct bpf_sock 
 	bool free_to;
 	int reason;
 
-	if (sk->protocol == PROTO_TCP && sk->type == SOCK_STREAM && carried(sk, active))
+	if (stream && carried(sk, tcp_state, active))
 		return true;
 	cgroup = bpf_sk_cgroup_id(sk);
 	subject = identity_of(DEMARC_ACTIVE_SLOT(active), cgroup);
@@ -82,7 +83,7 @@ static __always_inline int skb_hook(struct __sk_buff *skb, bool outgoing)
 	sk = sk ? bpf_sk_fullsock(sk) : 0;
 	if (!sk) /* the hook runs with full sockets only; without one nobody can be judged */
 		return 0;
-	return judge_packet(skb, sk, outgoing) ? 1 : 0;
+	return judge_packet(skb, sk, sk->protocol == PROTO_TCP && sk->type == SOCK_STREAM, sk->state, outgoing);
 }
 
 /* The self-test's packets: who sends or receives comes from a map, and what the

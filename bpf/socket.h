@@ -55,8 +55,8 @@ static __always_inline int socket_made(struct bpf_sock *sk)
 	return 1;
 }
 
-/* The socket's own identity where it can be known here. */
-static __always_inline __u32 socket_identity(struct bpf_sock_addr *ctx, __u32 slot, __u32 otherwise)
+/* The socket's own cgroup where it can be known here, else the task's. */
+static __always_inline __u64 socket_cgroup(struct bpf_sock_addr *ctx, __u64 otherwise)
 {
 	struct tcp_sock *tcp;
 	__u64 *birth;
@@ -65,10 +65,10 @@ static __always_inline __u32 socket_identity(struct bpf_sock_addr *ctx, __u32 sl
 		return otherwise;
 	if (ctx->type == SOCK_STREAM) {
 		tcp = bpf_skc_to_tcp_sock(ctx->sk);
-		return tcp ? identity_of(slot, cgroup_of_tcp(tcp)) : otherwise;
+		return tcp ? cgroup_of_tcp(tcp) : otherwise;
 	}
 	birth = bpf_sk_storage_get(&births, ctx->sk, 0, 0);
-	return birth ? identity_of(slot, *birth) : otherwise;
+	return birth ? *birth : otherwise;
 }
 
 static __always_inline void read_user_address(struct bpf_sock_addr *ctx, __u8 *out, bool ipv6)
@@ -94,14 +94,14 @@ static __always_inline int addressed(struct bpf_sock_addr *ctx, __u8 hook, bool 
 {
 	bool free_task;
 	struct outcome o;
-	__u32 identity;
+	__u64 cgroup;
 
 	free_task = !begin_task(&o, hook);
-	identity = socket_identity(ctx, o.query.slot, o.query.subject);
+	cgroup = socket_cgroup(ctx, o.cgroup);
 	o.opener.proto = ctx->protocol;
 	o.opener.dport = bpf_ntohs(ctx->user_port);
 	read_user_address(ctx, o.opener.daddr, ipv6);
-	if (identity != o.query.subject)
+	if (cgroup != o.cgroup && identity_of(o.query.slot, cgroup) != o.query.subject)
 		return !refused(&o, DEMARC_TASK_MISMATCH);
 	if (free_task)
 		return 1;

@@ -90,27 +90,28 @@ static __always_inline void ask_vouchers(struct outcome *o, bool acceptor)
 GLOBAL int syn_out(struct __sk_buff *skb, struct packet *p, struct outcome *o)
 {
 	struct demarc_tag tag = {};
-	__u32 tagged;
+	bool provable;
 
 	if (!p || !o)
 		return 0;
 	ask_forward(o, p, DEMARC_EGRESS);
 	o->query.proof = DEMARC_PROOF_UNKNOWN;
-	decide(&o->query);
-	if (o->query.verdict == DEMARC_DENY)
-		return !refused(o, o->query.reason);
+	/* Where a crossing asks for proof, a SYN may leave whatever else is declared:
+	 * the answer decides. */
+	if (o->query.subject >= DEMARC_ID_FIRST && table_subject(o->query.slot, o->query.subject))
+		o->query.crossing = provable_crossing(o->query.slot, o->query.subject, DEMARC_EGRESS, PROTO_TCP,
+						      o->query.port, o->query.now);
+	provable = o->query.crossing != DEMARC_NO_CROSSING_INDEX;
+	if (!provable) {
+		decide(&o->query);
+		if (o->query.verdict == DEMARC_DENY)
+			return !refused(o, o->query.reason);
+	}
 	/* The stack resets what still stands from before a crash. That carries
 	 * nothing, and no proof. */
 	if (!(p->flags & FLAG_SYN) && p->flags & FLAG_RST)
 		return true;
-	if (o->query.subject == DEMARC_ID_UNMANAGED) {
-		if (DEMARC_ACTIVE_FLAGS(o->active) & DEMARC_ACTIVE_UNMANAGED)
-			vouch(&p->tuple, o->query.subject, false);
-		return true;
-	}
-	tagged = provable_crossing(o->query.slot, o->query.subject, DEMARC_EGRESS, PROTO_TCP, o->query.port,
-				   o->query.now);
-	if (tagged == DEMARC_NO_CROSSING_INDEX) {
+	if (!provable) {
 		if (DEMARC_ACTIVE_FLAGS(o->active) & DEMARC_ACTIVE_UNMANAGED)
 			vouch(&p->tuple, o->query.subject, false);
 		return true;

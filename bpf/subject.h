@@ -43,7 +43,15 @@ static __always_inline bool carefree(__u32 slot, __u32 identity)
 
 static __always_inline __u64 cgroup_of_tcp(struct tcp_sock *tcp)
 {
-	return BPF_CORE_READ(tcp, inet_conn.icsk_inet.sk.sk_cgrp_data.cgroup, kn, id);
+	struct cgroup *cgroup = tcp->inet_conn.icsk_inet.sk.sk_cgrp_data.cgroup;
+	struct kernfs_node *node = cgroup ? cgroup->kn : 0;
+	__u64 id;
+
+	if (!node)
+		return 0;
+	id = node->id;
+	barrier_var(id); /* the verifier refuses this load if it is merged with one of a map's value */
+	return id;
 }
 
 #endif

@@ -173,7 +173,7 @@ GLOBAL int check_claim(struct demarc_query *q, __u32 claim, __u64 mac, const str
 
 /* Where a walk over TCP options stands. */
 struct option_walk {
-	__u8 options[64]; /* zero beyond length */
+	__u8 options[64] __attribute__((aligned(8))); /* zero beyond length */
 	__u32 length;
 	__u32 at;
 	__u32 tag; /* offset of the tag + 1; 0 = none yet */
@@ -212,6 +212,20 @@ static long next_option(__u32 n, struct option_walk *walk)
 	return 0;
 }
 
+/* The options that Linux puts on a SYN and a SYN-ACK by default, and the tag behind
+ * them: maximum segment size, SACK permitted and timestamps, padding and window
+ * scale. Anything else is walked through. */
+#define USUAL_OPTIONS 20
+
+static __always_inline bool usual_options(const __u8 *options)
+{
+	const __u32 *word = (const __u32 *)options;
+
+	return (word[0] & bpf_htonl(0xffff0000)) == bpf_htonl(0x02040000) && word[1] == bpf_htonl(0x0402080a) &&
+	       (word[4] & bpf_htonl(0xffffff00)) == bpf_htonl(0x01030300) &&
+	       word[5] == bpf_htonl(DEMARC_TAG_KIND << 24 | DEMARC_TAG_LENGTH << 16 | DEMARC_TAG_EXID);
+}
+
 /*
  * Finds the one tag among a segment's options and copies it. Returns 1 if there
  * is one, 0 if there is none, -1 for anything that a demarc kernel would not have
@@ -229,8 +243,16 @@ GLOBAL int find_tag(struct __sk_buff *skb, const struct packet *p, struct demarc
 		return 0;
 	if (walk.length > TCP_OPTIONS_MAX)
 		return -1;
-	if (bpf_skb_load_bytes(skb, p->transport + 20, walk.options, walk.length))
+	if (walk.length == USUAL_OPTIONS + DEMARC_TAG_LENGTH) {
+		if (cut(skb, p->transport + 20, walk.options, USUAL_OPTIONS + DEMARC_TAG_LENGTH))
+			return -1;
+		if (usual_options(walk.options)) {
+			__builtin_memcpy(tag, &walk.options[USUAL_OPTIONS], sizeof(*tag));
+			return 1;
+		}
+	} else if (bpf_skb_load_bytes(skb, p->transport + 20, walk.options, walk.length)) {
 		return -1;
+	}
 	bpf_loop(TCP_OPTIONS_MAX, next_option, &walk, 0);
 	if (walk.broken)
 		return -1;

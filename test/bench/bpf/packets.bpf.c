@@ -1,0 +1,87 @@
+// SPDX-License-Identifier: (GPL-2.0-only OR Apache-2.0)
+/*
+ * demarc's packet paths as BPF_PROG_TEST_RUN can reach them. Never attached.
+ *
+ * A test run's socket is a dummy: a full one, in the caller's cgroup, but of no
+ * protocol and in no state. These programs call the function that the attached ones
+ * call, and tell it what a real socket would have told it. Left out are therefore
+ * the two loads and compares of protocol and type, and nothing else of the program;
+ * the hook around it, the clone of a listener's socket and all of sockops are not
+ * in a test run at all.
+ */
+#include "../../../bpf/demarc.bpf.c"
+
+SEC("cgroup_skb/ingress")
+int empty(struct __sk_buff *skb)
+{
+	return 1;
+}
+
+static __always_inline int datagram(struct __sk_buff *skb, bool outgoing)
+{
+	struct bpf_sock *sk = skb->sk;
+
+	sk = sk ? bpf_sk_fullsock(sk) : 0;
+	return sk && judge_packet(skb, sk, false, 0, outgoing);
+}
+
+SEC("cgroup_skb/egress")
+int packet_datagram_out(struct __sk_buff *skb)
+{
+	return datagram(skb, true);
+}
+
+SEC("cgroup_skb/ingress")
+int packet_datagram_in(struct __sk_buff *skb)
+{
+	return datagram(skb, false);
+}
+
+/* A packet of an established connection. The first one of a run finds no verdict on
+ * its new socket, is refused, and leaves there what a handshake would have left. */
+SEC("cgroup_skb/ingress")
+int packet_established(struct __sk_buff *skb)
+{
+	struct bpf_sock *sk = skb->sk;
+	struct demarc_socket kept = { .verdict = DEMARC_ALLOW };
+
+	sk = sk ? bpf_sk_fullsock(sk) : 0;
+	if (!sk)
+		return 0;
+	if (judge_packet(skb, sk, true, TCP_ESTABLISHED, false))
+		return 1;
+	kept.epoch = DEMARC_ACTIVE_EPOCH(active_word());
+	bpf_sk_storage_get(&sockets, sk, &kept, BPF_SK_STORAGE_GET_F_CREATE);
+	return 0;
+}
+
+/* What each end pays once a connection, besides its packets: a verdict on a socket,
+ * made and taken away. */
+SEC("cgroup_skb/ingress")
+int packet_storage(struct __sk_buff *skb)
+{
+	struct bpf_sock *sk = skb->sk;
+	struct demarc_socket fresh = { .verdict = DEMARC_ALLOW };
+
+	sk = sk ? bpf_sk_fullsock(sk) : 0;
+	if (!sk || !bpf_sk_storage_get(&sockets, sk, &fresh, BPF_SK_STORAGE_GET_F_CREATE))
+		return 0;
+	return bpf_sk_storage_delete(&sockets, sk) == 0;
+}
+
+/* A SYN at a listener. The verdict's epoch moves on before each, so that the same
+ * bytes are a new handshake and not one that is sent again. */
+SEC("cgroup_skb/ingress")
+int packet_syn(struct __sk_buff *skb)
+{
+	struct bpf_sock *sk = skb->sk;
+	struct demarc_state *s;
+	__u32 zero = 0;
+
+	sk = sk ? bpf_sk_fullsock(sk) : 0;
+	s = bpf_map_lookup_elem(&state, &zero);
+	if (!sk || !s)
+		return 0;
+	s->active += 1ULL << 32;
+	return judge_packet(skb, sk, true, TCP_LISTEN, false);
+}
