@@ -24,6 +24,7 @@
 #include "event.h"
 #include "limit.h"
 #include "tag.h"
+#include "replay.h"
 #include "judge.h"
 #include "stream.h"
 #include "datagram.h"

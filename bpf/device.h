@@ -29,7 +29,7 @@ static __always_inline __u32 wall_seconds(__u64 now)
 	__u32 zero = 0;
 	struct demarc_state *s = bpf_map_lookup_elem(&state, &zero);
 
-	return s && s->wall ? (now + s->wall) / 1000000000ULL : 0;
+	return s ? wall_clock(s, now) / 1000000000ULL : 0;
 }
 
 /* The option checksum: with it, the surplus area and its length add up to zero,
@@ -185,25 +185,33 @@ GLOBAL int frame_leaves(struct __sk_buff *skb)
 	return datagram_leaves(skb, &p, &o);
 }
 
-/* Keeps what a datagram's tag proved: who opened the flow, or who answered it. */
-GLOBAL int keep_proof(const struct packet *p, const struct outcome *o, bool answer)
+/* Keeps what a datagram's tag proved: who opened the flow, or who answered it.
+ * Returns 0, or why not. A tag that was used before proves nothing new: datagrams
+ * of one second have the same one. */
+GLOBAL int keep_proof(const struct packet *p, const struct outcome *o, __u64 mac, bool answer)
 {
 	struct demarc_flow fresh = {}, *flow;
 	struct demarc_tuple opener;
+	int spent;
 
 	if (!p || !o)
-		return 0;
+		return DEMARC_NO_STATE;
+	spent = spend(mac, o->query.now);
 	if (answer) {
 		reverse(&opener, &p->tuple);
 		flow = bpf_map_lookup_elem(&flows, &opener);
 		if (!flow || !flow->epoch_out) /* nobody here asked */
-			return 0;
+			return DEMARC_NO_STATE;
+		if (flow->acceptor != o->query.peer && spent)
+			return spent;
 		flow->acceptor = o->query.peer;
-		return 1;
+		return 0;
 	}
 	flow = bpf_map_lookup_elem(&flows, &p->tuple);
 	if (flow && flow->epoch_out) /* it is opened here: the address is not the sender's */
-		return 0;
+		return DEMARC_NO_STATE;
+	if (spent)
+		return flow && flow->opener == o->query.peer && fresh_flow(flow, o->query.now) ? 0 : spent;
 	if (!flow) {
 		fresh.last = o->query.now;
 		if (bpf_map_update_elem(&flows, &p->tuple, &fresh, BPF_NOEXIST))
@@ -211,14 +219,14 @@ GLOBAL int keep_proof(const struct packet *p, const struct outcome *o, bool answ
 		flow = bpf_map_lookup_elem(&flows, &p->tuple);
 	}
 	if (!flow)
-		return 0;
+		return DEMARC_MAP_FULL;
 	if (flow->opener != o->query.peer) {
 		flow->opener = o->query.peer;
 		flow->epoch_in = 0; /* another peer: judged anew */
 	}
 	flow->owed = 1;
 	flow->last = o->query.now;
-	return 1;
+	return 0;
 }
 
 GLOBAL int frame_arrives(struct __sk_buff *skb)
@@ -256,9 +264,10 @@ GLOBAL int frame_arrives(struct __sk_buff *skb)
 			o.query.bad = DEMARC_TAG_STALE;
 		}
 	}
-	if (o.query.proof == DEMARC_PROOF_IDENTITY && !keep_proof(&p, &o, claim & DEMARC_TAG_ANSWER)) {
-		o.query.proof = DEMARC_PROOF_BAD;
-		o.query.bad = DEMARC_NO_STATE;
+	if (o.query.proof == DEMARC_PROOF_IDENTITY) {
+		o.query.bad = keep_proof(&p, &o, tag.mac, claim & DEMARC_TAG_ANSWER);
+		if (o.query.bad)
+			o.query.proof = DEMARC_PROOF_BAD;
 	}
 	if (o.query.proof == DEMARC_PROOF_BAD && refused(&o, o.query.bad))
 		return TCX_DROP;

@@ -68,14 +68,22 @@ GENERATION(ports, BPF_MAP_TYPE_ARRAY, BPF_F_INNER_MAP, __u32, struct demarc_port
 GENERATION(paths, BPF_MAP_TYPE_LPM_TRIE, BPF_F_NO_PREALLOC, struct demarc_path_key, __u32);
 GENERATION(units, BPF_MAP_TYPE_LPM_TRIE, BPF_F_NO_PREALLOC, struct demarc_path_key, struct demarc_unit);
 
-/* Tag keys by epoch. Writer: core; readers: sockops, ingress. Miss: no tag can be
+/* Tag keys by pair of nodes and epoch. Writer: core; readers: sockops, ingress. Miss: no tag can be
  * made or verified. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, DEMARC_EPOCHS);
+	__uint(max_entries, DEMARC_PAIRS * DEMARC_EPOCHS);
 	__type(key, __u32);
 	__type(value, struct demarc_key);
 } keys SEC(".maps");
+
+/* Tags that were admitted. Writers: ingress, tc_ingress. No room: deny. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, DEMARC_REPLAY_BUCKETS);
+	__type(key, __u32);
+	__type(value, struct demarc_replay_bucket);
+} replays SEC(".maps");
 
 /* Handshakes whose SYN was admitted. Writer: ingress. Only admitted SYNs enter,
  * so junk cannot evict. Miss: the handshake is refused. */

@@ -23,6 +23,7 @@ struct packet {
 	__u8 flags;   /* TCP */
 	__u8 options; /* bytes of TCP options */
 	__u8 icmp;    /* ICMP type */
+	__u8 tag;     /* offset of the tag in the TCP options + 1; 0 = none was found */
 };
 
 static __always_inline void map_ipv4(__u8 *out, __u32 address)

@@ -106,7 +106,7 @@ static __always_inline int selftest_hook(struct __sk_buff *skb, bool outgoing)
 	o.query.peer = test->peer;
 	o.query.bad = DEMARC_TAG_BAD_MAC;
 	if (test->proof == DEMARC_PROOF_UNKNOWN && !outgoing) /* a SYN brings its own */
-		read_proof(skb, &p, 0, 0, &o.query);
+		read_proof(skb, &p, 0, 0, &o);
 	decide(&o.query);
 	return o.query.verdict == DEMARC_ALLOW || o.query.verdict == DEMARC_PROVISIONAL;
 }

@@ -45,6 +45,7 @@ type Core struct {
 	standing []string          // problems that last until the core is started again
 	troubles map[string]string // problems that the upkeep found, by part
 	keys     keys
+	walled   uint64 // when the kernel was last told the time, ns of CLOCK_BOOTTIME; 0 = not by this core
 }
 
 // hooks let tests break a start. The zero value breaks nothing.

@@ -88,6 +88,11 @@ type demarcDemarcPortOwner struct {
 	Sockets  uint32
 }
 
+type demarcDemarcReplayBucket struct {
+	_     structs.HostLayout
+	Entry [8]uint64
+}
+
 type demarcDemarcRingState struct {
 	_    structs.HostLayout
 	Seq  uint64
@@ -165,6 +170,7 @@ const (
 	demarcMapPortOwners            = "port_owners"
 	demarcMapPorts                 = "ports"
 	demarcMapPrefixes              = "prefixes"
+	demarcMapReplays               = "replays"
 	demarcMapRingState             = "ring_state"
 	demarcMapRules                 = "rules"
 	demarcMapScratch               = "scratch"
@@ -292,6 +298,7 @@ type demarcMapSpecs struct {
 	PortOwners    *ebpf.MapSpec `ebpf:"port_owners"`
 	Ports         *ebpf.MapSpec `ebpf:"ports"`
 	Prefixes      *ebpf.MapSpec `ebpf:"prefixes"`
+	Replays       *ebpf.MapSpec `ebpf:"replays"`
 	RingState     *ebpf.MapSpec `ebpf:"ring_state"`
 	Rules         *ebpf.MapSpec `ebpf:"rules"`
 	Scratch       *ebpf.MapSpec `ebpf:"scratch"`
@@ -357,6 +364,7 @@ type demarcMaps struct {
 	PortOwners    *ebpf.Map `ebpf:"port_owners"`
 	Ports         *ebpf.Map `ebpf:"ports"`
 	Prefixes      *ebpf.Map `ebpf:"prefixes"`
+	Replays       *ebpf.Map `ebpf:"replays"`
 	RingState     *ebpf.Map `ebpf:"ring_state"`
 	Rules         *ebpf.Map `ebpf:"rules"`
 	Scratch       *ebpf.Map `ebpf:"scratch"`
@@ -386,6 +394,7 @@ func (m *demarcMaps) Close() error {
 		m.PortOwners,
 		m.Ports,
 		m.Prefixes,
+		m.Replays,
 		m.RingState,
 		m.Rules,
 		m.Scratch,
