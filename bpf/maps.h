@@ -121,6 +121,39 @@ struct {
 	__type(value, struct demarc_flow);
 } flows SEC(".maps");
 
+/* Doors by index of their device. Writers: core, which makes and removes them, and
+ * tc_door. Miss: drop. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 16384);
+	__type(key, __u32);
+	__type(value, struct demarc_door);
+} doors SEC(".maps");
+
+/* Refused callers that are to be told. Reader: core. No room, or over the budget:
+ * the caller waits in vain. */
+struct {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, 64 << 10);
+} refusals SEC(".maps");
+
+/* When the next refusal may be told. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, __u64);
+} refusals_due SEC(".maps");
+
+/* Sockets that the core answers with. Writer: core. */
+struct {
+	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, int);
+	__type(value, __u32);
+} answering SEC(".maps");
+
 /* Who bound a port first. Writers: post_bind, sock_release. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);

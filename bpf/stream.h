@@ -151,6 +151,7 @@ GLOBAL int syn_in(struct __sk_buff *skb, struct packet *p, struct outcome *o)
 	if (!settle(o)) {
 		if (mac) /* the same SYN may be within the limit when it is sent again */
 			unspend(mac, o->query.now);
+		tell_refusal(o, p->seq + 1);
 		return false;
 	}
 	fresh.self = o->query.subject;
@@ -222,8 +223,10 @@ GLOBAL int synack_in(struct __sk_buff *skb, struct packet *p, struct outcome *o)
 	}
 	read_proof(skb, p, DEMARC_TAG_ANSWER, p->ack, o);
 	ask_vouchers(o, true);
-	if (!settle(o))
+	if (!settle(o)) {
+		tell_refusal(o, p->ack);
 		return false;
+	}
 	remember(skb, o);
 	if (o->query.verdict == DEMARC_ALLOW)
 		report(o);

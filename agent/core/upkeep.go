@@ -17,8 +17,12 @@ func (c *Core) start() {
 	var all sync.WaitGroup
 	all.Go(func() { c.run(ctx) })
 	all.Go(func() { c.devices.run(ctx) })
+	if c.answers != nil {
+		all.Go(func() { c.answers.run(c.log) })
+	}
 	c.stop = func() {
 		cancel()
+		c.answers.halt()
 		all.Wait()
 	}
 }

@@ -302,6 +302,19 @@ type Key struct {
 	_     uint32
 }
 
+// Door is the host's end of a workload's veth.
+type Door struct {
+	Via    uint32 // index of the device that routes to it name
+	Lodger uint32 // what was seen to live there
+}
+
+// Refusal is a caller that is to learn that it was refused.
+type Refusal struct {
+	Tuple Tuple
+	Ack   uint32 // TCP: what the reset acknowledges
+	_     uint32
+}
+
 // Tuple is a flow, opener first.
 type Tuple struct {
 	Source          [16]byte

@@ -378,6 +378,21 @@ struct demarc_flow {
 #define DEMARC_UNPROVEN_MAX 16
 #define DEMARC_FLOW_IDLE (180ULL * 1000000000ULL)
 
+/* A workload's door: the host's end of its veth. */
+struct demarc_door {
+	__u32 via;    /* index of the device that routes to it name: itself, or its bridge */
+	__u32 lodger; /* what was seen to live there; 0 = nothing yet */
+};
+
+/* A caller that is to learn that it was refused. */
+struct demarc_refusal {
+	struct demarc_tuple tuple; /* opener first */
+	__u32 ack; /* TCP: what the reset acknowledges, host order */
+	__u32 zero;
+};
+#define DEMARC_REFUSAL_INTERVAL 1000000ULL /* ns between two, in the long run */
+#define DEMARC_REFUSAL_SLACK (100 * DEMARC_REFUSAL_INTERVAL)
+
 /* Who bound a port first. */
 struct demarc_port_key {
 	__u64 netns; /* cookie */

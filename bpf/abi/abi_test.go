@@ -31,6 +31,8 @@ func TestLayout(t *testing.T) {
 		"demarc_state":        abi.State{},
 		"demarc_key":          abi.Key{},
 		"demarc_tuple":        abi.Tuple{},
+		"demarc_door":         abi.Door{},
+		"demarc_refusal":      abi.Refusal{},
 		"demarc_event":        abi.Event{},
 		"demarc_count_key":    abi.CountKey{},
 		"demarc_ring_state":   abi.RingState{},
