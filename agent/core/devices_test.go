@@ -533,7 +533,7 @@ func TestDevicesFirst(t *testing.T) {
 		defer l.Close()
 	}
 	c := m.enforce(Devices{Names: []string{"up"}})
-	for _, name := range netdev{}.programs() {
+	for _, name := range (netdev{}).programs() {
 		r, err := link.QueryPrograms(link.QueryOptions{Target: index, Attach: c.objects.spec.Programs[name].AttachType})
 		must(t, err)
 		ours, err := c.objects.Programs[name].Info()
