@@ -141,13 +141,13 @@ int BPF_PROG(cgroup_rmdir, struct cgroup *cgroup, const char *path)
 SEC("tcx/egress")
 int tc_egress(struct __sk_buff *skb)
 {
-	return frame_leaves(skb);
+	return ordinary(skb, true) ? TCX_NEXT : frame_leaves(skb);
 }
 
 SEC("tcx/ingress")
 int tc_ingress(struct __sk_buff *skb)
 {
-	return frame_arrives(skb, false);
+	return ordinary(skb, false) ? TCX_NEXT : frame_arrives(skb, false);
 }
 
 SEC("tcx/ingress")

@@ -126,6 +126,49 @@ GLOBAL int append_tag(struct __sk_buff *skb, struct packet *p, __u32 identity, _
 	return seed_checksum(skb, p, extra);
 }
 
+/* Most frames: nothing in them is judged at a device. Told from what lies together at
+ * their beginning; what does not is looked at closely. */
+static __always_inline bool ordinary(struct __sk_buff *skb, bool leaves)
+{
+	void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end, *transport;
+	struct bpf_sock *sk = skb->sk;
+	__u32 payload;
+	__u8 proto;
+
+	if (sk && sk->family != AF_INET && sk->family != AF_INET6)
+		return false;
+	if (skb->protocol == bpf_htons(ETH_P_IP)) {
+		struct iphdr *ip = data + ETHERNET_HEADER;
+
+		if ((void *)(ip + 1) > end || *(__u8 *)ip != 0x45 || ip->frag_off & bpf_htons(0x3fff))
+			return false;
+		proto = ip->protocol;
+		payload = bpf_ntohs(ip->tot_len) - sizeof(*ip);
+		transport = ip + 1;
+	} else if (skb->protocol == bpf_htons(ETH_P_IPV6)) {
+		struct ipv6hdr *ip = data + ETHERNET_HEADER;
+
+		if ((void *)(ip + 1) > end)
+			return false;
+		proto = ip->nexthdr;
+		payload = bpf_ntohs(ip->payload_len);
+		transport = ip + 1;
+	} else {
+		return false;
+	}
+	if (proto == PROTO_TCP) {
+		__u8 *flags = transport + 13;
+
+		return !leaves || ((void *)(flags + 1) <= end && !(*flags & FLAG_SYN));
+	}
+	if (proto == PROTO_UDP && !leaves) {
+		struct udphdr *udp = transport;
+
+		return (void *)(udp + 1) <= end && bpf_ntohs(udp->len) == payload;
+	}
+	return false;
+}
+
 /* Frames of packet sockets: they never met a socket hook. */
 static __always_inline bool frame_of_workload(struct __sk_buff *skb, struct outcome *o)
 {

@@ -125,7 +125,7 @@ func TestExpiry(t *testing.T) {
 
 // A window opens by itself, too.
 func TestSinceWindow(t *testing.T) {
-	since := time.Now().Add(3 * time.Second).Truncate(time.Second)
+	since := time.Now().Add(8 * time.Second).Truncate(time.Second)
 	e := newEnds(t, fmt.Sprintf(`crossings:
   - {name: later, from: [workload/web], to: [workload/db], ports: [tcp/7000, udp/7000], since: %s, until: %s}
 `, since.UTC().Format(time.RFC3339), since.Add(time.Hour).UTC().Format(time.RFC3339)), netlab.NodeOptions{CoreOnly: true})

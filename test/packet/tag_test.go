@@ -353,6 +353,90 @@ func TestBadDatagramTags(t *testing.T) {
 	}
 }
 
+// replayBucket is struct demarc_replay_bucket of abi.h.
+type replayBucket [8]uint64
+
+const replayBuckets = 1 << 18
+
+// remembered are the two places that may hold a tag's MAC.
+func (h *host) remembered(mac []byte) (places [2]uint32, buckets [2]replayBucket) {
+	h.t.Helper()
+	m := binary.LittleEndian.Uint64(mac)
+	places = [2]uint32{uint32(m % replayBuckets), uint32(m >> 18 % replayBuckets)}
+	for i, place := range places {
+		if err := h.Maps["replays"].Lookup(place, &buckets[i]); err != nil {
+			h.t.Fatal(err)
+		}
+	}
+	return places, buckets
+}
+
+// A tag proves once: again, it proves nothing new, and where nothing could remember
+// it, nothing at all. What was remembered long enough gives way.
+func TestReplayMemory(t *testing.T) {
+	h := newHost(t)
+	question, tuple := datagram(t, false, false, 16)
+	h.put("flows", tuple, flow{Opener: opener, EpochOut: 1, VerdictOut: uint8(abi.Provisional), Provable: 1})
+	_, tagged := h.run("tc_egress", question)
+	mac := tagged[len(tagged)-8:]
+	forget := func() {
+		t.Helper()
+		if err := h.Maps["flows"].Delete(tuple); err != nil {
+			t.Fatal(err)
+		}
+	}
+	arrives := func(what string, want int32) {
+		t.Helper()
+		if got, _ := h.run("tc_ingress", tagged); got != want {
+			t.Errorf("%s: %d, want %d", what, got, want)
+		}
+	}
+	forget()
+	arrives("the first time", tcxNext)
+	arrives("again while its flow lives", tcxNext)
+	forget()
+	arrives("again after its flow", tcxDrop)
+
+	places, buckets := h.remembered(mac)
+	entry := func() (found int) {
+		for i := range buckets {
+			for j, e := range buckets[i] {
+				if e != 0 {
+					found++
+					if e>>24 != binary.LittleEndian.Uint64(mac)>>24 {
+						t.Errorf("entry %d of bucket %d is %#x", j, i, e)
+					}
+				}
+			}
+		}
+		return found
+	}
+	if n := entry(); n != 1 {
+		t.Fatalf("the tag is remembered %d times", n)
+	}
+	step := func(age uint64) uint64 {
+		var boot unix.Timespec
+		if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &boot); err != nil {
+			t.Fatal(err)
+		}
+		return (uint64(boot.Nano())>>32 - age) & 0xffffff
+	}
+	fill := func(age uint64) {
+		for i, place := range places {
+			for j := range buckets[i] {
+				buckets[i][j] = uint64(i*8+j+1)<<40 | step(age)
+			}
+			h.put("replays", place, buckets[i])
+		}
+	}
+	fill(35)
+	arrives("where both places are full", tcxDrop)
+	fill(39)
+	arrives("where what is there was remembered long enough", tcxNext)
+	forget()
+	arrives("again after that", tcxDrop)
+}
+
 // One million tags with one or more bits changed, in UDP and in TCP: none is
 // accepted.
 func TestE02MutatedTags(t *testing.T) {
@@ -415,7 +499,7 @@ func taggedSYN(t *testing.T, tuple abi.Tuple, claim uint32) []byte {
 	segment := &layers.TCP{SrcPort: layers.TCPPort(tuple.SourcePort), DstPort: layers.TCPPort(tuple.DestinationPort), SYN: true, Seq: 0x11223344}
 	tag := binary.BigEndian.AppendUint16(nil, abi.TagExID)
 	tag = binary.BigEndian.AppendUint32(tag, claim)
-	tag = append(tag, mac(claim, segment.Seq, 0, tuple)...)
+	tag = append(tag, mac(claim, segment.Seq, uint32(time.Now().UnixNano()>>abi.TagSlotShift), tuple)...)
 	segment.Options = []layers.TCPOption{{OptionType: abi.TagKind, OptionLength: abi.TagLength, OptionData: tag}}
 	return frame(layers.EthernetTypeIPv4, serialize(t, ip, segment))
 }
