@@ -47,6 +47,7 @@ static __always_inline void take_over(struct demarc_flow *flow, const struct dem
 		return;
 	flow->acceptor = subject;
 	flow->verdict_out = DEMARC_PROVISIONAL;
+	turn();
 }
 
 /* The opener's side of a flow that exists: may this packet leave? */
@@ -256,6 +257,41 @@ GLOBAL int datagram_in(struct packet *p, struct outcome *o)
 	return true;
 }
 
+/* Whether nothing about a flow is open: both its ways were admitted to its end here,
+ * for as long as the policy stands. */
+static __always_inline bool settled(const struct demarc_flow *flow, __u32 subject, __u32 epoch, bool opener)
+{
+	if (opener)
+		return flow->opener == subject && flow->epoch_out == epoch && flow->verdict_out == DEMARC_ALLOW && !flow->until_out;
+	return flow->acceptor == subject && flow->epoch_in == epoch && flow->verdict_in == DEMARC_ALLOW && !flow->until_in;
+}
+
+/* Lets a socket carry what was decided of its talk. */
+GLOBAL int talk(struct __sk_buff *skb, const struct packet *p, struct outcome *o, bool outgoing)
+{
+	__u32 epoch, now_turns = turns_so_far();
+	struct demarc_flow *flow;
+	struct demarc_tuple mine, *other = &o->opener; /* which is not needed any more */
+
+	if (!p || !o || p->tuple.proto != PROTO_UDP || DEMARC_ACTIVE_FLAGS(o->active) & DEMARC_ACTIVE_OBSERVE)
+		return 0;
+	epoch = DEMARC_ACTIVE_EPOCH(o->active);
+	if (outgoing) {
+		__builtin_memcpy(&mine, &p->tuple, sizeof(mine));
+		reverse(other, &p->tuple);
+	} else {
+		reverse(&mine, &p->tuple);
+		__builtin_memcpy(other, &p->tuple, sizeof(mine));
+	}
+	flow = bpf_map_lookup_elem(&flows, &mine);
+	if (!flow || !settled(flow, o->query.subject, epoch, true)) {
+		flow = bpf_map_lookup_elem(&flows, other);
+		if (!flow || !settled(flow, o->query.subject, epoch, false))
+			return 0;
+	}
+	return carry_on(skb, &mine, epoch, now_turns, true);
+}
+
 /* Unmanaged processes among themselves: only who they are is written down, and
  * only where some crossing names them. They do not come into a workload's
  * conversations: whose port they have now is not who they are. */
@@ -279,10 +315,13 @@ GLOBAL int carefree_datagram(struct packet *p, struct outcome *o, bool outgoing)
 	}
 	if (!outgoing || !(DEMARC_ACTIVE_FLAGS(o->active) & DEMARC_ACTIVE_UNMANAGED))
 		return true;
-	if (flow && flow->opener && flow->opener != DEMARC_ID_UNMANAGED && fresh_flow(flow, o->query.now))
+	if (flow && flow->opener && flow->opener != DEMARC_ID_UNMANAGED && fresh_flow(flow, o->query.now)) {
+		if (flow->acceptor != DEMARC_ID_UNMANAGED)
+			turn();
 		flow->acceptor = DEMARC_ID_UNMANAGED;
-	else
+	} else {
 		vouch(&p->tuple, DEMARC_ID_UNMANAGED, false);
+	}
 	return true;
 }
 

@@ -27,6 +27,7 @@
 #include "replay.h"
 #include "judge.h"
 #include "refusal.h"
+#include "talk.h"
 #include "stream.h"
 #include "datagram.h"
 #include "skb.h"

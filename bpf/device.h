@@ -166,7 +166,7 @@ static __always_inline bool ordinary(struct __sk_buff *skb, bool leaves)
 
 		return (void *)(udp + 1) <= end && bpf_ntohs(udp->len) == payload;
 	}
-	return false;
+	return proto == PROTO_UDP && goes_on(skb, ETHERNET_HEADER, true, false, active_word());
 }
 
 /* Frames of packet sockets: they never met a socket hook. */
@@ -191,8 +191,10 @@ static __always_inline int datagram_leaves(struct __sk_buff *skb, struct packet 
 
 	flow = bpf_map_lookup_elem(&flows, &p->tuple);
 	if (flow && flow->epoch_out && flow->provable && flow->opener >= DEMARC_ID_FIRST) {
-		if (flow->acceptor && now - flow->tagged < DEMARC_UDP_TAG_REFRESH)
+		if (flow->acceptor && now - flow->tagged < DEMARC_UDP_TAG_REFRESH) {
+			carry_on(skb, &p->tuple, DEMARC_ACTIVE_EPOCH(o->active), turns_so_far(), false);
 			return TCX_NEXT;
+		}
 		if (!append_tag(skb, p, flow->opener, 0)) {
 			flow->tagged = now;
 			return TCX_NEXT;
@@ -205,7 +207,11 @@ static __always_inline int datagram_leaves(struct __sk_buff *skb, struct packet 
 	}
 	reverse(&other, &p->tuple);
 	flow = bpf_map_lookup_elem(&flows, &other);
-	if (flow && flow->owed && flow->acceptor >= DEMARC_ID_FIRST && flow->verdict_in == DEMARC_ALLOW &&
+	if (!flow || !flow->owed) {
+		carry_on(skb, &p->tuple, DEMARC_ACTIVE_EPOCH(o->active), turns_so_far(), false);
+		return TCX_NEXT;
+	}
+	if (flow->acceptor >= DEMARC_ID_FIRST && flow->verdict_in == DEMARC_ALLOW &&
 	    !append_tag(skb, p, flow->acceptor, DEMARC_TAG_ANSWER)) {
 		flow->owed = 0;
 		flow->tagged = now;
@@ -293,6 +299,8 @@ GLOBAL int keep_proof(const struct packet *p, const struct outcome *o, __u64 mac
 			return DEMARC_NO_STATE;
 		if (flow->acceptor != o->query.peer && spent)
 			return spent;
+		if (flow->acceptor != o->query.peer)
+			turn();
 		flow->acceptor = o->query.peer;
 		return 0;
 	}
@@ -310,6 +318,7 @@ GLOBAL int keep_proof(const struct packet *p, const struct outcome *o, __u64 mac
 	if (!flow)
 		return DEMARC_MAP_FULL;
 	if (flow->opener != o->query.peer) {
+		turn();
 		flow->opener = o->query.peer;
 		flow->epoch_in = 0; /* another peer: judged anew */
 	}

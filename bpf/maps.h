@@ -103,14 +103,33 @@ struct {
 	__type(value, struct demarc_socket);
 } sockets SEC(".maps");
 
-/* cgroup that a socket other than TCP was made in. Writer: sock_create. Miss: the
- * socket is older than the programs: the task's cgroup stands for it. */
+/* What is known of a socket other than TCP: the cgroup that it was made in, and its
+ * last talk (talk.h). Writers: sock_create; packets. Miss: the socket is older than
+ * the programs: the task's cgroup stands for it, and each datagram is looked at. */
+struct demarc_endpoint {
+	__u64 cgroup;
+	struct bpf_spin_lock lock; /* of what follows */
+	__u32 epoch;
+	__u32 turns;
+	__u32 zero;
+	__u64 admitted; /* until when, CLOCK_MONOTONIC_COARSE */
+	__u64 untagged;
+	struct demarc_tuple talk; /* this socket's end first */
+};
 struct {
 	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
 	__type(key, int);
-	__type(value, __u64);
-} births SEC(".maps");
+	__type(value, struct demarc_endpoint);
+} endpoints SEC(".maps");
+
+/* How often somebody came to speak in a flow in another's place. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, __u32);
+} turns SEC(".maps");
 
 /* Conversations without handshake, and what the sending hooks saw. Writers:
  * egress, ingress. Miss: judged anew, or for a reply: deny. */

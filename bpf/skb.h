@@ -47,7 +47,8 @@ static __always_inline bool judge_packet(struct __sk_buff *skb, struct bpf_sock 
 	bool free_to;
 	int reason;
 
-	if (stream && carried(sk, tcp_state, active))
+	if (stream ? carried(sk, tcp_state, active) :
+		     goes_on(skb, 0, outgoing, true, active))
 		return true;
 	cgroup = bpf_sk_cgroup_id(sk);
 	subject = identity_of(DEMARC_ACTIVE_SLOT(active), cgroup);
@@ -79,7 +80,10 @@ static __always_inline bool judge_packet(struct __sk_buff *skb, struct bpf_sock 
 	}
 	if (p.tuple.proto == PROTO_TCP)
 		return outgoing ? stream_out(skb, &p, &o, tcp_state) : stream_in(skb, &p, &o, tcp_state);
-	return outgoing ? datagram_out(&p, &o) : datagram_in(&p, &o);
+	if (!(outgoing ? datagram_out(&p, &o) : datagram_in(&p, &o)))
+		return false;
+	talk(skb, &p, &o, outgoing);
+	return true;
 }
 
 static __always_inline int skb_hook(struct __sk_buff *skb, bool outgoing)

@@ -38,10 +38,11 @@ static __always_inline bool protocol_known(__u32 type, __u32 protocol)
 static __always_inline int socket_made(struct bpf_sock *sk)
 {
 	__u64 cgroup = bpf_get_current_cgroup_id();
+	struct demarc_endpoint fresh = { .cgroup = cgroup };
 	struct outcome o;
 
 	if (sk->type != SOCK_STREAM)
-		bpf_sk_storage_get(&births, sk, &cgroup, BPF_SK_STORAGE_GET_F_CREATE);
+		bpf_sk_storage_get(&endpoints, sk, &fresh, BPF_SK_STORAGE_GET_F_CREATE);
 	if (!begin_task(&o, DEMARC_HOOK_SOCK_CREATE))
 		return 1;
 	o.opener.proto = sk->protocol;
@@ -59,7 +60,7 @@ static __always_inline int socket_made(struct bpf_sock *sk)
 static __always_inline __u64 socket_cgroup(struct bpf_sock_addr *ctx, __u64 otherwise)
 {
 	struct tcp_sock *tcp;
-	__u64 *birth;
+	struct demarc_endpoint *e;
 
 	if (!ctx->sk)
 		return otherwise;
@@ -67,8 +68,8 @@ static __always_inline __u64 socket_cgroup(struct bpf_sock_addr *ctx, __u64 othe
 		tcp = bpf_skc_to_tcp_sock(ctx->sk);
 		return tcp ? cgroup_of_tcp(tcp) : otherwise;
 	}
-	birth = bpf_sk_storage_get(&births, ctx->sk, 0, 0);
-	return birth ? *birth : otherwise;
+	e = bpf_sk_storage_get(&endpoints, ctx->sk, 0, 0);
+	return e ? e->cgroup : otherwise;
 }
 
 static __always_inline void read_user_address(struct bpf_sock_addr *ctx, __u8 *out, bool ipv6)

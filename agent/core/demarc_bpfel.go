@@ -38,6 +38,21 @@ type demarcDemarcDoor struct {
 	Lodger uint32
 }
 
+type demarcDemarcEndpoint struct {
+	_      structs.HostLayout
+	Cgroup uint64
+	Lock   struct {
+		_   structs.HostLayout
+		Val uint32
+	}
+	Epoch    uint32
+	Turns    uint32
+	Zero     uint32
+	Admitted uint64
+	Untagged uint64
+	Talk     demarcDemarcTuple
+}
+
 type demarcDemarcFlow struct {
 	_          structs.HostLayout
 	Opener     uint32
@@ -162,13 +177,13 @@ const (
 	demarcMapAllowedEvents         = "allowed_events"
 	demarcMapAnswering             = "answering"
 	demarcMapBindings              = "bindings"
-	demarcMapBirths                = "births"
 	demarcMapBoundPorts            = "bound_ports"
 	demarcMapBuckets               = "buckets"
 	demarcMapCounts                = "counts"
 	demarcMapCrossings             = "crossings"
 	demarcMapDeniedEvents          = "denied_events"
 	demarcMapDoors                 = "doors"
+	demarcMapEndpoints             = "endpoints"
 	demarcMapFaults                = "faults"
 	demarcMapFlows                 = "flows"
 	demarcMapGraveyard             = "graveyard"
@@ -188,6 +203,7 @@ const (
 	demarcMapSockets               = "sockets"
 	demarcMapState                 = "state"
 	demarcMapSubjects              = "subjects"
+	demarcMapTurns                 = "turns"
 	demarcMapUnits                 = "units"
 	demarcProgCgroupMkdir          = "cgroup_mkdir"
 	demarcProgCgroupRmdir          = "cgroup_rmdir"
@@ -297,13 +313,13 @@ type demarcMapSpecs struct {
 	AllowedEvents *ebpf.MapSpec `ebpf:"allowed_events"`
 	Answering     *ebpf.MapSpec `ebpf:"answering"`
 	Bindings      *ebpf.MapSpec `ebpf:"bindings"`
-	Births        *ebpf.MapSpec `ebpf:"births"`
 	BoundPorts    *ebpf.MapSpec `ebpf:"bound_ports"`
 	Buckets       *ebpf.MapSpec `ebpf:"buckets"`
 	Counts        *ebpf.MapSpec `ebpf:"counts"`
 	Crossings     *ebpf.MapSpec `ebpf:"crossings"`
 	DeniedEvents  *ebpf.MapSpec `ebpf:"denied_events"`
 	Doors         *ebpf.MapSpec `ebpf:"doors"`
+	Endpoints     *ebpf.MapSpec `ebpf:"endpoints"`
 	Faults        *ebpf.MapSpec `ebpf:"faults"`
 	Flows         *ebpf.MapSpec `ebpf:"flows"`
 	Graveyard     *ebpf.MapSpec `ebpf:"graveyard"`
@@ -323,6 +339,7 @@ type demarcMapSpecs struct {
 	Sockets       *ebpf.MapSpec `ebpf:"sockets"`
 	State         *ebpf.MapSpec `ebpf:"state"`
 	Subjects      *ebpf.MapSpec `ebpf:"subjects"`
+	Turns         *ebpf.MapSpec `ebpf:"turns"`
 	Units         *ebpf.MapSpec `ebpf:"units"`
 }
 
@@ -368,13 +385,13 @@ type demarcMaps struct {
 	AllowedEvents *ebpf.Map `ebpf:"allowed_events"`
 	Answering     *ebpf.Map `ebpf:"answering"`
 	Bindings      *ebpf.Map `ebpf:"bindings"`
-	Births        *ebpf.Map `ebpf:"births"`
 	BoundPorts    *ebpf.Map `ebpf:"bound_ports"`
 	Buckets       *ebpf.Map `ebpf:"buckets"`
 	Counts        *ebpf.Map `ebpf:"counts"`
 	Crossings     *ebpf.Map `ebpf:"crossings"`
 	DeniedEvents  *ebpf.Map `ebpf:"denied_events"`
 	Doors         *ebpf.Map `ebpf:"doors"`
+	Endpoints     *ebpf.Map `ebpf:"endpoints"`
 	Faults        *ebpf.Map `ebpf:"faults"`
 	Flows         *ebpf.Map `ebpf:"flows"`
 	Graveyard     *ebpf.Map `ebpf:"graveyard"`
@@ -394,6 +411,7 @@ type demarcMaps struct {
 	Sockets       *ebpf.Map `ebpf:"sockets"`
 	State         *ebpf.Map `ebpf:"state"`
 	Subjects      *ebpf.Map `ebpf:"subjects"`
+	Turns         *ebpf.Map `ebpf:"turns"`
 	Units         *ebpf.Map `ebpf:"units"`
 }
 
@@ -402,13 +420,13 @@ func (m *demarcMaps) Close() error {
 		m.AllowedEvents,
 		m.Answering,
 		m.Bindings,
-		m.Births,
 		m.BoundPorts,
 		m.Buckets,
 		m.Counts,
 		m.Crossings,
 		m.DeniedEvents,
 		m.Doors,
+		m.Endpoints,
 		m.Faults,
 		m.Flows,
 		m.Graveyard,
@@ -428,6 +446,7 @@ func (m *demarcMaps) Close() error {
 		m.Sockets,
 		m.State,
 		m.Subjects,
+		m.Turns,
 		m.Units,
 	)
 }
