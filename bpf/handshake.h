@@ -73,14 +73,13 @@ static __always_inline __u8 omission_of(__u32 slot, __u32 index, bool answer)
 
 /* Whom the segment being built speaks for: the caller itself on a SYN, the
  * listener that admitted a proven SYN on a SYN-ACK; none: no tag. */
-static __always_inline __u32 speaks_for(struct bpf_sock_ops *ctx, __u32 slot, bool answer, struct demarc_tuple *t,
-					__u8 *omitted)
+static __always_inline __u32 speaks_for(struct bpf_sock_ops *ctx, __u32 slot, bool answer,
+					const struct demarc_tuple *t, __u8 *omitted)
 {
 	struct demarc_pending_syn *pending;
 	struct demarc_tuple opener;
 	__u32 identity, index;
 
-	connection(ctx, t);
 	if (answer) {
 		reverse(&opener, t);
 		pending = bpf_map_lookup_elem(&pending_syns, &opener);
@@ -102,19 +101,34 @@ static __always_inline __u32 speaks_for(struct bpf_sock_ops *ctx, __u32 slot, bo
 
 static __noinline int write_tag(struct bpf_sock_ops *ctx, bool reserve)
 {
-	__u32 slot = DEMARC_ACTIVE_SLOT(active_word()), identity, seq, acked = 0;
+	__u32 identity, seq, acked = 0, zero = 0;
 	__u8 flags = ctx->skb_tcp_flags, omitted = 0;
 	bool answer = flags & FLAG_ACK;
+	struct demarc_speaker *speaker;
 	struct demarc_tuple t;
 	struct demarc_tag tag;
 	struct tcphdr *tcp;
 
 	if (!(flags & FLAG_SYN))
 		return 1;
-	identity = speaks_for(ctx, slot, answer, &t, &omitted);
+	speaker = bpf_map_lookup_elem(&speakers, &zero);
+	if (!speaker)
+		return 1;
+	connection(ctx, &t);
+	if (!reserve && speaker->identity && speaker->answer == answer && same_tuple(&speaker->tuple, &t)) {
+		identity = speaker->identity;
+		omitted = speaker->omitted;
+	} else {
+		identity = speaks_for(ctx, DEMARC_ACTIVE_SLOT(active_word()), answer, &t, &omitted);
+	}
+	speaker->identity = 0;
 	if (!identity)
 		return 1;
 	if (reserve) {
+		speaker->tuple = t;
+		speaker->answer = answer;
+		speaker->omitted = omitted;
+		speaker->identity = identity;
 		bpf_reserve_hdr_opt(ctx, DEMARC_TAG_LENGTH, 0);
 		return 1;
 	}

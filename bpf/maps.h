@@ -225,6 +225,23 @@ struct {
 	__type(value, __u64);
 } faults SEC(".maps");
 
+/* Whom the segment that is being built speaks for, from the call that makes room for
+ * its tag to the call that writes it: both are of one CPU, one after the other,
+ * unless another segment comes between. */
+struct demarc_speaker {
+	struct demarc_tuple tuple;
+	__u32 identity;
+	__u8 answer;
+	__u8 omitted;
+	__u8 zero[2];
+};
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct demarc_speaker);
+} speakers SEC(".maps");
+
 /* Scratch for paths, which do not fit the stack. Only cgroup_mkdir uses it, and
  * the kernel makes one cgroup at a time. The room behind the key lets an index of
  * eight bits stay inside. */

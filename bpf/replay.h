@@ -83,17 +83,15 @@ GLOBAL int spend(__u64 mac, __u64 now)
 }
 
 /* Forgets a tag that was used up in vain. */
-GLOBAL int unspend(__u64 mac, __u64 now)
+GLOBAL int unspend(__u64 mac)
 {
-	__u64 fresh = replay_entry(mac, now);
-
 	for (int second = 0; second < 2; second++) {
 		struct demarc_replay_bucket *bucket = replay_bucket(mac, second);
 
 		if (!bucket)
 			return 0;
 		for (int i = 0; i < DEMARC_REPLAY_ENTRIES; i++) {
-			if (bucket->entry[i] == fresh)
+			if (!((bucket->entry[i] ^ mac) & ~REPLAY_STAMP))
 				bucket->entry[i] = 0;
 		}
 	}

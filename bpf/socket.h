@@ -41,8 +41,11 @@ static __always_inline int socket_made(struct bpf_sock *sk)
 	struct demarc_endpoint fresh = { .cgroup = cgroup };
 	struct outcome o;
 
-	if (sk->type != SOCK_STREAM)
-		bpf_sk_storage_get(&endpoints, sk, &fresh, BPF_SK_STORAGE_GET_F_CREATE);
+	if (sk->type == SOCK_STREAM && sk->protocol == PROTO_TCP) /* everybody may: what it does with it is judged */
+		return 1;
+	bpf_sk_storage_get(&endpoints, sk, &fresh, BPF_SK_STORAGE_GET_F_CREATE);
+	if (sk->type == SOCK_DGRAM && sk->protocol == PROTO_UDP)
+		return 1;
 	if (!begin_task(&o, DEMARC_HOOK_SOCK_CREATE))
 		return 1;
 	o.opener.proto = sk->protocol;
@@ -97,8 +100,15 @@ static __always_inline int addressed(struct bpf_sock_addr *ctx, __u8 hook, bool 
 	struct outcome o;
 	__u64 cgroup;
 
+	/* A task that sends with a socket of its own cgroup: whether the datagram opens a
+	 * flow or answers one the packet hook knows, and its refusal reaches the task as
+	 * the same error. */
+	cgroup = socket_cgroup(ctx, 0);
+	if (hook == DEMARC_HOOK_SENDMSG && cgroup == bpf_get_current_cgroup_id())
+		return 1;
 	free_task = !begin_task(&o, hook);
-	cgroup = socket_cgroup(ctx, o.cgroup);
+	if (!cgroup)
+		cgroup = o.cgroup;
 	o.opener.proto = ctx->protocol;
 	o.opener.dport = bpf_ntohs(ctx->user_port);
 	read_user_address(ctx, o.opener.daddr, ipv6);
@@ -110,8 +120,6 @@ static __always_inline int addressed(struct bpf_sock_addr *ctx, __u8 hook, bool 
 		return !refused(&o, DEMARC_UNBOUND);
 	if (o.query.subject == DEMARC_ID_PENDING)
 		return 1; /* its packets are dropped silently, so that it tries again */
-	/* Whether a datagram opens a flow or answers one, the packet hook knows; its
-	 * refusal reaches the sender as the same error. */
 	if (hook == DEMARC_HOOK_SENDMSG)
 		return 1;
 	o.query.port = o.opener.dport;

@@ -150,7 +150,7 @@ GLOBAL int syn_in(struct __sk_buff *skb, struct packet *p, struct outcome *o)
 	}
 	if (!settle(o)) {
 		if (mac) /* the same SYN may be within the limit when it is sent again */
-			unspend(mac, o->query.now);
+			unspend(mac);
 		tell_refusal(o, p->seq + 1);
 		return false;
 	}

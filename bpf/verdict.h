@@ -40,6 +40,13 @@ struct demarc_match {
 	bool closed;	/* some crossing matched outside its window */
 };
 
+/* Whether it is worth looking. */
+static __always_inline bool meets(const struct demarc_subject *subject, __u8 direction, __u32 kind)
+{
+	return subject->flags & (direction == DEMARC_EGRESS ? DEMARC_SUBJECT_MEETS(DEMARC_EGRESS, kind) :
+							      DEMARC_SUBJECT_MEETS(DEMARC_INGRESS, kind));
+}
+
 /* Looks one peer up and keeps the lowest open crossing. */
 static __always_inline void match_peer(__u32 slot, struct demarc_rule_key *key, __u32 kind, __u32 value, __u64 now,
 				       struct demarc_match *match)
@@ -120,23 +127,29 @@ GLOBAL int decide(struct demarc_query *q)
 	key.direction = q->direction;
 	key.class = port_class(q->slot, q->proto, q->port);
 	if (q->proof == DEMARC_PROOF_IDENTITY) {
-		match_peer(q->slot, &key, DEMARC_PEER_IDENTITY, q->peer, q->now, &allowed);
-		peer = q->peer >= DEMARC_ID_FIRST ? table_subject(q->slot, q->peer) : 0;
+		if (meets(subject, q->direction, DEMARC_PEER_IDENTITY))
+			match_peer(q->slot, &key, DEMARC_PEER_IDENTITY, q->peer, q->now, &allowed);
+		peer = q->peer >= DEMARC_ID_FIRST && meets(subject, q->direction, DEMARC_PEER_ZONE) ?
+			       table_subject(q->slot, q->peer) :
+			       0;
 		if (peer)
 			match_peer(q->slot, &key, DEMARC_PEER_ZONE, peer->zone, q->now, &allowed);
 	}
-	networks = table_address(q->slot, q->address);
+	networks = meets(subject, q->direction, DEMARC_PEER_ADDRESS) ? table_address(q->slot, q->address) : 0;
 	if (networks)
 		match_peer(q->slot, &key, DEMARC_PEER_ADDRESS, networks, q->now, &allowed);
-	match_peer(q->slot, &key, DEMARC_PEER_ANY, 0, q->now, &allowed);
+	if (meets(subject, q->direction, DEMARC_PEER_ANY))
+		match_peer(q->slot, &key, DEMARC_PEER_ANY, 0, q->now, &allowed);
 	if (allowed.crossing != DEMARC_NO_CROSSING_INDEX) {
 		answer(q, DEMARC_ALLOW, DEMARC_BY_CROSSING, allowed.crossing);
 		return 0;
 	}
 
 	if (q->proof == DEMARC_PROOF_UNKNOWN && q->direction == DEMARC_EGRESS) {
-		match_peer(q->slot, &key, DEMARC_PEER_PROVEN, 0, q->now, &proven);
-		match_peer(q->slot, &key, DEMARC_PEER_IDENTITY, DEMARC_ID_UNMANAGED, q->now, &proven);
+		if (meets(subject, q->direction, DEMARC_PEER_PROVEN))
+			match_peer(q->slot, &key, DEMARC_PEER_PROVEN, 0, q->now, &proven);
+		if (meets(subject, q->direction, DEMARC_PEER_IDENTITY))
+			match_peer(q->slot, &key, DEMARC_PEER_IDENTITY, DEMARC_ID_UNMANAGED, q->now, &proven);
 		if (proven.crossing != DEMARC_NO_CROSSING_INDEX) {
 			answer(q, DEMARC_PROVISIONAL, DEMARC_UNPROVEN, proven.crossing);
 			return 0;
@@ -151,7 +164,7 @@ GLOBAL int decide(struct demarc_query *q)
 		q->reason = DEMARC_NOT_IN_WINDOW;
 		return 0;
 	}
-	if (q->proof == DEMARC_PROOF_NONE)
+	if (q->proof == DEMARC_PROOF_NONE && meets(subject, q->direction, DEMARC_PEER_PROVEN))
 		match_peer(q->slot, &key, DEMARC_PEER_PROVEN, 0, q->now, &proven);
 	q->reason = proven.crossing != DEMARC_NO_CROSSING_INDEX ? DEMARC_TAG_MISSING : DEMARC_NO_CROSSING;
 	return 0;

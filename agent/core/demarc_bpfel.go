@@ -152,6 +152,15 @@ type demarcDemarcSocket struct {
 	Until     uint64
 }
 
+type demarcDemarcSpeaker struct {
+	_        structs.HostLayout
+	Tuple    demarcDemarcTuple
+	Identity uint32
+	Answer   uint8
+	Omitted  uint8
+	Zero     [2]uint8
+}
+
 type demarcDemarcState struct {
 	_        structs.HostLayout
 	Active   uint64
@@ -201,6 +210,7 @@ const (
 	demarcMapScratch               = "scratch"
 	demarcMapSelftest              = "selftest"
 	demarcMapSockets               = "sockets"
+	demarcMapSpeakers              = "speakers"
 	demarcMapState                 = "state"
 	demarcMapSubjects              = "subjects"
 	demarcMapTurns                 = "turns"
@@ -337,6 +347,7 @@ type demarcMapSpecs struct {
 	Scratch       *ebpf.MapSpec `ebpf:"scratch"`
 	Selftest      *ebpf.MapSpec `ebpf:"selftest"`
 	Sockets       *ebpf.MapSpec `ebpf:"sockets"`
+	Speakers      *ebpf.MapSpec `ebpf:"speakers"`
 	State         *ebpf.MapSpec `ebpf:"state"`
 	Subjects      *ebpf.MapSpec `ebpf:"subjects"`
 	Turns         *ebpf.MapSpec `ebpf:"turns"`
@@ -409,6 +420,7 @@ type demarcMaps struct {
 	Scratch       *ebpf.Map `ebpf:"scratch"`
 	Selftest      *ebpf.Map `ebpf:"selftest"`
 	Sockets       *ebpf.Map `ebpf:"sockets"`
+	Speakers      *ebpf.Map `ebpf:"speakers"`
 	State         *ebpf.Map `ebpf:"state"`
 	Subjects      *ebpf.Map `ebpf:"subjects"`
 	Turns         *ebpf.Map `ebpf:"turns"`
@@ -444,6 +456,7 @@ func (m *demarcMaps) Close() error {
 		m.Scratch,
 		m.Selftest,
 		m.Sockets,
+		m.Speakers,
 		m.State,
 		m.Subjects,
 		m.Turns,

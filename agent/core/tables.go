@@ -88,6 +88,16 @@ func subjectEntries(img *image.Image) (keys []uint32, values []abi.Subject) {
 		keys = append(keys, uint32(img.Workloads[i].ID))
 		values = append(values, abi.Subject{Zone: img.Workloads[i].Zone})
 	}
+	place := make(map[uint32]int, len(keys))
+	for i, id := range keys {
+		place[id] = i
+	}
+	for i := range img.Rules {
+		r := &img.Rules[i]
+		if at, known := place[uint32(r.Subject)]; known {
+			values[at].Flags |= abi.SubjectMeets(abi.Direction(r.Direction), uint8(r.Peer>>24))
+		}
+	}
 	return keys, values
 }
 

@@ -217,6 +217,10 @@ const (
 	SubjectInbound  = 2
 )
 
+// SubjectMeets is the flag of a subject that has rules in a direction for peers of a
+// kind, which is the upper byte of a rule's peer.
+func SubjectMeets(d Direction, kind uint8) uint16 { return 1 << (3 + uint(d)*5 + uint(kind)) }
+
 // Rows of port classes.
 const (
 	RowTCP   = 0

@@ -154,6 +154,9 @@ enum demarc_subject_flags {
 	DEMARC_SUBJECT_OUTBOUND = 1, /* may open flows that nothing declares (unmanaged) */
 	DEMARC_SUBJECT_INBOUND = 2,  /* may accept them (unmanaged) */
 };
+/* Flag: the subject has rules in a direction for peers of a kind. Without it nobody
+ * looks for one. */
+#define DEMARC_SUBJECT_MEETS(direction, kind) (1 << (3 + (direction)*5 + (kind)))
 
 /* Port classes: one row of 65536 a protocol, and one shared by ICMP types at 0,
  * ICMPv6 types at 256 and everything else at 512. */

@@ -93,6 +93,7 @@ func (b *bench) packets(outcome *Packets) {
 	drain(b.t, c.Maps["denied_events"])
 	drain(b.t, c.Maps["allowed_events"])
 	outcome.Empty = b.best(outcome, c, "empty", data, 1)
+	renewed := b.best(outcome, c, "packet_renewed", signed, 1)
 	// Both ends have seen the flow of datagrams: it is not held up for want of proof.
 	once := &Packets{Repeat: 1, Best: 1}
 	b.inside(b.node.Cgroup("/bench/client"), func() { b.best(once, c, "packet_datagram_out", datagram, 1) })
@@ -115,6 +116,9 @@ func (b *bench) packets(outcome *Packets) {
 		b.inside(b.node.Cgroup("/bench/"+k.cgroup), func() { ns = b.best(outcome, c, k.program, k.frame, k.verdict) })
 		after := rings(b.t, c)
 		p := Packet{What: k.what, Program: k.program, NS: ns, Net: ns - outcome.Empty}
+		if k.program == "packet_syn" { // it was made a new one first
+			p.Net = ns - renewed
+		}
 		if made := after.Seq - before.Seq; made > 0 {
 			p.Lost = float64(after.Lost-before.Lost) / float64(made)
 		}

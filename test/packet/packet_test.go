@@ -47,7 +47,7 @@ func load(t *testing.T) map[abi.Direction]*ebpf.Program {
 			t.Fatalf("insert table %s: %v", name, err)
 		}
 	}
-	table("subjects", uint32(subject), abi.Subject{})
+	table("subjects", uint32(subject), abi.Subject{Flags: ^uint16(abi.SubjectOutbound | abi.SubjectInbound)})
 	table("crossings", uint32(0), abi.Crossing{Number: 1})
 	rules := spec.Maps["rules"].InnerMap
 	rules.MaxEntries = 2

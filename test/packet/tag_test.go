@@ -55,7 +55,7 @@ func newHost(t *testing.T) *host {
 	}
 	inner("subjects", 2, func(m *ebpf.Map) {
 		for _, id := range []uint32{opener, acceptor} {
-			if err := m.Put(id, abi.Subject{}); err != nil {
+			if err := m.Put(id, abi.Subject{Flags: ^uint16(abi.SubjectOutbound | abi.SubjectInbound)}); err != nil {
 				t.Fatal(err)
 			}
 		}

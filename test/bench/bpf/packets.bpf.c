@@ -69,19 +69,35 @@ int packet_storage(struct __sk_buff *skb)
 	return bpf_sk_storage_delete(&sockets, sk) == 0;
 }
 
-/* A SYN at a listener. The verdict's epoch moves on before each, so that the same
- * bytes are a new handshake and not one that is sent again. */
+/* Makes the same bytes a new handshake, neither sent again nor replayed: the verdict's
+ * epoch moves on, and the memory of tags forgets the one at the packet's end. */
+static __always_inline bool renew(struct __sk_buff *skb)
+{
+	struct demarc_state *s;
+	__u32 zero = 0;
+	__u64 mac;
+
+	s = bpf_map_lookup_elem(&state, &zero);
+	if (!s || bpf_skb_load_bytes(skb, skb->len - sizeof(mac), &mac, sizeof(mac)))
+		return false;
+	s->active += 1ULL << 32;
+	unspend(mac);
+	return true;
+}
+
+/* What that costs, which is no part of a SYN. */
+SEC("cgroup_skb/ingress")
+int packet_renewed(struct __sk_buff *skb)
+{
+	return renew(skb);
+}
+
+/* A SYN at a listener. */
 SEC("cgroup_skb/ingress")
 int packet_syn(struct __sk_buff *skb)
 {
 	struct bpf_sock *sk = skb->sk;
-	struct demarc_state *s;
-	__u32 zero = 0;
 
 	sk = sk ? bpf_sk_fullsock(sk) : 0;
-	s = bpf_map_lookup_elem(&state, &zero);
-	if (!sk || !s)
-		return 0;
-	s->active += 1ULL << 32;
-	return judge_packet(skb, sk, true, TCP_LISTEN, false);
+	return sk && renew(skb) && judge_packet(skb, sk, true, TCP_LISTEN, false);
 }
