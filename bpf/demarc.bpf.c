@@ -28,6 +28,7 @@
 #include "judge.h"
 #include "refusal.h"
 #include "talk.h"
+#include "young.h"
 #include "stream.h"
 #include "datagram.h"
 #include "skb.h"

@@ -180,7 +180,8 @@ static __noinline int accepted(struct bpf_sock_ops *ctx)
 	o.query.reason = pending->reason;
 	o.query.crossing = pending->crossing;
 	bpf_map_delete_elem(&pending_syns, &o.opener);
-	if (!bpf_sk_storage_get(&sockets, sk, &fresh, BPF_SK_STORAGE_GET_F_CREATE)) {
+	if (!young_take(bpf_get_socket_cookie(ctx), &fresh) &&
+	    !bpf_sk_storage_get(&sockets, sk, &fresh, BPF_SK_STORAGE_GET_F_CREATE)) {
 		fault(DEMARC_FAULT_STORAGE);
 		return 1;
 	}

@@ -94,8 +94,26 @@ struct {
 	__type(value, struct demarc_pending_syn);
 } pending_syns SEC(".maps");
 
-/* Verdict of an established TCP connection. Writers: ingress (SYN-ACK), sockops
- * (accepted). Miss: no admitted handshake: deny. */
+/* Verdicts of connections that have just begun. Writers: ingress (SYN-ACK), sockops
+ * (accepted). Miss: it may have storage. */
+#define DEMARC_YOUNG 65536
+struct demarc_young {
+	__u64 cookie; /* of the socket; 0 = nobody's place */
+	__u64 over;   /* when it may be given away, CLOCK_MONOTONIC_COARSE; 0 = not yet */
+	struct demarc_socket kept;
+	__u32 packets;
+	__u32 fins;
+	__u64 zero;
+};
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, DEMARC_YOUNG);
+	__type(key, __u32);
+	__type(value, struct demarc_young);
+} young SEC(".maps");
+
+/* Verdict of an established TCP connection that lasts. Writers: ingress, egress,
+ * sockops. Miss: it may be young; otherwise no admitted handshake: deny. */
 struct {
 	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
 	__uint(map_flags, BPF_F_NO_PREALLOC);

@@ -5,14 +5,17 @@
 #define DEMARC_SKB_H
 
 /* The verdict that an established connection carries. 1 = pass; 0 = look closer. */
-static __always_inline int carried(struct bpf_sock *sk, __u32 tcp_state, __u64 active)
+static __always_inline int carried(struct __sk_buff *skb, struct bpf_sock *sk, __u32 tcp_state, bool outgoing,
+				   __u64 active)
 {
 	struct demarc_socket *kept;
 
 	if (tcp_state == TCP_SYN_SENT || tcp_state == TCP_LISTEN || tcp_state == TCP_SYN_RECV)
 		return 0;
 	kept = bpf_sk_storage_get(&sockets, sk, 0, 0);
-	if (!kept || kept->verdict != DEMARC_ALLOW || kept->epoch != DEMARC_ACTIVE_EPOCH(active))
+	if (!kept)
+		return carried_young(skb, outgoing, active);
+	if (kept->verdict != DEMARC_ALLOW || kept->epoch != DEMARC_ACTIVE_EPOCH(active))
 		return 0;
 	return !over(kept->until);
 }
@@ -47,7 +50,7 @@ static __always_inline bool judge_packet(struct __sk_buff *skb, struct bpf_sock 
 	bool free_to;
 	int reason;
 
-	if (stream ? carried(sk, tcp_state, active) :
+	if (stream ? carried(skb, sk, tcp_state, outgoing, active) :
 		     goes_on(skb, 0, outgoing, true, active))
 		return true;
 	cgroup = bpf_sk_cgroup_id(sk);

@@ -35,10 +35,11 @@ GLOBAL int remember(struct __sk_buff *skb, const struct outcome *o)
 	fresh.proof = o->query.proof;
 	fresh.direction = o->query.direction;
 	fresh.until = window_end(&o->query);
-	kept = bpf_sk_storage_get(&sockets, sk, &fresh, BPF_SK_STORAGE_GET_F_CREATE);
-	if (kept)
-		*kept = fresh; /* the socket may have had a connection before */
-	else
+	kept = bpf_sk_storage_get(&sockets, sk, 0, 0);
+	if (kept) /* the socket had a connection before */
+		*kept = fresh;
+	else if (!young_take(bpf_get_socket_cookie(skb), &fresh) &&
+		 !bpf_sk_storage_get(&sockets, sk, &fresh, BPF_SK_STORAGE_GET_F_CREATE))
 		fault(DEMARC_FAULT_STORAGE);
 	return 0;
 }
@@ -278,6 +279,8 @@ GLOBAL int established(struct __sk_buff *skb, struct packet *p, struct outcome *
 	sk = sk ? bpf_sk_fullsock(sk) : 0;
 	if (sk)
 		kept = bpf_sk_storage_get(&sockets, sk, 0, 0);
+	if (!kept)
+		kept = young_verdict(bpf_get_socket_cookie(skb));
 	if (!kept) {
 		ask_forward(o, p, outgoing ? DEMARC_EGRESS : DEMARC_INGRESS);
 		if (refused(o, DEMARC_NO_STATE))

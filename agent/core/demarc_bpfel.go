@@ -179,6 +179,16 @@ type demarcDemarcTuple struct {
 	Zero  [3]uint8
 }
 
+type demarcDemarcYoung struct {
+	_       structs.HostLayout
+	Cookie  uint64
+	Over    uint64
+	Kept    demarcDemarcSocket
+	Packets uint32
+	Fins    uint32
+	Zero    uint64
+}
+
 // Names of all BPF objects in the ELF.
 //
 // Used for safe lookups in a Collection or CollectionSpec.
@@ -215,6 +225,7 @@ const (
 	demarcMapSubjects              = "subjects"
 	demarcMapTurns                 = "turns"
 	demarcMapUnits                 = "units"
+	demarcMapYoung                 = "young"
 	demarcProgCgroupMkdir          = "cgroup_mkdir"
 	demarcProgCgroupRmdir          = "cgroup_rmdir"
 	demarcProgConnect4             = "connect4"
@@ -352,6 +363,7 @@ type demarcMapSpecs struct {
 	Subjects      *ebpf.MapSpec `ebpf:"subjects"`
 	Turns         *ebpf.MapSpec `ebpf:"turns"`
 	Units         *ebpf.MapSpec `ebpf:"units"`
+	Young         *ebpf.MapSpec `ebpf:"young"`
 }
 
 // demarcVariableSpecs contains global variables before they are loaded into the kernel.
@@ -425,6 +437,7 @@ type demarcMaps struct {
 	Subjects      *ebpf.Map `ebpf:"subjects"`
 	Turns         *ebpf.Map `ebpf:"turns"`
 	Units         *ebpf.Map `ebpf:"units"`
+	Young         *ebpf.Map `ebpf:"young"`
 }
 
 func (m *demarcMaps) Close() error {
@@ -461,6 +474,7 @@ func (m *demarcMaps) Close() error {
 		m.Subjects,
 		m.Turns,
 		m.Units,
+		m.Young,
 	)
 }
 

@@ -1,0 +1,127 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR Apache-2.0) */
+/*
+ * The verdicts of young connections. Storage on a socket is the largest single cost
+ * of a connection, and many end after a few packets. So a connection first gets a
+ * place in a table, and storage only when it lasts, or where its place is taken. A
+ * place is given to another connection only once its own is over: filling the table
+ * makes connections dearer, and denies nobody anything.
+ */
+#ifndef DEMARC_YOUNG_H
+#define DEMARC_YOUNG_H
+
+#define YOUNG_PACKETS 12		    /* each way together, before storage is made */
+#define YOUNG_ENDED (2ULL * 1000000000)	    /* ns that last segments may be sent again for */
+#define YOUNG_RELEASED (180ULL * 1000000000) /* ns that the kernel may go on for by itself */
+#define YOUNG_GIVEN (~0ULL)		    /* cookie of a place that is being given away */
+
+enum young_fins {
+	YOUNG_FIN_OUT = 1,
+	YOUNG_FIN_IN = 2,
+};
+
+static __always_inline struct demarc_young *young_place(__u64 cookie)
+{
+	__u32 index = cookie & (DEMARC_YOUNG - 1);
+
+	return bpf_map_lookup_elem(&young, &index);
+}
+
+static __always_inline __u64 young_owner(const struct demarc_young *place)
+{
+	return *(volatile __u64 *)&place->cookie;
+}
+
+/* The verdict that a socket has there; 0 = none. */
+static __always_inline struct demarc_socket *young_verdict(__u64 cookie)
+{
+	struct demarc_young *place = young_place(cookie);
+
+	return place && young_owner(place) == cookie ? &place->kept : 0;
+}
+
+/* Gives a socket its place with a verdict. Returns 0 where somebody else has it. */
+GLOBAL int young_take(__u64 cookie, const struct demarc_socket *fresh)
+{
+	struct demarc_young *place = young_place(cookie);
+	__u64 old;
+
+	if (!place || !fresh || !cookie)
+		return 0;
+	old = young_owner(place);
+	if (old && old != cookie && (old == YOUNG_GIVEN || !place->over || bpf_ktime_get_coarse_ns() < place->over))
+		return 0;
+	if (__sync_val_compare_and_swap(&place->cookie, old, YOUNG_GIVEN) != old)
+		return 0;
+	place->kept = *fresh;
+	place->over = 0;
+	place->packets = 0;
+	place->fins = 0;
+	__sync_lock_test_and_set(&place->cookie, cookie);
+	return 1;
+}
+
+/* TCP flags of a packet at a socket; 0 where they do not lie where they mostly do. */
+static __always_inline __u8 flags_at_socket(struct __sk_buff *skb)
+{
+	__u8 *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
+
+	if (skb->protocol == bpf_htons(ETH_P_IP))
+		return data + 34 <= end && data[0] == 0x45 ? data[33] : 0;
+	return data + 54 <= end && data[6] == PROTO_TCP ? data[53] : 0;
+}
+
+/* What a packet says of how long its connection lasts. */
+static __always_inline void young_ages(struct __sk_buff *skb, struct bpf_sock *sk, struct demarc_young *place,
+				       __u64 cookie, __u8 flags, bool outgoing)
+{
+	struct demarc_socket kept;
+
+	if (flags & FLAG_FIN)
+		place->fins |= outgoing ? YOUNG_FIN_OUT : YOUNG_FIN_IN;
+	if (flags & FLAG_RST || place->fins == (YOUNG_FIN_OUT | YOUNG_FIN_IN)) {
+		place->over = bpf_ktime_get_coarse_ns() + YOUNG_ENDED;
+		return;
+	}
+	if (place->packets++ < YOUNG_PACKETS)
+		return;
+	kept = place->kept;
+	if (young_owner(place) == cookie && bpf_sk_storage_get(&sockets, sk, &kept, BPF_SK_STORAGE_GET_F_CREATE))
+		__sync_val_compare_and_swap(&place->cookie, cookie, 0);
+}
+
+/* As carried() in skb.h, for a socket without storage. */
+GLOBAL int carried_young(struct __sk_buff *skb, bool outgoing, __u64 active)
+{
+	struct demarc_young *place;
+	struct bpf_sock *sk = skb->sk;
+	__u64 cookie, until;
+	__u8 flags;
+	bool on;
+
+	sk = sk ? bpf_sk_fullsock(sk) : 0;
+	if (!sk)
+		return 0;
+	cookie = bpf_get_socket_cookie(skb);
+	place = young_place(cookie);
+	if (!place || young_owner(place) != cookie)
+		return 0;
+	until = place->kept.until;
+	on = place->kept.verdict == DEMARC_ALLOW && place->kept.epoch == DEMARC_ACTIVE_EPOCH(active) &&
+	     (!until || bpf_ktime_get_boot_ns() < until);
+	flags = flags_at_socket(skb);
+	if (!on || !flags || young_owner(place) != cookie)
+		return 0;
+	young_ages(skb, sk, place, cookie, flags, outgoing);
+	return 1;
+}
+
+/* The process has closed a socket: what is left of its connection is the kernel's. */
+static __always_inline void young_released(__u64 cookie)
+{
+	struct demarc_young *place = young_place(cookie);
+
+	if (place && young_owner(place) == cookie && !place->over)
+		place->over = bpf_ktime_get_coarse_ns() + YOUNG_RELEASED;
+}
+
+#endif
