@@ -91,9 +91,9 @@ func TestExtensionHeadersBeforeTCP(t *testing.T) {
 				p.Must(probe.Call{Op: "settext", Socket: "s", Level: unix.IPPROTO_IPV6, Option: header.option, Data: padding})
 				return p.Do(probe.Call{Op: "connect", Socket: "s", Address: w.both(port)[1].String(), Timeout: 500}).Error
 			}
-			door := openCable(t, w.db)
+			w.tap.frames()
 			behind := func() (n int) {
-				for _, b := range door.frames() {
+				for _, b := range w.tap.frames() {
 					if b[12] == 0x86 && b[13] == 0xdd && (b[14+6] == 0 || b[14+6] == 60) && b[14+40] == tcp {
 						n++
 					}

@@ -75,7 +75,7 @@ func TestA16Multipath(t *testing.T) {
 			return f.Verdict == abi.Allow && f.Crossing == "visit" && f.Destination.Address == to.Addr()
 		})
 		caller.Must(multipath)
-		caller.Refused(probe.Call{Op: "connect", Socket: "m", Address: w.both(7000)[i].String(), Timeout: 300}, probe.Timeout)
+		caller.Refused(probe.Call{Op: "connect", Socket: "m", Address: w.both(7000)[i].String()}, "ECONNREFUSED")
 		w.listener.AwaitDenied(abi.TagMissing, tcp, netlab.Place{Address: to.Addr(), Port: 7000})
 	}
 	if got := server.served("tcp", 7000); got.Count != 0 {
@@ -193,7 +193,7 @@ func TestE07DataBeforeProof(t *testing.T) {
 	}
 
 	w.outside.Sysctl("ipv4/tcp_fastopen", "3")
-	visitor, door := w.outside.Probe(w.lab.Cgroup("outside")), w.db.Wire()
+	visitor, wire := w.outside.Probe(w.lab.Cgroup("outside")), w.db.Wire()
 	for range 2 { // a cookie, and then data
 		visitor.Socket("s", "tcp4")
 		if r := visitor.Must(fastOpening("s", w.db.At4(7100))); r.N == 0 {
@@ -203,7 +203,7 @@ func TestE07DataBeforeProof(t *testing.T) {
 			t.Errorf("echo %q", r.Data)
 		}
 	}
-	if n := door.Count(func(p netlab.Packet) bool { return handshakes(p) && p.Payload > 0 }); n != 1 {
+	if n := wire.Count(func(p netlab.Packet) bool { return handshakes(p) && p.Payload > 0 }); n != 1 {
 		t.Errorf("%d SYNs with data of a visitor, want 1", n)
 	}
 }
