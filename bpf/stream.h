@@ -130,6 +130,7 @@ GLOBAL int syn_in(struct __sk_buff *skb, struct packet *p, struct outcome *o)
 {
 	struct demarc_pending_syn fresh = {}, *pending;
 	__u64 mac = 0;
+	bool again;
 	int spent;
 
 	if (!p || !o)
@@ -138,11 +139,11 @@ GLOBAL int syn_in(struct __sk_buff *skb, struct packet *p, struct outcome *o)
 	read_proof(skb, p, 0, 0, o);
 	ask_vouchers(o, false);
 	pending = bpf_map_lookup_elem(&pending_syns, &p->tuple);
-	if (pending && pending->seq == p->seq && pending->self == o->query.subject &&
-	    pending->epoch == DEMARC_ACTIVE_EPOCH(o->active) && pending->proof == o->query.proof &&
-	    pending->peer == o->query.peer)
-		return true; /* sent again */
-	if (p->tag && o->query.proof == DEMARC_PROOF_IDENTITY) {
+	again = pending && pending->seq == p->seq && pending->self == o->query.subject &&
+		pending->proof == o->query.proof && pending->peer == o->query.peer;
+	if (again && pending->epoch == DEMARC_ACTIVE_EPOCH(o->active))
+		return true;
+	if (!again && p->tag && o->query.proof == DEMARC_PROOF_IDENTITY) {
 		mac = mac_of(skb, p);
 		spent = spend(mac, o->query.now);
 		if (spent)
