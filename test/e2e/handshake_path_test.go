@@ -189,6 +189,39 @@ func TestE08Retransmission(t *testing.T) {
 	}
 }
 
+// A SYN that comes again because its answer was lost is judged under the policy that
+// is in force by then; that it came before is not held against it.
+func TestE08RetransmissionOverPolicyChange(t *testing.T) {
+	for i := range 2 {
+		w, _, _ := connected(t)
+		to := w.both(7000)[i]
+		nft(t, w.web, "add table inet t; add chain inet t c { type filter hook prerouting priority -300; }; "+
+			"add rule inet t c tcp flags & (syn | ack) == syn | ack drop")
+		p := w.web.Probe(w.caller.Cgroup("/lab/web"))
+		p.Socket("s", []string{"tcp4", "tcp6"}[i])
+		p.Send(probe.Call{Op: "connect", Socket: "s", Address: to.String(), Timeout: int(timeToAnswer.Milliseconds())})
+		eventually(t, timeToAnswer, "SYN-ACK that is lost", func() bool {
+			for _, s := range w.tap.segments() {
+				if s.src == to && s.flags == flagSYN|flagACK {
+					return true
+				}
+			}
+			return false
+		})
+		w.listener.Apply(document(2, wiredPolicy))
+		nft(t, w.web, "delete table inet t")
+		if r := p.Result(); r.Error != "" {
+			t.Fatalf("connect %s: %s", to, r.Error)
+		}
+		p.Echoed("s", "under the next policy")
+		for _, f := range w.listener.Flows() {
+			if f.Verdict != abi.Allow {
+				t.Errorf("%s", netlab.Describe(f))
+			}
+		}
+	}
+}
+
 // Whoever answers a SYN in two parts, an ACK and a SYN of his own, has nobody's
 // proof: there is no tag for it, and a good one of a SYN does not help.
 func TestE08SplitHandshake(t *testing.T) {
