@@ -36,7 +36,7 @@ func TestSharedListeners(t *testing.T) {
 			const connections = 40
 			for i := range connections {
 				to := w.both([]uint16{7000, 7000, 7001}[i%3])[i/3%2]
-				if r := call[DialReply](client, "Dial", DialArgs{To: to.String(), Timeout: timeToAnswer}); r.Error != "" {
+				if r := patient(client, to); r.Error != "" {
 					t.Fatalf("dial %s: %s", to, r.Error)
 				}
 				for _, name := range []string{"one", "two", "elsewhere"} {
@@ -89,7 +89,7 @@ func TestExtensionHeadersBeforeTCP(t *testing.T) {
 			dial := func(p *netlab.Probe, port uint16) string {
 				p.Socket("s", "tcp6")
 				p.Must(probe.Call{Op: "settext", Socket: "s", Level: unix.IPPROTO_IPV6, Option: header.option, Data: padding})
-				return p.Do(probe.Call{Op: "connect", Socket: "s", Address: w.both(port)[1].String(), Timeout: 500}).Error
+				return p.Do(probe.Call{Op: "connect", Socket: "s", Address: w.both(port)[1].String(), Timeout: 10_000}).Error
 			}
 			w.tap.frames()
 			behind := func() (n int) {
@@ -138,7 +138,7 @@ func TestConnectionOutlivesItsKey(t *testing.T) {
 	w, client, _ := connected(t)
 	var streams []DialReply
 	for _, to := range w.both(7000) {
-		r := client.dial(to)
+		r := patient(client, to)
 		if r.Error != "" {
 			t.Fatalf("dial %s: %s", to, r.Error)
 		}
@@ -201,8 +201,10 @@ func TestE14OneHost(t *testing.T) {
 	for _, a := range []netip.Addr{w.db.IP4, w.db.IP6, netip.MustParseAddr("127.0.0.1"), netip.IPv6Loopback()} {
 		to := netip.AddrPortFrom(a, 7000)
 		local.Forget()
-		if !near.reaches(to) {
-			t.Errorf("%s is not reached, which is declared", to)
+		if r := patient(near, to); r.Error != "" {
+			t.Errorf("dial %s, which is declared: %s", to, r.Error)
+		} else {
+			w.exchanged(near, r)
 		}
 		if n := w.allTagged(local); n < 2 {
 			t.Errorf("%s: %d segments of a handshake on lo", to, n)
@@ -225,7 +227,7 @@ func TestE14OneHost(t *testing.T) {
 		wire *netlab.Wire
 	}{{near, local}, {client, wire}} {
 		for _, to := range w.both(7000) {
-			r := c.from.dial(to)
+			r := patient(c.from, to)
 			if r.Error != "" {
 				t.Fatalf("dial %s: %s", to, r.Error)
 			}

@@ -6,7 +6,6 @@ import (
 	"os"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/demarc/demarc/bpf/abi"
 	"github.com/demarc/demarc/test/netlab"
@@ -55,7 +54,7 @@ func TestE05StrippedTag(t *testing.T) {
 					node, direction = w.caller, abi.Egress
 				}
 				before := node.Denied(abi.TagMissing)
-				got := client.dial(to)
+				got := patient(client, to)
 				if connects := c.refuses == ""; (got.Error == "") != connects {
 					t.Errorf("dial %s: %q", to, got.Error)
 				}
@@ -162,13 +161,11 @@ func TestE08Retransmission(t *testing.T) {
 						"add rule %[1]s t c tcp flags & (syn | ack | psh) == %[2]s numgen inc mod 1000000000 == 0 drop", family, lost.flags))
 				}
 				for _, to := range w.both(7000) {
-					r := call[DialReply](client, "Dial", DialArgs{To: to.String(), Timeout: timeToAnswer})
+					r := patient(client, to)
 					if r.Error != "" {
 						t.Fatalf("dial %s: %s", to, r.Error)
 					}
-					if problem := call[string](client, "Exchange", ExchangeArgs{Stream: r.Stream, Bytes: 16, Timeout: timeToAnswer}); problem != "" {
-						t.Errorf("exchange with %s: %s", to, problem)
-					}
+					w.exchanged(client, r)
 				}
 				want := 4
 				if lost.name != "last ACK" {
@@ -312,27 +309,25 @@ func TestE09Injection(t *testing.T) {
 	w, client, server := connected(t)
 	for _, to := range w.both(7000) {
 		w.tap.segments()
-		r := client.dial(to)
+		r := patient(client, to)
 		if r.Error != "" {
 			t.Fatalf("dial %s: %s", to, r.Error)
 		}
-		exchange := func() string {
-			return call[string](client, "Exchange", ExchangeArgs{Stream: r.Stream, Bytes: 16, Timeout: time.Second})
-		}
-		if problem := exchange(); problem != "" {
-			t.Fatalf("exchange: %s", problem)
-		}
-		var last tcpFrame // of the caller, an ACK without data
+		w.exchanged(client, r)
+		next := segmentOf{from: netip.MustParseAddrPort(r.Local), to: to} // of the caller
 		for _, s := range w.tap.segments() {
-			if s.src == netip.MustParseAddrPort(r.Local) && s.flags == flagACK {
-				last = s
+			end := s.seq + uint32(len(s.frame)-s.tcp-int(s.frame[s.tcp+12]>>4)*4)
+			if s.src == next.from && s.flags&flagSYN == 0 {
+				next.seq = end
+			} else if s.src == to && s.flags&flagSYN == 0 {
+				next.ack = end
 			}
 		}
 		bytes := server.served("tcp", 7000).Bytes
-		blind := segmentOf{from: last.src, to: to}
+		blind := next
 		for _, off := range []uint32{1 << 20, 1 << 30, 1 << 31, ^uint32(1 << 20)} {
 			for _, flags := range []uint8{flagRST, flagRST | flagACK, flagACK, flagSYN, flagACK | 1, flagSYN | flagACK} {
-				blind.seq, blind.ack, blind.flags = last.seq+off, last.ack+off, flags
+				blind.seq, blind.ack, blind.flags = next.seq+off, next.ack+off, flags
 				blind.payload = nil
 				if flags == flagACK {
 					blind.payload = []byte("injected")
@@ -340,16 +335,14 @@ func TestE09Injection(t *testing.T) {
 				w.cable.send(w.frame(blind))
 			}
 		}
-		if problem := exchange(); problem != "" {
-			t.Errorf("after what was sent blindly: %s", problem)
-		}
+		w.exchanged(client, r)
 		if n := server.served("tcp", 7000).Bytes - bytes; n != 16 {
 			t.Errorf("the listener got %d bytes, want the honest 16", n)
 		}
 
 		// The gap.
-		on := segmentOf{from: last.src, to: to, seq: last.seq + 16, ack: last.ack + 16, flags: flagACK | 8, payload: []byte("injected")}
-		w.cable.send(w.frame(on))
+		next.seq, next.ack, next.flags, next.payload = next.seq+16, next.ack+16, flagACK|8, []byte("injected")
+		w.cable.send(w.frame(next))
 		eventually(t, timeToAnswer, "what is sent with the right numbers", func() bool { return server.served("tcp", 7000).Bytes-bytes == 16+8 })
 	}
 }

@@ -183,7 +183,7 @@ func TestE03ReplayWhilePending(t *testing.T) {
 			for i, to := range w.both(7000) {
 				nft(t, w.db, "add table inet t; add chain inet t c { type filter hook prerouting priority -300; }; add rule inet t c tcp flags & (syn | ack) == ack drop")
 				w.tap.segments()
-				r := client.dial(to)
+				r := patient(client, to)
 				if r.Error != "" {
 					t.Fatalf("dial %s: %s", to, r.Error)
 				}
@@ -201,13 +201,9 @@ func TestE03ReplayWhilePending(t *testing.T) {
 					})
 				}
 				nft(t, w.db, "delete table inet t")
-				if problem := call[string](client, "Exchange", ExchangeArgs{Stream: r.Stream, Bytes: 16, Timeout: timeToAnswer}); problem != "" {
-					t.Errorf("exchange with %s: %s", to, problem)
-				}
+				w.exchanged(client, r)
 				w.cable.send(syn) // the connection's own socket has to do with it now
-				if problem := call[string](client, "Exchange", ExchangeArgs{Stream: r.Stream, Bytes: 16, Timeout: timeToAnswer}); problem != "" {
-					t.Errorf("exchange with %s after a replay: %s", to, problem)
-				}
+				w.exchanged(client, r)
 				if got := server.served("tcp", 7000).Count; got != i+1 {
 					t.Errorf("the listener got %d connections, want %d", got, i+1)
 				}
@@ -314,6 +310,8 @@ func TestE03FullMemory(t *testing.T) {
 	for _, to := range w.both(7000) {
 		s := segmentOf{from: nobody(to, 20000), to: to, seq: 1, flags: flagSYN}
 		w.refused(abi.MapFull, w.signed(s, w.id["web"]))
+	}
+	for _, to := range w.both(7000) {
 		if r := client.dial(to); r.Error == "" {
 			t.Errorf("dial %s: connected", to)
 		}

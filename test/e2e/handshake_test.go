@@ -121,9 +121,27 @@ func nobody(like netip.AddrPort, port uint16) netip.AddrPort {
 func (w *wired) control(client *actor, port uint16) {
 	w.t.Helper()
 	for _, at := range w.both(port) {
-		if !client.reaches(at) {
-			w.t.Fatalf("%s is not reached, which is declared", at)
+		r := patient(client, at)
+		if r.Error != "" {
+			w.t.Fatalf("dial %s, which is declared: %s", at, r.Error)
 		}
+		w.exchanged(client, r)
+		call[bool](client, "Close", r.Stream)
+	}
+}
+
+// patient dials as long as a loaded machine may need.
+func patient(a *actor, to netip.AddrPort) DialReply {
+	a.t.Helper()
+	return call[DialReply](a, "Dial", DialArgs{To: to.String(), Timeout: timeToAnswer})
+}
+
+// exchanged sends a few bytes on a stream and wants them back.
+func (w *wired) exchanged(a *actor, stream DialReply) {
+	w.t.Helper()
+	problem := call[string](a, "Exchange", ExchangeArgs{Stream: stream.Stream, Bytes: 16, Timeout: timeToAnswer})
+	if problem != "" {
+		w.t.Errorf("exchange from %s: %s", stream.Local, problem)
 	}
 }
 
