@@ -130,27 +130,31 @@ GLOBAL int syn_out(struct __sk_buff *skb, struct packet *p, struct outcome *o)
 GLOBAL int syn_in(struct __sk_buff *skb, struct packet *p, struct outcome *o)
 {
 	struct demarc_pending_syn fresh = {}, *pending;
+	bool tagged, again;
 	__u64 mac = 0;
-	int spent;
+	int spent = 0;
 
 	if (!p || !o)
 		return 0;
 	ask_forward(o, p, DEMARC_INGRESS);
 	read_proof(skb, p, 0, 0, o);
 	ask_vouchers(o, false);
-	pending = bpf_map_lookup_elem(&pending_syns, &p->tuple);
-	if (pending && pending->seq == p->seq && pending->self == o->query.subject &&
-	    pending->epoch == DEMARC_ACTIVE_EPOCH(o->active) && pending->proof == o->query.proof &&
-	    pending->peer == o->query.peer)
-		return true; /* sent again */
-	if (p->tag && o->query.proof == DEMARC_PROOF_IDENTITY) {
+	tagged = p->tag && o->query.proof == DEMARC_PROOF_IDENTITY;
+	if (tagged) {
 		mac = mac_of(skb, p);
 		spent = spend(mac, o->query.now);
-		if (spent)
+	}
+	if (!tagged || spent) { /* a tag that is new is of a SYN that is new */
+		pending = bpf_map_lookup_elem(&pending_syns, &p->tuple);
+		again = pending && pending->seq == p->seq && pending->self == o->query.subject &&
+			pending->proof == o->query.proof && pending->peer == o->query.peer;
+		if (again && pending->epoch == DEMARC_ACTIVE_EPOCH(o->active))
+			return true;
+		if (tagged && !again)
 			return !refused(o, spent);
 	}
 	if (!settle(o)) {
-		if (mac) /* the same SYN may be within the limit when it is sent again */
+		if (tagged && !spent) /* the same SYN may be within the limit when it is sent again */
 			unspend(mac);
 		tell_refusal(o, p->seq + 1);
 		return false;

@@ -227,6 +227,7 @@ struct option_walk {
 	__u32 length;
 	__u32 at;
 	__u32 tag; /* offset of the tag + 1; 0 = none yet */
+	bool cookie; /* of TCP Fast Open */
 	bool broken;
 };
 
@@ -258,6 +259,8 @@ static long next_option(__u32 n, struct option_walk *walk)
 		}
 		walk->tag = at + 1;
 	}
+	if (kind == 34 && size > 2)
+		walk->cookie = true;
 	walk->at = at + size;
 	return 0;
 }
@@ -276,10 +279,19 @@ static __always_inline bool usual_options(const __u8 *options)
 	       word[5] == bpf_htonl(DEMARC_TAG_KIND << 24 | DEMARC_TAG_LENGTH << 16 | DEMARC_TAG_EXID);
 }
 
+/* TCP Fast Open (RFC 7413): data, or a connection, before the other side has proved
+ * itself. Stacks do without at the next attempt. */
+static __always_inline bool opens_fast(const struct packet *p, bool cookie)
+{
+	return !(p->flags & FLAG_ACK) &&
+	       (cookie || p->end != p->transport + sizeof(struct tcphdr) + p->options);
+}
+
 /*
  * Finds the one tag among a segment's options and copies it. Returns 1 if there
  * is one, 0 if there is none, -1 for anything that a demarc kernel would not have
- * written: two tags, another length, options that do not add up.
+ * written: two tags, another length, options that do not add up, a tag beside
+ * TCP Fast Open.
  */
 GLOBAL int find_tag(struct __sk_buff *skb, struct packet *p, struct demarc_tag *tag)
 {
@@ -299,7 +311,7 @@ GLOBAL int find_tag(struct __sk_buff *skb, struct packet *p, struct demarc_tag *
 		if (usual_options(walk.options)) {
 			__builtin_memcpy(tag, &walk.options[USUAL_OPTIONS], sizeof(*tag));
 			p->tag = USUAL_OPTIONS + 1;
-			return 1;
+			return opens_fast(p, false) ? -1 : 1;
 		}
 	} else if (bpf_skb_load_bytes(skb, p->transport + 20, walk.options, walk.length)) {
 		return -1;
@@ -310,7 +322,7 @@ GLOBAL int find_tag(struct __sk_buff *skb, struct packet *p, struct demarc_tag *
 	if (!walk.tag)
 		return 0;
 	at = walk.tag - 1;
-	if (at > TCP_OPTIONS_MAX - DEMARC_TAG_LENGTH)
+	if (at > TCP_OPTIONS_MAX - DEMARC_TAG_LENGTH || opens_fast(p, walk.cookie))
 		return -1;
 	__builtin_memcpy(tag, &walk.options[at], sizeof(*tag));
 	p->tag = at + 1;

@@ -97,13 +97,21 @@ func (s tcpFrame) tags() (found [][]byte) {
 // abi.h: SipHash-2-4 over claim, sequence number, what is acknowledged or else the
 // time slot, ports and addresses.
 func (s tcpFrame) macOf(key [16]byte, claim uint32) [8]byte {
+	return s.macIn(key, claim, timeSlot(time.Now()))
+}
+
+// timeSlot is the slot that a SYN is bound to if it is sent at that time.
+func timeSlot(at time.Time) uint32 { return uint32(at.UnixNano() >> abi.TagSlotShift) }
+
+// macIn is the MAC in a time slot.
+func (s tcpFrame) macIn(key [16]byte, claim, slot uint32) [8]byte {
 	var input [48]byte
 	binary.BigEndian.PutUint32(input[0:], claim)
 	binary.BigEndian.PutUint32(input[4:], s.seq)
 	if s.flags&flagACK != 0 {
 		binary.BigEndian.PutUint32(input[8:], s.ack)
 	} else {
-		binary.BigEndian.PutUint32(input[8:], uint32(time.Now().UnixNano()>>abi.TagSlotShift))
+		binary.BigEndian.PutUint32(input[8:], slot)
 	}
 	binary.BigEndian.PutUint16(input[12:], s.src.Port())
 	binary.BigEndian.PutUint16(input[14:], s.dst.Port())

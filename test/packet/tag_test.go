@@ -499,7 +499,8 @@ func taggedSYN(t *testing.T, tuple abi.Tuple, claim uint32) []byte {
 	segment := &layers.TCP{SrcPort: layers.TCPPort(tuple.SourcePort), DstPort: layers.TCPPort(tuple.DestinationPort), SYN: true, Seq: 0x11223344}
 	tag := binary.BigEndian.AppendUint16(nil, abi.TagExID)
 	tag = binary.BigEndian.AppendUint32(tag, claim)
-	tag = append(tag, mac(claim, segment.Seq, uint32(time.Now().UnixNano()>>abi.TagSlotShift), tuple)...)
+	slot := uint32(time.Now().UnixNano() >> abi.TagSlotShift)
+	tag = append(tag, mac(claim, segment.Seq, slot, tuple)...)
 	segment.Options = []layers.TCPOption{{OptionType: abi.TagKind, OptionLength: abi.TagLength, OptionData: tag}}
 	return frame(layers.EthernetTypeIPv4, serialize(t, ip, segment))
 }
