@@ -160,6 +160,8 @@ type Actor struct {
 	servers  map[string]*echoServer
 	traffic  *traffic
 	attempts *attempts
+	tuns     map[string]*os.File
+	ear      int // a packet socket
 }
 
 // DialArgs is a connection to make, from an address of its own choice if From is

@@ -161,12 +161,15 @@ func (c *Container) MAC() net.HardwareAddr {
 	return c.hardware(c.Namespace, c.device)
 }
 
+// IsRouted says whether the host routes to the container; otherwise it is bridged.
+func (c *Container) IsRouted() bool { return c.IP4.As4()[3] > 128 }
+
 // DoorMAC is the hardware address behind which a routed container finds
 // everything; a bridged one finds there what its bridge reaches.
 func (c *Container) DoorMAC() net.HardwareAddr {
 	c.lab.t.Helper()
-	if door, err := c.Host.links.LinkByIndex(c.door); err == nil && door.Attrs().MasterIndex != 0 {
-		return c.hardware(c.Host.Namespace, door.Attrs().MasterIndex)
+	if !c.IsRouted() {
+		return c.hardware(c.Host.Namespace, c.Host.bridge.Index)
 	}
 	return c.hardware(c.Host.Namespace, c.door)
 }
