@@ -22,9 +22,9 @@ func frameWays(by ...string) (all []way) {
 			{"UDP to peer", func(e *estate) []byte { return whole(udp, place(e.web.IP4, 5000), place(e.peer.IP4, 7001), 0) }},
 			{"UDP over IPv6 to peer", func(e *estate) []byte { return whole(udp, place(e.web.IP6, 5000), place(e.peer.IP6, 7001), 0) }},
 			{"UDP to partner", func(e *estate) []byte { return whole(udp, place(e.web.IP4, 5000), place(e.partner.IP4, 7000), 0) }},
-			{"UDP to its neighbour", func(e *estate) []byte { return whole(udp, place(e.web.IP4, 5000), place(e.api.IP4, 7000), 0) }},
+			{"UDP to its neighbour", func(e *estate) []byte { return whole(udp, place(e.web.IP4, 5000), place(e.api.IP4, 7400), 0) }},
 			{"SYN to partner", func(e *estate) []byte { return whole(tcp, place(e.web.IP4, 5000), place(e.partner.IP4, 7000), flagSYN) }},
-			{"SYN over IPv6 to its neighbour", func(e *estate) []byte { return whole(tcp, place(e.web.IP6, 5000), place(e.api.IP6, 7000), flagSYN) }},
+			{"SYN over IPv6 to its neighbour", func(e *estate) []byte { return whole(tcp, place(e.web.IP6, 5000), place(e.api.IP6, 7400), flagSYN) }},
 		} {
 			all = append(all, way{
 				name: by + " " + c.name,
