@@ -76,6 +76,18 @@ func (h *Host) Known(to ...*Namespace) {
 	}
 }
 
+// ForgetNeighbours makes the host ask again where its neighbours are.
+func (h *Host) ForgetNeighbours() {
+	h.lab.t.Helper()
+	all, err := h.links.NeighList(0, netlink.FAMILY_ALL)
+	h.lab.check(err, "list neighbours of %s", h.Name)
+	for _, n := range all {
+		if n.State&(netlink.NUD_PERMANENT|netlink.NUD_NOARP) == 0 {
+			h.lab.check(h.links.NeighDel(&n), "forget neighbour of %s", h.Name)
+		}
+	}
+}
+
 // Routed makes a container that the host has a route to, as Calico and Cilium do:
 // it has one address of each family, and everything else is behind a gateway.
 func (h *Host) Routed(name string) *Container {
@@ -203,4 +215,45 @@ func (ns *Namespace) awaitUp(device int) error {
 
 func ipNet(p netip.Prefix) *net.IPNet {
 	return &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())}
+}
+
+// Join puts another namespace behind this one: its eth0 has the next addresses
+// after those that the near end, which it is named after, has, and everything is
+// behind that.
+func (ns *Namespace) Join(far *Namespace, near string, own4, own6 netip.Prefix) {
+	ns.lab.t.Helper()
+	ns.lab.check(ns.links.LinkAdd(&netlink.Veth{
+		LinkAttrs: netlink.LinkAttrs{Name: near}, PeerName: "eth0", PeerNamespace: netlink.NsFd(far.file.Fd()),
+	}), "make %s in %s", near, ns.Name)
+	here, hereErr := ns.links.LinkByName(near)
+	there, thereErr := far.links.LinkByName("eth0")
+	ns.lab.check(errors.Join(hereErr, thereErr), "find %s in %s", near, ns.Name)
+	far.device, far.IP4, far.IP6 = there.Attrs().Index, own4.Addr().Next(), own6.Addr().Next()
+	ns.lab.check(errors.Join(
+		ns.links.AddrAdd(here, &netlink.Addr{IPNet: ipNet(own4), Flags: unix.IFA_F_NODAD}),
+		ns.links.AddrAdd(here, &netlink.Addr{IPNet: ipNet(own6), Flags: unix.IFA_F_NODAD}),
+		ns.links.LinkSetUp(here), far.links.LinkSetUp(there),
+		far.address(netip.PrefixFrom(far.IP4, own4.Bits())), far.address(netip.PrefixFrom(far.IP6, own6.Bits())),
+		ns.awaitUp(here.Attrs().Index), far.awaitUp(far.device),
+		far.route(far.device, everything4, own4.Addr()), far.route(far.device, everything6, own6.Addr()),
+	), "join %s to %s", far.Name, ns.Name)
+}
+
+// Behind tells a host, or a machine on the switch, that a prefix is behind a
+// container.
+func (c *Container) Behind(prefix netip.Prefix, others ...*Namespace) {
+	c.lab.t.Helper()
+	near, via, device := c.IP4, c.Host.IP4, c.door
+	if !c.IsRouted() {
+		device = c.Host.bridge.Index
+	}
+	if prefix.Addr().Is6() {
+		near, via = c.IP6, c.Host.IP6
+	}
+	c.lab.check(c.Host.links.RouteAdd(&netlink.Route{
+		Dst: ipNet(prefix), Gw: near.AsSlice(), LinkIndex: device, Flags: int(netlink.FLAG_ONLINK),
+	}), "add route to behind %s", c.Name)
+	for _, ns := range others {
+		c.lab.check(ns.route(ns.device, prefix, via), "add route in %s", ns.Name)
+	}
 }
