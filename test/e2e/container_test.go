@@ -1,8 +1,8 @@
 package e2e_test
 
 import (
-	"fmt"
 	"net/netip"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -73,16 +73,15 @@ crossings:
 // it comes, and what is tried before that is another row.
 func guarded(t testing.TB, n *netlab.Node, device string) {
 	t.Helper()
-	for _, program := range []string{"tc_ingress", "tc_egress"} {
-		eventually(t, waitGuarded, fmt.Sprintf("%s at %s", program, device), func() bool {
-			for _, l := range n.Status().Links {
-				if l.Name == program+" "+device {
-					return l.Attached
-				}
+	eventually(t, waitGuarded, device+" is guarded both ways", func() bool {
+		ways := 0
+		for _, l := range n.Status().Links {
+			if strings.HasSuffix(l.Name, " "+device) && l.Attached {
+				ways++
 			}
-			return false
-		})
-	}
+		}
+		return ways == 2
+	})
 }
 
 // waitGuarded is generous: it is no measure.
