@@ -123,14 +123,16 @@ func (e *estate) forget() {
 	e.node.Forget()
 }
 
-// carried says whether a packet is more than a kernel's own talk about its
-// neighbourhood.
+// carried says whether a packet is more than a kernel's own talk: about its
+// neighbourhood, or an empty reset for what an earlier attempt left behind.
 func carried(p netlab.Packet) bool {
 	switch {
 	case p.EtherType != unix.ETH_P_IP && p.EtherType != unix.ETH_P_IPV6 || p.Proto == unix.IPPROTO_IGMP:
 		return false
 	case p.Proto == unix.IPPROTO_ICMPV6:
 		return p.ICMP < 130 || p.ICMP > 137 && p.ICMP != 143
+	case p.Proto == tcp:
+		return p.Flags&flagRST == 0 || p.Payload > 0
 	}
 	return true
 }

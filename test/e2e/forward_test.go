@@ -249,7 +249,7 @@ func TestB09Neighbour(t *testing.T) {
 crossings:
   - {name: api-db, from: [workload/api], to: [workload/db], ports: [tcp/5432, udp/5432]}
   - {name: db-api, from: [workload/db], to: [workload/api], ports: [tcp/7400, udp/7400]}
-  - {name: web-db, from: [workload/web], to: [workload/db], ports: [tcp/9]}
+  - {name: web-api, from: [workload/web], to: [workload/api], ports: [tcp/5432, udp/5432]}
 `)
 		far := e.lab.Node(text, netlab.NodeOptions{CoreOnly: true, Home: db.Namespace})
 		server := startActor(t, db.Namespace, far.Cgroup("/lab/db"))

@@ -257,3 +257,21 @@ func (c *Container) Behind(prefix netip.Prefix, others ...*Namespace) {
 		c.lab.check(ns.route(ns.device, prefix, via), "add route in %s", ns.Name)
 	}
 }
+
+// Through tells a machine on the switch that a prefix is behind a host.
+func (ns *Namespace) Through(prefix netip.Prefix, h *Host) {
+	ns.lab.t.Helper()
+	via := h.IP4
+	if prefix.Addr().Is6() {
+		via = h.IP6
+	}
+	ns.lab.check(ns.route(ns.device, prefix, via), "add route in %s", ns.Name)
+}
+
+// Gateway is the next hop of a container.
+func (c *Container) Gateway() netip.Addr {
+	if c.IsRouted() {
+		return gateway4
+	}
+	return netip.AddrFrom4([4]byte{10, 100, c.Host.number(), 1})
+}
