@@ -162,6 +162,7 @@ type Actor struct {
 	attempts *attempts
 	tuns     map[string]*os.File
 	ear      int // a packet socket
+	pester   *pester
 }
 
 // DialArgs is a connection to make, from an address of its own choice if From is

@@ -46,7 +46,7 @@ crossings:
   - {name: web-partner, from: [workload/web], to: [network/partner], ports: [tcp/7000, udp/7000]}
   - {name: web-inside, from: [workload/web], to: [network/inside], ports: [tcp/7000, udp/7000]}
   - {name: partner-web, from: [network/partner], to: [workload/web], ports: [tcp/7200, udp/7200], identity: none}
-  - {name: other, from: [workload/other], to: [workload/api], ports: [tcp/9]}
+  - {name: other-api, from: [workload/other], to: [workload/api], ports: [tcp/7300-7301, udp/7300-7301]}
 `
 
 // newEstate makes one without a policy in force: what is tried can be seen to work.

@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"strings"
+	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -374,5 +375,80 @@ func (a *Actor) HalfOpen(_ bool, reply *string) error {
 			}
 		}
 	}
+	return nil
+}
+
+// Poke sends one datagram from a connected socket, and says what the socket is told.
+func (a *Actor) Poke(to string, reply *string) error {
+	c, err := net.Dial("udp", to)
+	if err != nil {
+		*reply = problem(err)
+		return nil
+	}
+	defer c.Close()
+	if err = exchange(c, 16, 500*time.Millisecond); err != nil {
+		*reply = problem(err)
+	}
+	return nil
+}
+
+// PesterArgs is what to try on eth0 from the moment when there is one.
+type PesterArgs struct {
+	Frame []byte
+	To    string // of datagrams
+}
+
+// PesterReply counts the frames that left a packet socket, the datagrams tried, and
+// those that the kernel took.
+type PesterReply struct{ Frames, Datagrams, Sent int }
+
+type pester struct {
+	stop chan struct{}
+	done chan PesterReply
+}
+
+// Pester tries until StopPester.
+func (a *Actor) Pester(args PesterArgs, _ *bool) error {
+	to, err := netip.ParseAddrPort(args.To)
+	if err != nil {
+		return err
+	}
+	p := &pester{make(chan struct{}), make(chan PesterReply, 1)}
+	a.mu.Lock()
+	a.pester = p
+	a.mu.Unlock()
+	go func() {
+		var r PesterReply
+		tick := time.NewTicker(200 * time.Microsecond)
+		defer tick.Stop()
+		for {
+			select {
+			case <-p.stop:
+				p.done <- r
+				return
+			case <-tick.C:
+			}
+			if device, err := net.InterfaceByName("eth0"); err == nil && sendFrames(byPacket, device.Index, [][]byte{args.Frame}) == nil {
+				r.Frames++
+			}
+			if c, err := net.ListenUDP("udp4", nil); err == nil {
+				_, err = c.WriteToUDPAddrPort(make([]byte, 16), to)
+				c.Close()
+				if r.Datagrams++; err == nil {
+					r.Sent++
+				}
+			}
+		}
+	}()
+	return nil
+}
+
+// StopPester ends it.
+func (a *Actor) StopPester(_ bool, reply *PesterReply) error {
+	a.mu.Lock()
+	p := a.pester
+	a.mu.Unlock()
+	close(p.stop)
+	*reply = <-p.done
 	return nil
 }

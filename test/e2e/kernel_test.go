@@ -1,13 +1,17 @@
 package e2e_test
 
 import (
+	"bytes"
 	"fmt"
 	"net/netip"
+	"slices"
 	"testing"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
 
+	"github.com/demarc/demarc/agent/core/proto"
 	"github.com/demarc/demarc/bpf/abi"
 	"github.com/demarc/demarc/test/netlab"
 )
@@ -82,6 +86,10 @@ func TestG04Forwarded(t *testing.T) {
 		for _, p := range []netip.Prefix{own4.Masked(), own6.Masked()} {
 			e.peer.Through(p, e.host)
 		}
+		// A veth without an address could have been a workload's door.
+		eventually(t, waitGuarded, "lan0 is no door", func() bool {
+			return slices.ContainsFunc(e.node.Status().Links, func(l proto.Link) bool { return l.Name == "tc_ingress lan0" && l.Attached })
+		})
 		a := startActor(t, outside, e.lab.Cgroup("outside"))
 		for _, to := range []netip.AddrPort{place(e.peer.IP4, 7001), place(e.peer.IP6, 7001)} {
 			a.checkReach(t, to, true, true)
@@ -126,7 +134,7 @@ func TestG05TimeWait(t *testing.T) {
 			}
 			e.settle()
 			e.wires[e.partner].Forget()
-			far.send(fin) // as if the last ACK had been lost
+			far.send(fin.with(at.Port(), bytes.Clone(fin.options()))) // as if the last ACK had been lost; with its checksum
 			e.wires[e.partner].Await(answers)
 			for _, p := range e.wires[e.partner].Packets(answers) {
 				if p.Payload != 0 || p.Flags&(flagSYN|flagRST) != 0 {
@@ -181,29 +189,117 @@ func TestF04VerdictOnSYN(t *testing.T) {
 	}
 }
 
-// Who may not talk to a workload cannot tell its open ports from its closed ones.
+// A workload that may not talk to another one cannot tell its open ports from its
+// closed ones: it is refused in the way in which closed ports are. A stranger can:
+// it gets silence from what refuses it, and the kernel's reset from what nobody
+// serves, as from every host. That is a declared gap.
 func TestF05PortScan(t *testing.T) {
 	estates(t, func(t *testing.T, e *estate) {
 		e.enforce()
 		e.a.serve(7300)
 		const open, closed = 7300, 7301
-		scanner := startActor(t, e.peer, e.lab.Cgroup("scanner"))
+		denied := startActor(t, e.api.Namespace, e.node.Cgroup("/lab/other"))
+		stranger := startActor(t, e.peer, e.lab.Cgroup("stranger"))
 		for _, a := range []netip.Addr{e.web.IP4, e.web.IP6} {
-			answers := map[uint16][]string{}
-			for _, port := range []uint16{open, closed} {
-				e.forget()
-				r := call[DialReply](scanner, "Dial", DialArgs{To: place(a, port).String(), Timeout: 300 * time.Millisecond})
-				d := call[DatagramReply](scanner, "Datagrams", DatagramArgs{To: place(a, port).String(), Count: 2, Timeout: 100 * time.Millisecond})
-				e.settle()
-				answers[port] = []string{r.Error, fmt.Sprint(d.Answered, d.Errors)}
-				for _, p := range e.wires[e.peer].Packets(func(p netlab.Packet) bool {
-					return !p.Sent && p.EtherType != unix.ETH_P_ARP && (p.Proto != unix.IPPROTO_ICMPV6 || p.ICMP < 130)
-				}) {
-					answers[port] = append(answers[port], fmt.Sprintf("proto %d flags %#x icmp %d", p.Proto, p.Flags, p.ICMP))
+			for _, port := range []uint16{open, closed} { // so that no neighbour has to be found any more
+				e.scan(stranger, e.wires[e.peer], place(a, port))
+			}
+			got, want := e.scan(denied, e.doors[1], place(a, open)), e.scan(denied, e.doors[1], place(a, closed))
+			if diff := cmp.Diff(want, got); diff != "" {
+				t.Errorf("%s: a closed port (-) and an open one (+) to who is denied:\n%s", a, diff)
+			}
+			silence := scanned{Stream: "timeout", Datagram: "timeout"}
+			if diff := cmp.Diff(silence, e.scan(stranger, e.wires[e.peer], place(a, open))); diff != "" {
+				t.Errorf("%s: an open port to a stranger (-want +got):\n%s", a, diff)
+			}
+			if got := e.scan(stranger, e.wires[e.peer], place(a, closed)); got.Stream != "connection refused" {
+				t.Errorf("%s: a closed port to a stranger: %+v", a, got)
+			}
+		}
+		if n := e.a.served("tcp", open).Count + e.a.served("udp", open).Count; n != 0 {
+			t.Errorf("the open port was given %d", n)
+		}
+	})
+}
+
+// scanned is what a caller learns of a port.
+type scanned struct {
+	Stream, Datagram string   // what its sockets are told
+	Frames           []string // what comes to it; how much an ICMP error quotes differs
+}
+
+func (e *estate) scan(by *actor, wire *netlab.Wire, at netip.AddrPort) (s scanned) {
+	e.t.Helper()
+	e.forget()
+	s.Stream = call[DialReply](by, "Dial", DialArgs{To: at.String(), Timeout: 500 * time.Millisecond}).Error
+	s.Datagram = call[string](by, "Poke", at.String())
+	e.settle()
+	for _, p := range wire.Packets(func(p netlab.Packet) bool { return !p.Sent && p.Src.Addr() == at.Addr() }) {
+		if p.Proto != unix.IPPROTO_ICMPV6 || p.ICMP < 130 { // neighbours are found at any time
+			s.Frames = append(s.Frames, fmt.Sprintf("proto %d flags %#x icmp %d", p.Proto, p.Flags, p.ICMP))
+		}
+	}
+	return s
+}
+
+// Every frame of a guarded host, idle and busy, is of a class that is known: there is
+// no traffic that nobody has thought of.
+func TestG03EveryFrame(t *testing.T) {
+	estates(t, func(t *testing.T, e *estate) {
+		e.host.ForgetNeighbours()
+		e.enforce()
+		e.host.ForgetNeighbours()
+		e.control() // busy
+		visitor := startActor(t, e.partner, e.lab.Cgroup("visitor"))
+		e.a.serve(7200)
+		for _, a := range []netip.Addr{e.web.IP4, e.web.IP6} {
+			visitor.checkReach(t, place(a, 7200), true, true)
+			e.scan(visitor, e.wires[e.partner], place(a, 7999)) // closed, and refused
+		}
+		e.host.ForgetNeighbours()
+		e.control()
+		e.a.run("ip link set eth0 mtu 1400") // groups are joined again as a device changes
+		e.a.run("ip addr add fd99::9/128 dev eth0 nodad")
+		e.settle()
+
+		served := func(port uint16) bool { return port == 7000 || port == 7200 || port == 7400 }
+		classes := []struct {
+			name  string
+			match netlab.Match
+			seen  bool
+		}{
+			{name: "ARP", match: func(p netlab.Packet) bool { return p.EtherType == unix.ETH_P_ARP }},
+			{name: "neighbour discovery", match: func(p netlab.Packet) bool { return p.Proto == unix.IPPROTO_ICMPV6 && p.ICMP >= 133 && p.ICMP <= 136 }},
+			{name: "multicast listeners", match: func(p netlab.Packet) bool {
+				return p.Proto == unix.IPPROTO_ICMPV6 && (p.ICMP == 143 || p.ICMP >= 130 && p.ICMP <= 132)
+			}},
+			{name: "declared TCP", match: func(p netlab.Packet) bool { return p.Proto == tcp && (served(p.Src.Port()) || served(p.Dst.Port())) }},
+			{name: "declared UDP", match: func(p netlab.Packet) bool { return p.Proto == udp && (served(p.Src.Port()) || served(p.Dst.Port())) }},
+			{name: "a caller that is refused at the other end", match: func(p netlab.Packet) bool {
+				return p.Dst.Port() == 7999 && p.Src.Addr() != e.web.IP4 && p.Src.Addr() != e.web.IP6
+			}},
+			{name: "an empty reset", match: func(p netlab.Packet) bool { return p.Proto == tcp && p.Flags&flagRST != 0 && p.Payload == 0 }},
+			{name: "an ICMP error", match: func(p netlab.Packet) bool {
+				return p.Proto == unix.IPPROTO_ICMP && p.ICMP == 3 || p.Proto == unix.IPPROTO_ICMPV6 && p.ICMP >= 1 && p.ICMP <= 4
+			}},
+		}
+		for _, w := range append([]*netlab.Wire{e.uplink}, e.doors...) {
+			for _, p := range w.Packets(func(netlab.Packet) bool { return true }) {
+				known := false
+				for i := range classes {
+					if classes[i].match(p) {
+						known, classes[i].seen = true, true
+						break
+					}
+				}
+				if !known && !(p.Proto == unix.IPPROTO_IGMP) {
+					t.Errorf("of no class: %v", p)
 				}
 			}
-			if fmt.Sprint(answers[open]) != fmt.Sprint(answers[closed]) {
-				t.Errorf("%s: an open port says %q, a closed one %q", a, answers[open], answers[closed])
+		}
+		for _, c := range classes {
+			if !c.seen {
+				t.Errorf("no frame of class %q: it was not busy enough", c.name)
 			}
 		}
 	})

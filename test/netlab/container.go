@@ -92,8 +92,16 @@ func (h *Host) ForgetNeighbours() {
 // it has one address of each family, and everything else is behind a gateway.
 func (h *Host) Routed(name string) *Container {
 	h.lab.t.Helper()
+	return h.Plug(h.lab.Island(name))
+}
+
+// Plug makes a routed container of a namespace that is there already: its eth0
+// appears while it runs.
+func (h *Host) Plug(ns *Namespace) *Container {
+	h.lab.t.Helper()
 	h.containers++
-	c := h.container(name,
+	name := ns.Name
+	c := h.container(ns,
 		netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 100, h.number(), byte(128 + h.containers)}), 32),
 		netip.PrefixFrom(netip.AddrFrom16([16]byte{0: 0xfd, 1: 0x67, 5: h.number(), 7: 2, 15: byte(h.containers)}), 128), nil)
 	for _, a := range []netip.Addr{c.IP4, c.IP6} {
@@ -130,7 +138,7 @@ func (h *Host) Bridged(name string) *Container {
 	}
 	h.containers++
 	last := byte(1 + h.containers)
-	c := h.container(name,
+	c := h.container(h.lab.Island(name),
 		netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 100, h.number(), last}), 25),
 		netip.PrefixFrom(netip.AddrFrom16([16]byte{0: 0xfd, 1: 0x67, 5: h.number(), 7: 1, 15: last}), 64), h.bridge)
 	h.lab.check(errors.Join(c.route(c.device, everything4, own4), c.route(c.device, everything6, own6)),
@@ -140,13 +148,14 @@ func (h *Host) Bridged(name string) *Container {
 
 var everything4, everything6 = netip.MustParsePrefix("0.0.0.0/0"), netip.MustParsePrefix("::/0")
 
-// container makes a namespace and its door, which may be a port of a bridge.
-func (h *Host) container(name string, p4, p6 netip.Prefix, bridge netlink.Link) *Container {
+// container makes a namespace's door, which may be a port of a bridge.
+func (h *Host) container(ns *Namespace, p4, p6 netip.Prefix, bridge netlink.Link) *Container {
 	h.lab.t.Helper()
-	c := &Container{Namespace: h.lab.Island(name), Host: h, Door: fmt.Sprintf("door%d", h.containers)}
+	name := ns.Name
+	c := &Container{Namespace: ns, Host: h, Door: fmt.Sprintf("door%d", h.containers)}
 	c.IP4, c.IP6 = p4.Addr(), p6.Addr()
 	h.lab.check(h.links.LinkAdd(&netlink.Veth{
-		LinkAttrs: netlink.LinkAttrs{Name: c.Door}, PeerName: "eth0", PeerNamespace: netlink.NsFd(c.file.Fd()),
+		LinkAttrs: netlink.LinkAttrs{Name: c.Door, HardwareAddr: h.NextDoorMAC(0)}, PeerName: "eth0", PeerNamespace: netlink.NsFd(c.file.Fd()),
 	}), "make door of %s", name)
 	near, nearErr := c.links.LinkByName("eth0")
 	door, doorErr := h.links.LinkByName(c.Door)
@@ -167,10 +176,16 @@ func (c *Container) Wire() *Wire {
 	return c.lab.wire(c.Host.Namespace, c.Namespace, c.door, c.device, false)
 }
 
-// MAC is the hardware address of the container's eth0.
-func (c *Container) MAC() net.HardwareAddr {
-	c.lab.t.Helper()
-	return c.hardware(c.Namespace, c.device)
+// MAC is the hardware address of a namespace's eth0.
+func (ns *Namespace) MAC() net.HardwareAddr {
+	ns.lab.t.Helper()
+	return ns.hardware(ns.device)
+}
+
+// NextDoorMAC is the hardware address that the door of a container to come will
+// have: 1 for the next one.
+func (h *Host) NextDoorMAC(next int) net.HardwareAddr {
+	return net.HardwareAddr{2, 0, 0, 0, h.number(), byte(h.containers + next)}
 }
 
 // IsRouted says whether the host routes to the container; otherwise it is bridged.
@@ -181,15 +196,15 @@ func (c *Container) IsRouted() bool { return c.IP4.As4()[3] > 128 }
 func (c *Container) DoorMAC() net.HardwareAddr {
 	c.lab.t.Helper()
 	if !c.IsRouted() {
-		return c.hardware(c.Host.Namespace, c.Host.bridge.Index)
+		return c.Host.hardware(c.Host.bridge.Index)
 	}
-	return c.hardware(c.Host.Namespace, c.door)
+	return c.Host.hardware(c.door)
 }
 
-func (c *Container) hardware(ns *Namespace, index int) net.HardwareAddr {
-	c.lab.t.Helper()
+func (ns *Namespace) hardware(index int) net.HardwareAddr {
+	ns.lab.t.Helper()
 	link, err := ns.links.LinkByIndex(index)
-	c.lab.check(err, "find device %d in %s", index, ns.Name)
+	ns.lab.check(err, "find device %d in %s", index, ns.Name)
 	return link.Attrs().HardwareAddr
 }
 
@@ -256,6 +271,29 @@ func (c *Container) Behind(prefix netip.Prefix, others ...*Namespace) {
 	for _, ns := range others {
 		c.lab.check(ns.route(ns.device, prefix, via), "add route in %s", ns.Name)
 	}
+}
+
+// Give moves the container's eth0 to another namespace, under the same addresses.
+// What is behind the door then is that namespace.
+func (c *Container) Give(to *Namespace) {
+	c.lab.t.Helper()
+	link, err := c.links.LinkByIndex(c.device)
+	c.lab.check(err, "find eth0 in %s", c.Name)
+	c.lab.check(c.links.LinkSetNsFd(link, int(to.file.Fd())), "move eth0 of %s", c.Name)
+	moved, err := to.links.LinkByName("eth0")
+	c.lab.check(err, "find eth0 in %s", to.Name)
+	door, err := c.Host.links.LinkByIndex(c.door)
+	c.lab.check(err, "find door of %s", c.Name)
+	to.device, to.IP4, to.IP6 = moved.Attrs().Index, c.IP4, c.IP6
+	c.lab.check(errors.Join(
+		to.links.LinkSetUp(moved), to.address(netip.PrefixFrom(to.IP4, 32)), to.address(netip.PrefixFrom(to.IP6, 128)),
+		to.awaitUp(to.device), c.Host.awaitUp(c.door),
+		to.links.NeighSet(&netlink.Neigh{
+			LinkIndex: to.device, IP: gateway4.AsSlice(), State: netlink.NUD_PERMANENT, HardwareAddr: door.Attrs().HardwareAddr,
+		}),
+		to.route(to.device, netip.PrefixFrom(gateway4, 32), netip.Addr{}),
+		to.route(to.device, everything4, gateway4), to.route(to.device, everything6, gateway6),
+	), "set up eth0 in %s", to.Name)
 }
 
 // Through tells a machine on the switch that a prefix is behind a host.
