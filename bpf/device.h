@@ -260,6 +260,32 @@ GLOBAL int foreign_tag(struct __sk_buff *skb, struct packet *p, struct outcome *
 	       option[1] == bpf_htons(DEMARC_TAG_EXID);
 }
 
+/* A datagram leaves through more than one device where one of them is a port of
+ * another: it was tagged at the first. */
+GLOBAL int tagged_before(struct __sk_buff *skb, struct packet *p, struct outcome *o)
+{
+	struct demarc_udp_tag tag;
+	__u32 at, claim;
+	int good;
+
+	if (!p || !o || p->tuple.proto != PROTO_UDP || !p->end)
+		return 0;
+	at = p->transport + p->length + (p->length & 1);
+	if (at + sizeof(tag) != p->end || bpf_skb_load_bytes(skb, at, &tag, sizeof(tag)))
+		return 0;
+	claim = bpf_ntohl(tag.claim);
+	if (tag.kind != DEMARC_UDP_TAG_KIND || tag.length != DEMARC_UDP_TAG_LENGTH ||
+	    tag.exid != bpf_htons(DEMARC_TAG_EXID) || (claim & 0xf & ~DEMARC_TAG_ANSWER) != DEMARC_TAG_DATAGRAM)
+		return 0;
+	o->query.peer = claim >> 8;
+	check_claim(&o->query, claim, tag.mac, &p->tuple, BINDING(bpf_ntohl(tag.time), 0));
+	good = o->query.proof == DEMARC_PROOF_IDENTITY;
+	o->query.peer = DEMARC_ID_NONE;
+	o->query.proof = DEMARC_PROOF_NONE;
+	o->query.bad = DEMARC_UNDECIDED;
+	return good;
+}
+
 GLOBAL int frame_leaves(struct __sk_buff *skb)
 {
 	struct outcome o;
@@ -271,6 +297,8 @@ GLOBAL int frame_leaves(struct __sk_buff *skb)
 	if (frame_of_workload(skb, &o) && refused(&o, DEMARC_RAW_SOCKET))
 		return TCX_DROP;
 	if (parse(skb, ETHERNET_HEADER, &p))
+		return TCX_NEXT;
+	if (tagged_before(skb, &p, &o))
 		return TCX_NEXT;
 	if (foreign_tag(skb, &p, &o)) {
 		__builtin_memcpy(&o.opener, &p.tuple, sizeof(o.opener));

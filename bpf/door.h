@@ -33,16 +33,20 @@ static __always_inline int kernel_frame(const struct packet *p, int parsed)
 	return DEMARC_NO_SOCKET;
 }
 
-static __always_inline bool sent_to(struct bpf_sock *sk, const struct packet *p)
+/* Whether a TCP packet has both ends of its socket. What a connection says last may
+ * be on its way when the socket has no port any more. */
+static __always_inline bool of_connection(struct bpf_sock *sk, const struct packet *p)
 {
-	const __u32 *to = (const __u32 *)p->tuple.daddr;
+	const __u32 *from = (const __u32 *)p->tuple.saddr, *to = (const __u32 *)p->tuple.daddr;
 
-	if (sk->protocol != PROTO_TCP || bpf_ntohs(sk->dst_port) != p->tuple.dport)
+	if (sk->protocol != PROTO_TCP || bpf_ntohs(sk->dst_port) != p->tuple.dport ||
+	    (sk->src_port && sk->src_port != p->tuple.sport))
 		return false;
 	if (is_ipv4(p->tuple.daddr))
-		return sk->dst_ip4 == to[3];
-	return sk->family == AF_INET6 && sk->dst_ip6[0] == to[0] && sk->dst_ip6[1] == to[1] && sk->dst_ip6[2] == to[2] &&
-	       sk->dst_ip6[3] == to[3];
+		return sk->src_ip4 == from[3] && sk->dst_ip4 == to[3];
+	return sk->family == AF_INET6 && sk->src_ip6[0] == from[0] && sk->src_ip6[1] == from[1] &&
+	       sk->src_ip6[2] == from[2] && sk->src_ip6[3] == from[3] && sk->dst_ip6[0] == to[0] &&
+	       sk->dst_ip6[1] == to[1] && sk->dst_ip6[2] == to[2] && sk->dst_ip6[3] == to[3];
 }
 
 /* Whether the socket hook saw a datagram between these two places leave. */
@@ -78,7 +82,7 @@ GLOBAL int socket_frame(struct __sk_buff *skb, struct packet *p, int parsed)
 		return parsed;
 	}
 	if (p->tuple.proto == PROTO_TCP)
-		return sent_to(sk, p) ? 0 : DEMARC_NO_SOCKET;
+		return of_connection(sk, p) ? 0 : DEMARC_NO_SOCKET;
 	return flow_left(&p->tuple) ? 0 : DEMARC_NO_SOCKET;
 }
 
@@ -96,20 +100,23 @@ static __always_inline bool link_local_or_none(const __u8 *address)
 GLOBAL int leads_back(struct __sk_buff *skb, const struct packet *p, __u32 via)
 {
 	struct bpf_fib_lookup fib = {};
+	bool anyone;
 
 	if (!p)
 		return 0;
 	if (link_local_or_none(p->tuple.saddr))
 		return 1;
+	anyone = is_group(p->tuple.daddr) || link_local_or_none(p->tuple.daddr); /* no address to route from */
 	fib.ifindex = via;
 	fib.l4_protocol = p->tuple.proto;
 	if (is_ipv4(p->tuple.saddr)) {
 		fib.family = AF_INET;
-		fib.ipv4_src = *(const __u32 *)(p->tuple.daddr + 12);
+		fib.ipv4_src = anyone ? 0 : *(const __u32 *)(p->tuple.daddr + 12);
 		fib.ipv4_dst = *(const __u32 *)(p->tuple.saddr + 12);
 	} else {
 		fib.family = AF_INET6;
-		__builtin_memcpy(fib.ipv6_src, p->tuple.daddr, 16);
+		if (!anyone)
+			__builtin_memcpy(fib.ipv6_src, p->tuple.daddr, 16);
 		__builtin_memcpy(fib.ipv6_dst, p->tuple.saddr, 16);
 	}
 	switch (bpf_fib_lookup(skb, &fib, sizeof(fib), BPF_FIB_LOOKUP_OUTPUT | BPF_FIB_LOOKUP_SKIP_NEIGH)) {
@@ -120,6 +127,16 @@ GLOBAL int leads_back(struct __sk_buff *skb, const struct packet *p, __u32 via)
 		return 1;
 	}
 	return 0;
+}
+
+/* A socket that the kernel made for itself, as for ND and MLD. It is in the cgroup of
+ * whoever made the namespace, which says nothing of what it sends. */
+static __always_inline bool socket_of_kernel(struct __sk_buff *skb)
+{
+	struct sk_buff *kernel = bpf_cast_to_kern_ctx(skb);
+	struct sock *sk = kernel->sk;
+
+	return !sk || !BPF_CORE_READ_BITFIELD(sk, __sk_common.skc_net_refcnt);
 }
 
 /* Who sent a frame that comes out of a door. */
@@ -141,10 +158,10 @@ static __always_inline enum door_sender door_sender(struct __sk_buff *skb, struc
 	full = bpf_sk_fullsock(sk);
 	if (!full && !answers)
 		return SENDER_KERNEL;
+	if (full && socket_of_kernel(skb))
+		return SENDER_KERNEL;
 	o->cgroup = bpf_skb_cgroup_id(skb);
 	o->query.subject = identity_of(o->query.slot, o->cgroup);
-	if (full && full->type == SOCK_RAW && o->cgroup == managed_root)
-		return SENDER_KERNEL;
 	if (carefree(o->query.slot, o->query.subject)) {
 		if (door->lodger == LODGER_UNKNOWN)
 			door->lodger = LODGER_CAREFREE;

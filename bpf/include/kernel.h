@@ -31,7 +31,13 @@ struct sock_cgroup_data {
 	struct cgroup *cgroup;
 };
 
+struct sock_common {
+	volatile unsigned char skc_state;
+	unsigned char skc_net_refcnt : 1; /* 0: it does not keep its namespace, the kernel made it */
+};
+
 struct sock {
+	struct sock_common __sk_common;
 	struct sock_cgroup_data sk_cgrp_data;
 };
 
@@ -48,10 +54,6 @@ struct tcp_sock {
 	__u8 bpf_sock_ops_cb_flags;
 };
 
-struct sock_common {
-	volatile unsigned char skc_state;
-};
-
 struct seq_file;
 
 struct bpf_iter_meta {
@@ -64,6 +66,7 @@ struct bpf_iter__tcp {
 };
 
 struct sk_buff {
+	struct sock *sk;
 	__u8 ip_summed : 2;
 };
 

@@ -160,6 +160,9 @@ type Actor struct {
 	servers  map[string]*echoServer
 	traffic  *traffic
 	attempts *attempts
+	tuns     map[string]*os.File
+	ear      int // a packet socket
+	pester   *pester
 }
 
 // DialArgs is a connection to make, from an address of its own choice if From is
