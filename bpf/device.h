@@ -146,7 +146,7 @@ static __always_inline int datagram_leaves(struct __sk_buff *skb, struct packet 
 	struct demarc_tuple other;
 	struct demarc_flow *flow;
 
-	flow = bpf_map_lookup_elem(&flows, &p->tuple);
+	flow = flow_at(&p->tuple);
 	if (flow && flow->epoch_out && flow->provable && flow->opener >= DEMARC_ID_FIRST) {
 		if (flow->acceptor && now - flow->tagged < DEMARC_UDP_TAG_REFRESH)
 			return TCX_NEXT;
@@ -201,14 +201,14 @@ GLOBAL int keep_proof(const struct packet *p, const struct outcome *o, bool answ
 		flow->acceptor = o->query.peer;
 		return 1;
 	}
-	flow = bpf_map_lookup_elem(&flows, &p->tuple);
+	flow = flow_at(&p->tuple);
 	if (flow && flow->epoch_out) /* it is opened here: the address is not the sender's */
 		return 0;
 	if (!flow) {
 		fresh.last = o->query.now;
-		if (bpf_map_update_elem(&flows, &p->tuple, &fresh, BPF_NOEXIST))
+		if (put_flow(&p->tuple, &fresh, BPF_NOEXIST))
 			fault(DEMARC_FAULT_FLOW);
-		flow = bpf_map_lookup_elem(&flows, &p->tuple);
+		flow = flow_at(&p->tuple);
 	}
 	if (!flow)
 		return 0;
