@@ -160,6 +160,7 @@ func rootFiles(m *machine, programs string, key []byte) []byte {
 
 // The files of demarc in a machine; what is not said here is in its usual place.
 const (
+	corePath    = "/bin/demarc-core"
 	coreFile    = "/etc/demarc/core.json"
 	agentFile   = "/etc/demarc/agent.yaml"
 	policyFile  = "/etc/demarc/policy.yaml"
@@ -212,10 +213,16 @@ func (m *machine) run(program string, args ...string) string {
 	return out.Stdout
 }
 
+// start starts the core.
+func (m *machine) start() {
+	m.t.Helper()
+	call[bool](m, "Start", talk.Command{Path: corePath, Args: []string{"run", "--config", coreFile}})
+}
+
 // enforce starts demarc and puts a policy in force.
 func (m *machine) enforce(policy string) {
 	m.t.Helper()
-	call[bool](m, "Start", talk.Command{Path: "/bin/demarc-core", Args: []string{"run", "--config", coreFile}})
+	m.start()
 	call[bool](m, "Start", talk.Command{Path: "/bin/demarc-agent", Args: []string{"--config", agentFile}, User: agentUser})
 	m.set(policyFile, policy)
 	m.run("demarc", "status", "--wait", "idle", "--timeout", patience.String())
@@ -251,17 +258,12 @@ func (m *machine) stop() {
 
 func (m *machine) log() string { return strings.ReplaceAll(m.qemu.Output(), "\r", "") }
 
-// workload is a probe in a cgroup of a machine.
-type workload struct {
-	*machine
-	cgroup string
-}
-
-func (m *machine) workload(name string) workload { return workload{m, "lab/" + name} }
-
-func (w workload) do(c probe.Call) probe.Result {
-	w.t.Helper()
-	return call[probe.Result](w.machine, "Probe", talk.ProbeCall{Cgroup: w.cgroup, Call: c})
+// workload makes the calls of a workload of the machine.
+func (m *machine) workload(name string) caller {
+	return func(c probe.Call) probe.Result {
+		m.t.Helper()
+		return call[probe.Result](m, "Probe", talk.ProbeCall{Cgroup: "lab/" + name, Call: c})
+	}
 }
 
 func check(t *testing.T, err error, doing string) {

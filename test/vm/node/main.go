@@ -54,7 +54,7 @@ func serve() error {
 	if err != nil {
 		return fmt.Errorf("open channel: %w", err)
 	}
-	n := &Node{probes: map[string]*workload{}, stop: make(chan struct{})}
+	n := &Node{probes: map[string]*workload{}, daemons: map[string]*exec.Cmd{}, stop: make(chan struct{})}
 	server := rpc.NewServer()
 	if err := server.RegisterName(talk.Service, n); err != nil {
 		return err
@@ -171,7 +171,30 @@ func (n *Node) Run(c talk.Command, reply *talk.Outcome) error {
 
 // Start starts a program that goes on. What it says is in the machine's log.
 func (n *Node) Start(c talk.Command, _ *bool) error {
-	return command(c, os.Stdout, os.Stdout).Start()
+	cmd := command(c, os.Stdout, os.Stdout)
+	if err := cmd.Start(); err != nil {
+		return err
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.daemons[c.Path] = cmd
+	return nil
+}
+
+// Kill ends a program that was started, as a crash does.
+func (n *Node) Kill(path string, _ *bool) error {
+	n.mu.Lock()
+	cmd := n.daemons[path]
+	delete(n.daemons, path)
+	n.mu.Unlock()
+	if cmd == nil {
+		return fmt.Errorf("%s was not started", path)
+	}
+	if err := cmd.Process.Kill(); err != nil {
+		return err
+	}
+	_, err := cmd.Process.Wait()
+	return err
 }
 
 func command(c talk.Command, stdout, stderr io.Writer) *exec.Cmd {

@@ -23,8 +23,9 @@ import (
 type Node struct {
 	stop chan struct{}
 
-	mu     sync.Mutex
-	probes map[string]*workload // by cgroup
+	mu      sync.Mutex
+	probes  map[string]*workload // by cgroup
+	daemons map[string]*exec.Cmd // by path
 }
 
 // workload is a probe in a cgroup.
