@@ -144,10 +144,8 @@ func TestFleet(t *testing.T) {
 				t.Errorf("conversations (-declared +answered on the wires):\n%s", diff)
 			}
 			if t.Failed() {
-				for name, m := range machines {
-					for _, f := range m.flows() {
-						t.Log(name, netlab.Describe(f))
-					}
+				for _, m := range machines {
+					m.tell()
 				}
 			}
 		})

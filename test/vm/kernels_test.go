@@ -5,7 +5,9 @@ package vm_test
 import (
 	"encoding/json"
 	"fmt"
+	"maps"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -88,29 +90,39 @@ func testKernel(t *testing.T, programs, series string) *machine {
 	m.healthy()
 	m.control(outside)
 	stranger := caller(outside.Probe(lab.Cgroup("outside")).Do)
+	// Who is refused by the listener's side is told so, and others at their own call.
+	denied := map[string]bool{}
 	for _, c := range []struct {
-		from   caller
-		name   string
-		to     *netlab.Namespace
-		port   uint16
-		reason abi.Reason // "" = nothing is told
+		from     caller
+		name     string
+		to       *netlab.Namespace
+		port     uint16
+		tcp, udp string // what the application is told
 	}{
-		{m.workload("web"), "web", m.ns, 7001, abi.NoCrossingFor},
-		{m.workload("other"), "other", m.ns, 7000, abi.NoCrossingFor},
-		{m.workload("web"), "web", outside, 444, abi.NoCrossingFor},
-		{m.workload("other"), "other", outside, 443, abi.NoCrossingFor},
-		{stranger, "outside", m.ns, 7000, abi.NoCrossingFor},
+		{m.workload("web"), "web", m.ns, 7001, "connect: EPERM", "connect: EPERM"},
+		{m.workload("other"), "other", m.ns, 7000, "connect: ECONNREFUSED", "recv: ECONNREFUSED"},
+		{m.workload("web"), "web", outside, 444, "connect: EPERM", "connect: EPERM"},
+		{m.workload("other"), "other", outside, 443, "connect: EPERM", "connect: EPERM"},
 	} {
-		for _, network := range []string{"tcp", "udp"} {
+		for network, want := range map[string]string{"tcp": c.tcp, "udp": c.udp} {
 			for _, family := range families {
 				to := netip.AddrPortFrom(addressOf(c.to, family), c.port)
-				if got := c.from.reaches(network, to, short); got == "" {
-					t.Errorf("%s reaches %s %s", c.name, network, to)
+				if got := c.from.reaches(network, to, long); got != want {
+					t.Errorf("%s to %s %s: %q, want %q", c.name, network, to, got, want)
 				}
-				m.awaitDenied(c.reason, network, to)
+				denied[network+" "+to.String()] = true
 			}
 		}
 	}
+	for _, network := range []string{"tcp", "udp"} {
+		for _, family := range families {
+			to := netip.AddrPortFrom(addressOf(m.ns, family), 7000)
+			if stranger.reaches(network, to, short) == "" {
+				t.Errorf("outside reaches %s %s", network, to)
+			}
+		}
+	}
+	m.awaitDenied(denied)
 	m.settle()
 	for _, family := range families {
 		for port, silent := range map[uint16]bool{443: false, 444: true} {
@@ -150,6 +162,7 @@ func (m *machine) control(outside *netlab.Namespace) {
 			} {
 				if got := m.workload("web").reaches(network, to, long); got != "" {
 					m.t.Errorf("web to %s %s: %s", network, to, got)
+					m.tell()
 				}
 			}
 		}
@@ -179,18 +192,31 @@ func (m *machine) flows() (all []netlab.Flow) {
 	return all
 }
 
-// awaitDenied waits until a denial is told.
-func (m *machine) awaitDenied(reason abi.Reason, network string, to netip.AddrPort) {
+// tell logs what demarc tells.
+func (m *machine) tell() {
 	m.t.Helper()
-	for end := time.Now().Add(patience); time.Now().Before(end); {
+	for _, f := range m.flows() {
+		m.t.Log(m.ns.Name, f.Time.Format(time.TimeOnly), netlab.Describe(f))
+	}
+}
+
+// awaitDenied waits until denials are told of all that is named, "tcp 10.66.0.2:7001",
+// for want of a crossing.
+func (m *machine) awaitDenied(what map[string]bool) {
+	m.t.Helper()
+	var missing map[string]bool
+	for end := time.Now().Add(time.Minute); time.Now().Before(end); {
+		missing = maps.Clone(what)
 		for _, f := range m.flows() {
-			if f.Verdict == abi.Deny && f.Reason == reason && f.Protocol == network &&
-				netip.AddrPortFrom(f.Destination.Address, f.Destination.Port) == to {
-				return
+			if f.Verdict == abi.Deny && f.Reason == abi.NoCrossingFor {
+				delete(missing, f.Protocol+" "+f.Destination.Place())
 			}
 		}
+		if len(missing) == 0 {
+			return
+		}
 	}
-	m.t.Errorf("no denial of %s to %s was told: want %s", network, to, reason)
+	m.t.Errorf("no denial was told of %v", slices.Sorted(maps.Keys(missing)))
 }
 
 func serve(t *testing.T, m *machine, workload string, ports ...uint16) {

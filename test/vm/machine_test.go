@@ -17,6 +17,7 @@ import (
 
 	"github.com/vishvananda/netlink"
 
+	"github.com/demarc/demarc/bpf/abi"
 	"github.com/demarc/demarc/test/netlab"
 	"github.com/demarc/demarc/test/probe"
 	"github.com/demarc/demarc/test/vm/talk"
@@ -53,10 +54,10 @@ func boot(t *testing.T, programs string, lab *netlab.Lab, series ...string) []*m
 	for _, m := range all {
 		m.hello = call[talk.Machine](m, "Hello", struct{}{})
 	}
-	// A machine refuses tags of the 64 seconds of Unix time in which it started: it
-	// cannot know what it admitted before. The next ones begin now.
+	// A machine refuses tags of the time slot in which it started: it cannot know
+	// what it admitted before. The next slot begins now.
 	now := time.Now()
-	clock := time.Unix(now.Unix()/64*64+64, 0)
+	clock := time.Unix(0, (now.UnixNano()>>abi.TagSlotShift+1)<<abi.TagSlotShift)
 	for _, m := range all {
 		call[bool](m, "SetClock", clock.Add(time.Since(now)))
 	}
