@@ -249,7 +249,7 @@ func (m *machine) settle() {
 // stop ends the machine, which has to say that all was well with it.
 func (m *machine) stop() {
 	m.t.Helper()
-	call[bool](m, "Stop", struct{}{})
+	m.calls.Go(talk.Service+".Stop", struct{}{}, new(bool), nil) // the machine's end is the answer
 	m.qemu.Wait(patience)
 	if !strings.Contains(m.log(), "\n"+talk.Marker+"0\n") {
 		m.t.Errorf("%s did not end well", m.ns.Name)
