@@ -10,7 +10,7 @@ OBJECT := agent/core/demarc_bpfel.o
 ROOT_TESTS := ./agent/core/... ./test/...
 
 .DEFAULT_GOAL := help
-.PHONY: help build generate check-generate lint test unit root demo tcb fuzz bench bench-micro clean
+.PHONY: help build generate check-generate lint test test-kernels unit root demo tcb fuzz bench bench-micro clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,6 +30,7 @@ check-generate: ## fail if the committed objects are not what bpf/ compiles to
 lint: ## formatting and vet
 	@unformatted=$$(gofmt -l $$(git ls-files '*.go')); [ -z "$$unformatted" ] || { echo "gofmt would change:"; echo "$$unformatted"; exit 1; }
 	$(GO) vet ./...
+	$(GO) vet -tags kernels ./test/vm/...
 
 unit:
 	$(GO) test -race $$($(GO) list ./... | grep -v -e /agent/core -e '/test/')
@@ -41,6 +42,14 @@ root:
 test: ## everything that CI runs: generated code, lint, unit tests, tests as root
 	scripts/install test
 	$(MAKE) --no-print-directory check-generate lint tcb unit root
+
+# Newest last. Kernels are kept outside the checkout, by checksum; `make clean` removes them.
+KERNELS ?= 6.1 6.12 6.18 7.3
+KERNEL_CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/demarc/kernels
+test-kernels: ## demarc in virtual machines with the kernels KERNELS (6.1 6.12 6.18 7.3)
+	scripts/install kernels
+	test/vm/fetch $(KERNEL_CACHE) $(KERNELS)
+	DEMARC_KERNELS=$(KERNEL_CACHE) DEMARC_KERNEL_SERIES="$(KERNELS)" test/run -tags kernels -count=1 -v -timeout 30m ./test/vm
 
 demo: ## nginx -> API -> PostgreSQL in namespaces of its own, and what is refused
 	scripts/install demo
@@ -67,5 +76,5 @@ bench-micro: ## single packets by BPF_PROG_TEST_RUN, REPEAT (200000) times, net 
 	@mkdir -p $(BIN)
 	REPEAT=$(REPEAT) BENCH_JSON=$(CURDIR)/$(BIN)/bench-micro.json test/run -count=1 -v -timeout 20m -run '^TestPackets$$' ./test/bench
 
-clean: ## remove what the build made
-	rm -rf $(BIN)
+clean: ## remove what the build made, and kernels that were fetched
+	rm -rf $(BIN) $(KERNEL_CACHE)

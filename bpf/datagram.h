@@ -83,16 +83,13 @@ GLOBAL int opened_out(struct demarc_flow *flow, struct outcome *o)
 	return true;
 }
 
-/* A new flow leaves. */
-GLOBAL int open_flow(struct packet *p, struct outcome *o)
+/* The entry of a flow that opens here, under the verdict that it was given. */
+GLOBAL int note_flow(struct packet *p, struct outcome *o)
 {
 	struct demarc_flow fresh = {};
 
 	if (!p || !o)
 		return 0;
-	o->query.proof = DEMARC_PROOF_UNKNOWN;
-	if (!settle(o))
-		return false;
 	fresh.opener = o->query.subject;
 	fresh.epoch_out = DEMARC_ACTIVE_EPOCH(o->active);
 	fresh.verdict_out = o->query.verdict == DEMARC_PROVISIONAL ? DEMARC_PROVISIONAL : DEMARC_ALLOW;
@@ -103,10 +100,24 @@ GLOBAL int open_flow(struct packet *p, struct outcome *o)
 	fresh.unproven = fresh.verdict_out == DEMARC_PROVISIONAL;
 	fresh.until_out = window_end(&o->query);
 	fresh.last = o->query.now;
-	if (bpf_map_update_elem(&flows, &p->tuple, &fresh, BPF_ANY)) {
+	if (put_flow(&p->tuple, &fresh, BPF_ANY)) {
 		fault(DEMARC_FAULT_FLOW);
 		return !refused(o, DEMARC_MAP_FULL);
 	}
+	return true;
+}
+
+/* A new flow leaves. Its entry is made by a function of its own: frames of the
+ * stack add up, in steps of 32 bytes until Linux 6.7. */
+GLOBAL int open_flow(struct packet *p, struct outcome *o)
+{
+	if (!p || !o)
+		return 0;
+	o->query.proof = DEMARC_PROOF_UNKNOWN;
+	if (!settle(o))
+		return false;
+	if (!note_flow(p, o))
+		return false;
 	if (o->query.verdict != DEMARC_DENY && o->query.verdict != DEMARC_AUDIT)
 		report(o);
 	return true;
@@ -145,7 +156,7 @@ GLOBAL int datagram_out(struct packet *p, struct outcome *o)
 	if (!p || !o)
 		return 0;
 	ask_forward(o, p, DEMARC_EGRESS);
-	flow = icmp_answer(p) ? 0 : bpf_map_lookup_elem(&flows, &p->tuple);
+	flow = icmp_answer(p) ? 0 : flow_at(&p->tuple);
 	if (flow && flow->opener == o->query.subject && flow->epoch_out && fresh_flow(flow, o->query.now))
 		return opened_out(flow, o);
 
@@ -201,7 +212,7 @@ GLOBAL int accept_flow(struct packet *p, struct outcome *o)
 	fresh.until_in = window_end(&o->query);
 	fresh.epoch_in = DEMARC_ACTIVE_EPOCH(o->active);
 	fresh.last = o->query.now;
-	if (bpf_map_update_elem(&flows, &p->tuple, &fresh, BPF_ANY)) {
+	if (put_flow(&p->tuple, &fresh, BPF_ANY)) {
 		fault(DEMARC_FAULT_FLOW);
 		return !refused(o, DEMARC_MAP_FULL);
 	}
@@ -226,7 +237,7 @@ GLOBAL int datagram_in(struct packet *p, struct outcome *o)
 	}
 
 	ask_forward(o, p, DEMARC_INGRESS);
-	flow = bpf_map_lookup_elem(&flows, &p->tuple);
+	flow = flow_at(&p->tuple);
 	if (flow && !fresh_flow(flow, o->query.now))
 		flow = 0;
 	if (flow && flow->acceptor == o->query.subject && flow->verdict_in == DEMARC_ALLOW && flow->epoch_in == epoch &&
@@ -285,7 +296,7 @@ GLOBAL int talk(struct __sk_buff *skb, const struct packet *p, struct outcome *o
 	}
 	flow = bpf_map_lookup_elem(&flows, &mine);
 	if (!flow || !settled(flow, o->query.subject, epoch, true)) {
-		flow = bpf_map_lookup_elem(&flows, other);
+		flow = flow_at(other);
 		if (!flow || !settled(flow, o->query.subject, epoch, false))
 			return 0;
 	}

@@ -189,7 +189,7 @@ static __always_inline int datagram_leaves(struct __sk_buff *skb, struct packet 
 	struct demarc_tuple other;
 	struct demarc_flow *flow;
 
-	flow = bpf_map_lookup_elem(&flows, &p->tuple);
+	flow = flow_at(&p->tuple);
 	if (flow && flow->epoch_out && flow->provable && flow->opener >= DEMARC_ID_FIRST) {
 		if (flow->acceptor && now - flow->tagged < DEMARC_UDP_TAG_REFRESH) {
 			carry_on(skb, &p->tuple, DEMARC_ACTIVE_EPOCH(o->active), turns_so_far(), false);
@@ -332,16 +332,16 @@ GLOBAL int keep_proof(const struct packet *p, const struct outcome *o, __u64 mac
 		flow->acceptor = o->query.peer;
 		return 0;
 	}
-	flow = bpf_map_lookup_elem(&flows, &p->tuple);
+	flow = flow_at(&p->tuple);
 	if (flow && flow->epoch_out) /* it is opened here: the address is not the sender's */
 		return DEMARC_NO_STATE;
 	if (spent)
 		return flow && flow->opener == o->query.peer && fresh_flow(flow, o->query.now) ? 0 : spent;
 	if (!flow) {
 		fresh.last = o->query.now;
-		if (bpf_map_update_elem(&flows, &p->tuple, &fresh, BPF_NOEXIST))
+		if (put_flow(&p->tuple, &fresh, BPF_NOEXIST))
 			fault(DEMARC_FAULT_FLOW);
-		flow = bpf_map_lookup_elem(&flows, &p->tuple);
+		flow = flow_at(&p->tuple);
 	}
 	if (!flow)
 		return DEMARC_MAP_FULL;

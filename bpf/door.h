@@ -52,7 +52,7 @@ static __always_inline bool of_connection(struct bpf_sock *sk, const struct pack
 /* Whether the socket hook saw a datagram between these two places leave. */
 static __always_inline bool flow_left(const struct demarc_tuple *t)
 {
-	struct demarc_flow *flow = bpf_map_lookup_elem(&flows, t);
+	struct demarc_flow *flow = flow_at(t);
 	struct demarc_tuple other;
 
 	if (flow && flow->epoch_out)

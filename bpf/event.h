@@ -91,8 +91,12 @@ static __always_inline void tell(void *ring, __u32 which, const struct outcome *
 	e->pid = 0;
 	__builtin_memset(e->comm, 0, sizeof(e->comm));
 	if (o->task) {
-		e->pid = bpf_get_current_pid_tgid() >> 32;
-		bpf_get_current_comm(e->comm, sizeof(e->comm));
+		/* Read from the task itself: until Linux 6.17 the helpers for it are
+		 * not offered to programs of packets. */
+		struct task_struct *task = bpf_get_current_task_btf();
+
+		e->pid = task->tgid;
+		bpf_probe_read_kernel(e->comm, sizeof(e->comm), task->comm);
 	}
 	bpf_ringbuf_submit(e, 0);
 }

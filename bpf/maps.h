@@ -297,4 +297,34 @@ static __always_inline void fault(__u32 which)
 		__sync_fetch_and_add(n, 1);
 }
 
+/* Entries by a tuple that a global function was given. Linux 6.1 takes no key for a
+ * map from memory of which it knows only the size, so it is copied to the stack. */
+static __noinline struct demarc_flow *flow_at(const struct demarc_tuple *opener)
+{
+	struct demarc_tuple key = *opener;
+
+	return bpf_map_lookup_elem(&flows, &key);
+}
+
+static __noinline long put_flow(const struct demarc_tuple *opener, const struct demarc_flow *flow, __u64 flags)
+{
+	struct demarc_tuple key = *opener;
+
+	return bpf_map_update_elem(&flows, &key, flow, flags);
+}
+
+static __noinline struct demarc_pending_syn *pending_at(const struct demarc_tuple *opener)
+{
+	struct demarc_tuple key = *opener;
+
+	return bpf_map_lookup_elem(&pending_syns, &key);
+}
+
+static __noinline long put_pending(const struct demarc_tuple *opener, const struct demarc_pending_syn *syn)
+{
+	struct demarc_tuple key = *opener;
+
+	return bpf_map_update_elem(&pending_syns, &key, syn, BPF_ANY);
+}
+
 #endif

@@ -51,11 +51,11 @@ GLOBAL int vouch(const struct demarc_tuple *opener, __u32 identity, bool accepts
 
 	if (!opener)
 		return 0;
-	flow = bpf_map_lookup_elem(&flows, opener);
+	flow = flow_at(opener);
 	if (!flow) {
-		if (bpf_map_update_elem(&flows, opener, &fresh, BPF_NOEXIST))
+		if (put_flow(opener, &fresh, BPF_NOEXIST))
 			fault(DEMARC_FAULT_FLOW);
-		flow = bpf_map_lookup_elem(&flows, opener);
+		flow = flow_at(opener);
 	}
 	if (!flow)
 		return 0;
@@ -77,7 +77,7 @@ static __always_inline void ask_vouchers(struct outcome *o, bool acceptor)
 
 	if (o->query.proof != DEMARC_PROOF_NONE || !(DEMARC_ACTIVE_FLAGS(o->active) & DEMARC_ACTIVE_UNMANAGED))
 		return;
-	flow = bpf_map_lookup_elem(&flows, &o->opener);
+	flow = flow_at(&o->opener);
 	if (!flow || o->query.now - flow->last > DEMARC_FLOW_IDLE)
 		return;
 	peer = acceptor ? flow->acceptor : flow->opener;
@@ -145,7 +145,7 @@ GLOBAL int syn_in(struct __sk_buff *skb, struct packet *p, struct outcome *o)
 		spent = spend(mac, o->query.now);
 	}
 	if (!tagged || spent) { /* a tag that is new is of a SYN that is new */
-		pending = bpf_map_lookup_elem(&pending_syns, &p->tuple);
+		pending = pending_at(&p->tuple);
 		again = pending && pending->seq == p->seq && pending->self == o->query.subject &&
 			pending->proof == o->query.proof && pending->peer == o->query.peer;
 		if (again && pending->epoch == DEMARC_ACTIVE_EPOCH(o->active))
@@ -168,7 +168,7 @@ GLOBAL int syn_in(struct __sk_buff *skb, struct packet *p, struct outcome *o)
 	fresh.reason = o->query.reason;
 	fresh.slot = o->query.slot;
 	fresh.until = window_end(&o->query);
-	if (bpf_map_update_elem(&pending_syns, &p->tuple, &fresh, BPF_ANY)) {
+	if (put_pending(&p->tuple, &fresh)) {
 		fault(DEMARC_FAULT_PENDING);
 		return !refused(o, DEMARC_MAP_FULL);
 	}
@@ -185,7 +185,7 @@ GLOBAL int synack_out(struct __sk_buff *skb, struct packet *p, struct outcome *o
 	if (!p || !o)
 		return 0;
 	ask_back(o, p, DEMARC_INGRESS);
-	pending = bpf_map_lookup_elem(&pending_syns, &o->opener);
+	pending = pending_at(&o->opener);
 	if (!pending) {
 		/* A redirected port is translated back before packets are judged, so
 		 * its entry is not found here. The SYN that is answered was admitted,
@@ -246,7 +246,7 @@ GLOBAL int ack_in(struct packet *p, struct outcome *o)
 
 	if (!p || !o)
 		return 0;
-	pending = bpf_map_lookup_elem(&pending_syns, &p->tuple);
+	pending = pending_at(&p->tuple);
 	ask_forward(o, p, DEMARC_INGRESS);
 	if (!pending || pending->self != o->query.subject || p->flags & FLAG_SYN)
 		return !refused(o, DEMARC_NO_STATE);

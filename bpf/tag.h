@@ -296,14 +296,18 @@ static __always_inline bool opens_fast(const struct packet *p, bool cookie)
 GLOBAL int find_tag(struct __sk_buff *skb, struct packet *p, struct demarc_tag *tag)
 {
 	struct option_walk walk = {};
-	__u32 at;
+	__u32 at, beyond;
 
 	if (!p || !tag)
 		return -1;
 	walk.length = p->options;
 	if (walk.length == 0)
 		return 0;
-	if (walk.length > TCP_OPTIONS_MAX)
+	/* Linux 6.1 does not learn from a comparison with 0 that there is something
+	 * to read; from this one it does. */
+	beyond = walk.length - 1;
+	barrier_var(beyond);
+	if (beyond >= TCP_OPTIONS_MAX)
 		return -1;
 	if (walk.length == USUAL_OPTIONS + DEMARC_TAG_LENGTH) {
 		if (cut(skb, p->transport + 20, walk.options, USUAL_OPTIONS + DEMARC_TAG_LENGTH))
@@ -313,7 +317,7 @@ GLOBAL int find_tag(struct __sk_buff *skb, struct packet *p, struct demarc_tag *
 			p->tag = USUAL_OPTIONS + 1;
 			return opens_fast(p, false) ? -1 : 1;
 		}
-	} else if (bpf_skb_load_bytes(skb, p->transport + 20, walk.options, walk.length)) {
+	} else if (bpf_skb_load_bytes(skb, p->transport + 20, walk.options, beyond + 1)) {
 		return -1;
 	}
 	bpf_loop(TCP_OPTIONS_MAX, next_option, &walk, 0);

@@ -70,6 +70,11 @@ struct sk_buff {
 	__u8 ip_summed : 2;
 };
 
+struct task_struct {
+	int tgid;
+	char comm[16];
+};
+
 #pragma clang attribute pop
 
 extern void *bpf_cast_to_kern_ctx(void *) __attribute__((section(".ksyms")));

@@ -20,6 +20,7 @@ type check struct {
 	OK      bool   `json:"ok"`
 	Tried   string `json:"tried"`
 	Problem string `json:"problem,omitempty"`
+	Limit   string `json:"limit,omitempty"`
 	Fix     string `json:"fix,omitempty"`
 }
 
@@ -74,9 +75,12 @@ func preflightRun(ctx context.Context, env *environment, o preflightOptions) err
 func printChecks(env *environment, checks []check) error {
 	rows := make([][]string, 0, len(checks))
 	for _, c := range checks {
-		result, fix := "ok", ""
-		if !c.OK {
-			result, fix = "FAILED: "+c.Problem, c.Fix
+		result, fix := "ok", c.Fix
+		switch {
+		case !c.OK:
+			result = "FAILED: " + c.Problem
+		case c.Limit != "":
+			result = "limit: " + c.Limit
 		}
 		rows = append(rows, []string{c.Name, c.Tried, result, fix})
 	}

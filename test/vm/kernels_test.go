@@ -1,0 +1,229 @@
+//go:build kernels
+
+package vm_test
+
+import (
+	"encoding/json"
+	"fmt"
+	"maps"
+	"net/netip"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
+
+	"github.com/demarc/demarc/agent/api"
+	"github.com/demarc/demarc/agent/core/proto"
+	"github.com/demarc/demarc/bpf/abi"
+	"github.com/demarc/demarc/test/netlab"
+)
+
+// limits are what kernels of a series are known to lack. A kernel that lacks
+// something else, or has more than is said here, fails.
+var limits = map[string][]string{
+	"6.1": {"no device boundary: this kernel has no tcx; UDP proofs do not cross hosts"},
+}
+
+// single is the policy of one machine. `other` has a crossing on that port, so that
+// only the receiver can refuse what it sends to db.
+const single = `
+workloads:
+  web: {zone: app, match: [{cgroup: /lab/web}]}
+  db: {zone: app, match: [{cgroup: /lab/db}]}
+  other: {zone: app, match: [{cgroup: /lab/other}]}
+networks:
+  outside: {zone: app, cidrs: [%[1]s/32, "%[2]s/128"]}
+crossings:
+  - {name: web-db, from: [workload/web], to: [workload/db], ports: [tcp/7000, udp/7000]}
+  - {name: other-web, from: [workload/other], to: [workload/web], ports: [tcp/7000, udp/7000]}
+  - {name: leave, from: [workload/web], to: [network/outside], ports: [tcp/443, udp/443], identity: none}
+  - {name: visit, from: [network/outside], to: [workload/web], ports: [tcp/443, udp/443], identity: none}
+`
+
+// On each kernel demarc loads, enforces, is taken over by a core that starts anew,
+// and says what it cannot do there.
+func TestKernels(t *testing.T) {
+	programs := build(t)
+	var table strings.Builder
+	fmt.Fprintf(&table, "%-8s %-28s %6s %6s  %-6s %s\n", "kernel", "release", "boot s", "test s", "result", "limits")
+	defer func() { t.Logf("\n%s", &table) }()
+	for _, s := range series(t) {
+		begin, hello := time.Now(), "not booted"
+		boot := 0.0
+		passed := t.Run(s, func(t *testing.T) {
+			m := testKernel(t, programs, s)
+			hello, boot = m.hello.Release, m.hello.Uptime
+		})
+		result := map[bool]string{true: "pass", false: "FAIL"}[passed]
+		fmt.Fprintf(&table, "%-8s %-28s %6.1f %6.1f  %-6s %s\n", s, hello, boot, time.Since(begin).Seconds(), result, strings.Join(limits[s], "; "))
+	}
+}
+
+func testKernel(t *testing.T, programs, series string) *machine {
+	lab := netlab.New(t)
+	outside := lab.Namespace("outside")
+	outside.Echo(443)
+	outside.Echo(444)
+	m := boot(t, programs, lab, series)[0]
+
+	var checks []struct {
+		Name, Limit string
+		OK          bool
+	}
+	check(t, json.Unmarshal([]byte(m.run("demarc", "preflight", "-o", "json")), &checks), "read preflight")
+	var limited []string
+	for _, c := range checks {
+		if c.Limit != "" {
+			limited = append(limited, c.Limit)
+		}
+	}
+	if diff := cmp.Diff(limits[series], limited); diff != "" {
+		t.Errorf("limits of preflight (-want +got):\n%s", diff)
+	}
+
+	m.enforce(document(fmt.Sprintf(single, outside.IP4, outside.IP6)))
+	serve(t, m, "db", 7000, 7001)
+	serve(t, m, "web", 443)
+	m.healthy()
+	m.control(outside)
+	stranger := caller(outside.Probe(lab.Cgroup("outside")).Do)
+	// Who is refused by the listener's side is told so, and others at their own call.
+	denied := map[string]bool{}
+	for _, c := range []struct {
+		from     caller
+		name     string
+		to       *netlab.Namespace
+		port     uint16
+		tcp, udp string // what the application is told
+	}{
+		{m.workload("web"), "web", m.ns, 7001, "connect: EPERM", "connect: EPERM"},
+		{m.workload("other"), "other", m.ns, 7000, "connect: ECONNREFUSED", "recv: ECONNREFUSED"},
+		{m.workload("web"), "web", outside, 444, "connect: EPERM", "connect: EPERM"},
+		{m.workload("other"), "other", outside, 443, "connect: EPERM", "connect: EPERM"},
+	} {
+		for network, want := range map[string]string{"tcp": c.tcp, "udp": c.udp} {
+			for _, family := range families {
+				to := netip.AddrPortFrom(addressOf(c.to, family), c.port)
+				if got := c.from.reaches(network, to, long); got != want {
+					t.Errorf("%s to %s %s: %q, want %q", c.name, network, to, got, want)
+				}
+				denied[network+" "+to.String()] = true
+			}
+		}
+	}
+	for _, network := range []string{"tcp", "udp"} {
+		for _, family := range families {
+			to := netip.AddrPortFrom(addressOf(m.ns, family), 7000)
+			if stranger.reaches(network, to, short) == "" {
+				t.Errorf("outside reaches %s %s", network, to)
+			}
+		}
+	}
+	m.awaitDenied(denied)
+	m.settle()
+	for _, family := range families {
+		for port, silent := range map[uint16]bool{443: false, 444: true} {
+			for _, proto := range []uint8{unix.IPPROTO_TCP, unix.IPPROTO_UDP} {
+				seen := len(m.wire.Packets(netlab.To(proto, addressOf(outside, family), port)))
+				if silent != (seen == 0) {
+					t.Errorf("%d packets of protocol %d to port %d over %s on the wire", seen, proto, port, family)
+				}
+			}
+		}
+		visited := func(p netlab.Packet) bool {
+			return p.Sent && p.Src == netip.AddrPortFrom(addressOf(m.ns, family), 7000) && p.Flags&2 != 0
+		}
+		if n := m.wire.Count(visited); n > 0 {
+			t.Errorf("%d SYN-ACKs of a port that is not declared", n)
+		}
+	}
+
+	// Another core takes over what is in force.
+	call[bool](m, "Kill", corePath)
+	m.control(outside)
+	m.start()
+	m.run("demarc", "status", "--wait", "enforcing", "--timeout", patience.String())
+	m.healthy()
+	m.control(outside)
+	m.stop()
+	return m
+}
+
+// control shows that what is declared works.
+func (m *machine) control(outside *netlab.Namespace) {
+	m.t.Helper()
+	for _, network := range []string{"tcp", "udp"} {
+		for _, family := range families {
+			for _, to := range []netip.AddrPort{
+				netip.AddrPortFrom(addressOf(m.ns, family), 7000), netip.AddrPortFrom(addressOf(outside, family), 443),
+			} {
+				if got := m.workload("web").reaches(network, to, long); got != "" {
+					m.t.Errorf("web to %s %s: %s", network, to, got)
+					m.tell()
+				}
+			}
+		}
+	}
+}
+
+// healthy shows that enforcement is as it should be, and what is not enforced is
+// said.
+func (m *machine) healthy() {
+	m.t.Helper()
+	var s api.Status
+	check(m.t, json.Unmarshal([]byte(m.run("demarc", "status", "-o", "json")), &s), "read status")
+	got := api.Status{State: s.State, Problems: s.Problems, Limits: s.Limits}
+	if diff := cmp.Diff(api.Status{State: proto.StateEnforcing, Limits: limits[m.series]}, got); diff != "" {
+		m.t.Errorf("status of %s (-want +got):\n%s", m.ns.Name, diff)
+	}
+}
+
+// flows is what demarc tells of a machine.
+func (m *machine) flows() (all []netlab.Flow) {
+	m.t.Helper()
+	for d := json.NewDecoder(strings.NewReader(m.run("demarc", "flows", "--all", "-o", "json"))); d.More(); {
+		var f netlab.Flow
+		check(m.t, d.Decode(&f), "read flows")
+		all = append(all, f)
+	}
+	return all
+}
+
+// tell logs what demarc tells.
+func (m *machine) tell() {
+	m.t.Helper()
+	for _, f := range m.flows() {
+		m.t.Log(m.ns.Name, f.Time.Format(time.TimeOnly), netlab.Describe(f))
+	}
+}
+
+// awaitDenied waits until denials are told of all that is named, "tcp 10.66.0.2:7001",
+// for want of a crossing.
+func (m *machine) awaitDenied(what map[string]bool) {
+	m.t.Helper()
+	var missing map[string]bool
+	for end := time.Now().Add(time.Minute); time.Now().Before(end); {
+		missing = maps.Clone(what)
+		for _, f := range m.flows() {
+			if f.Verdict == abi.Deny && f.Reason == abi.NoCrossingFor {
+				delete(missing, f.Protocol+" "+f.Destination.Place())
+			}
+		}
+		if len(missing) == 0 {
+			return
+		}
+	}
+	m.t.Errorf("no denial was told of %v", slices.Sorted(maps.Keys(missing)))
+}
+
+func serve(t *testing.T, m *machine, workload string, ports ...uint16) {
+	t.Helper()
+	for _, port := range ports {
+		if problem := m.workload(workload).serve(port); problem != "" {
+			t.Fatalf("%s: serve port %d: %s", workload, port, problem)
+		}
+	}
+}
