@@ -471,7 +471,7 @@ func (p *prober) find(ctx context.Context) (*findings, error) {
 			h.From, h.Tag, silent = c.from, fateOf(a.sent, &c.about), 0
 		}
 		f.hops = append(f.hops, h)
-		if c != nil && c.kind != expired {
+		if _, _, found := blame(f.hops); found || c != nil && c.kind != expired {
 			break
 		}
 	}
