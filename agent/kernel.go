@@ -4,6 +4,8 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"sync/atomic"
+	"time"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/ringbuf"
@@ -19,6 +21,9 @@ type kernel interface {
 	// Next waits for a ring's next event. It returns os.ErrClosed once the kernel
 	// is closed. One goroutine reads each ring; the bytes hold until its next call.
 	Next(ring int) ([]byte, error)
+	// Drained says whether every event made before this call was returned by Next,
+	// and its reader asks for another.
+	Drained() bool
 	// RingID tells one ring from another that takes its place.
 	RingID(ring int) uint64
 	Counts() (map[abi.CountKey]uint64, error)
@@ -35,6 +40,8 @@ type donated struct {
 	rings    [abi.Rings]*ringbuf.Reader
 	buffers  [abi.Rings]*ebpf.Map      // of the rings; closing one would end its reader's polling
 	records  [abi.Rings]ringbuf.Record // owned by the ring's reader
+	returned [abi.Rings]atomic.Uint64  // by Next
+	waiting  [abi.Rings]atomic.Bool    // in Next
 	ids      [abi.Rings]uint64
 	counts   *ebpf.Map
 	states   *ebpf.Map
@@ -103,12 +110,38 @@ func openMap(f *os.File, kind ebpf.MapType) (*ebpf.Map, error) {
 	return m, nil
 }
 
+// rest is how long a ring that was read empty is left alone. An event that wakes its
+// reader costs the packet that made it several microseconds; those that come
+// meanwhile cost nothing more, and the rings hold far more than come in that time.
+const rest = 10 * time.Millisecond
+
 func (m *donated) Next(ring int) ([]byte, error) {
+	if r := &m.records[ring]; r.RawSample != nil && r.Remaining == 0 {
+		time.Sleep(rest)
+	}
+	m.waiting[ring].Store(true)
 	err := m.rings[ring].ReadInto(&m.records[ring])
+	m.waiting[ring].Store(false)
+	m.returned[ring].Add(1)
 	if errors.Is(err, ringbuf.ErrClosed) {
 		err = os.ErrClosed
 	}
 	return m.records[ring].RawSample, err
+}
+
+func (m *donated) Drained() bool {
+	for i := range m.rings {
+		before := m.returned[i].Load()
+		if !m.waiting[i].Load() || m.rings[i].AvailableBytes() > 0 {
+			return false
+		}
+		// What was just taken out is on its way through Next.
+		time.Sleep(time.Millisecond)
+		if !m.waiting[i].Load() || m.returned[i].Load() != before {
+			return false
+		}
+	}
+	return true
 }
 
 func (m *donated) RingID(ring int) uint64 { return m.ids[ring] }

@@ -261,6 +261,8 @@ func (m *memory) Next(ring int) ([]byte, error) {
 	}
 }
 
+func (m *memory) Drained() bool { return len(m.events[0])+len(m.events[1]) == 0 }
+
 func (m *memory) RingID(int) uint64 { return 1 }
 
 func (m *memory) Counts() (map[abi.CountKey]uint64, error) {

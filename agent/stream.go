@@ -114,6 +114,7 @@ func (s *service) flows(w http.ResponseWriter, r *http.Request) {
 		ctx, cancel = context.WithDeadline(ctx, q.until)
 		defer cancel()
 	}
+	s.link.catchUp(ctx)
 	_ = out.run(ctx, s.link.store) // the reader has gone
 }
 

@@ -236,8 +236,10 @@ GLOBAL int datagram_in(struct packet *p, struct outcome *o)
 	o->query.proof = flow && flow->opener ? DEMARC_PROOF_IDENTITY : DEMARC_PROOF_NONE;
 	o->query.peer = flow ? flow->opener : DEMARC_ID_NONE;
 	again = flow && flow->acceptor == o->query.subject && flow->epoch_in;
-	if (!(again ? settle_again(o) : settle(o)))
+	if (!(again ? settle_again(o) : settle(o))) {
+		tell_refusal(o, 0);
 		return false;
+	}
 	if (!flow) {
 		if (!accept_flow(p, o))
 			return false;

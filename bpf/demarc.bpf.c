@@ -24,7 +24,9 @@
 #include "event.h"
 #include "limit.h"
 #include "tag.h"
+#include "replay.h"
 #include "judge.h"
+#include "refusal.h"
 #include "stream.h"
 #include "datagram.h"
 #include "skb.h"
@@ -32,6 +34,7 @@
 #include "handshake.h"
 #include "cgroup.h"
 #include "device.h"
+#include "door.h"
 #include "listener.h"
 
 char LICENSE[] SEC("license") = "GPL";
@@ -49,6 +52,7 @@ EMIT(demarc_path_key);
 EMIT(demarc_unit);
 EMIT(demarc_event);
 EMIT(demarc_query);
+EMIT(demarc_refusal);
 
 SEC("cgroup/sock_create")
 int sock_create(struct bpf_sock *ctx)
@@ -143,7 +147,15 @@ int tc_egress(struct __sk_buff *skb)
 SEC("tcx/ingress")
 int tc_ingress(struct __sk_buff *skb)
 {
-	return frame_arrives(skb);
+	return frame_arrives(skb, false);
+}
+
+SEC("tcx/ingress")
+int tc_door(struct __sk_buff *skb)
+{
+	int verdict = frame_from_workload(skb);
+
+	return verdict == TCX_NEXT ? frame_arrives(skb, true) : verdict;
 }
 
 SEC("iter/tcp")

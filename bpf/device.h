@@ -29,7 +29,7 @@ static __always_inline __u32 wall_seconds(__u64 now)
 	__u32 zero = 0;
 	struct demarc_state *s = bpf_map_lookup_elem(&state, &zero);
 
-	return s && s->wall ? (now + s->wall) / 1000000000ULL : 0;
+	return s ? wall_clock(s, now) / 1000000000ULL : 0;
 }
 
 /* The option checksum: with it, the surplus area and its length add up to zero,
@@ -170,6 +170,47 @@ static __always_inline int datagram_leaves(struct __sk_buff *skb, struct packet 
 	return TCX_NEXT;
 }
 
+/* Who may have written a tag on a SYN or SYN-ACK that is made here: the socket hook
+ * saw that it is the socket's own. */
+static __always_inline bool tagged_by_us(struct __sk_buff *skb, const struct packet *p, __u32 slot, __u32 claimed)
+{
+	struct bpf_sock *sk = skb->sk, *full;
+	struct demarc_pending_syn *pending;
+	struct demarc_tuple opener;
+
+	if (!sk) { /* an answer by SYN cookie has no owner */
+		reverse(&opener, &p->tuple);
+		pending = bpf_map_lookup_elem(&pending_syns, &opener);
+		return pending && pending->self == claimed;
+	}
+	full = bpf_sk_fullsock(sk);
+	if (full && full->type != SOCK_STREAM)
+		return false;
+	return identity_of(slot, bpf_skb_cgroup_id(skb)) == claimed;
+}
+
+/* A tag that somebody else than the kernel put on a packet of this host. What is
+ * only forwarded is its sender's business. */
+GLOBAL int foreign_tag(struct __sk_buff *skb, struct packet *p, struct outcome *o)
+{
+	struct demarc_tag tag = {};
+	__u16 option[2];
+	int found;
+
+	if (!p || !o || skb->ingress_ifindex)
+		return 0;
+	if (p->tuple.proto == PROTO_TCP && p->flags & FLAG_SYN) {
+		found = find_tag(skb, p, &tag);
+		return found && (found < 0 || !tagged_by_us(skb, p, o->query.slot, bpf_ntohl(tag.claim) >> 8));
+	}
+	if (p->tuple.proto != PROTO_UDP || !p->end || p->transport + p->length >= p->end)
+		return 0;
+	if (bpf_skb_load_bytes(skb, p->transport + p->length + (p->length & 1) + 2, option, sizeof(option)))
+		return 0;
+	return option[0] == bpf_htons(DEMARC_UDP_TAG_KIND << 8 | DEMARC_UDP_TAG_LENGTH) &&
+	       option[1] == bpf_htons(DEMARC_TAG_EXID);
+}
+
 GLOBAL int frame_leaves(struct __sk_buff *skb)
 {
 	struct outcome o;
@@ -180,30 +221,43 @@ GLOBAL int frame_leaves(struct __sk_buff *skb)
 		return TCX_NEXT;
 	if (frame_of_workload(skb, &o) && refused(&o, DEMARC_RAW_SOCKET))
 		return TCX_DROP;
-	if (parse(skb, ETHERNET_HEADER, &p) || p.tuple.proto != PROTO_UDP)
+	if (parse(skb, ETHERNET_HEADER, &p))
 		return TCX_NEXT;
-	return datagram_leaves(skb, &p, &o);
+	if (foreign_tag(skb, &p, &o)) {
+		__builtin_memcpy(&o.opener, &p.tuple, sizeof(o.opener));
+		if (refused(&o, DEMARC_TAG_BAD_IDENTITY))
+			return TCX_DROP;
+	}
+	return p.tuple.proto == PROTO_UDP ? datagram_leaves(skb, &p, &o) : TCX_NEXT;
 }
 
-/* Keeps what a datagram's tag proved: who opened the flow, or who answered it. */
-GLOBAL int keep_proof(const struct packet *p, const struct outcome *o, bool answer)
+/* Keeps what a datagram's tag proved: who opened the flow, or who answered it.
+ * Returns 0, or why not. A tag that was used before proves nothing new: datagrams
+ * of one second have the same one. */
+GLOBAL int keep_proof(const struct packet *p, const struct outcome *o, __u64 mac, bool answer)
 {
 	struct demarc_flow fresh = {}, *flow;
 	struct demarc_tuple opener;
+	int spent;
 
 	if (!p || !o)
-		return 0;
+		return DEMARC_NO_STATE;
+	spent = spend(mac, o->query.now);
 	if (answer) {
 		reverse(&opener, &p->tuple);
 		flow = bpf_map_lookup_elem(&flows, &opener);
 		if (!flow || !flow->epoch_out) /* nobody here asked */
-			return 0;
+			return DEMARC_NO_STATE;
+		if (flow->acceptor != o->query.peer && spent)
+			return spent;
 		flow->acceptor = o->query.peer;
-		return 1;
+		return 0;
 	}
 	flow = bpf_map_lookup_elem(&flows, &p->tuple);
 	if (flow && flow->epoch_out) /* it is opened here: the address is not the sender's */
-		return 0;
+		return DEMARC_NO_STATE;
+	if (spent)
+		return flow && flow->opener == o->query.peer && fresh_flow(flow, o->query.now) ? 0 : spent;
 	if (!flow) {
 		fresh.last = o->query.now;
 		if (bpf_map_update_elem(&flows, &p->tuple, &fresh, BPF_NOEXIST))
@@ -211,30 +265,73 @@ GLOBAL int keep_proof(const struct packet *p, const struct outcome *o, bool answ
 		flow = bpf_map_lookup_elem(&flows, &p->tuple);
 	}
 	if (!flow)
-		return 0;
+		return DEMARC_MAP_FULL;
 	if (flow->opener != o->query.peer) {
 		flow->opener = o->query.peer;
 		flow->epoch_in = 0; /* another peer: judged anew */
 	}
 	flow->owed = 1;
 	flow->last = o->query.now;
-	return 1;
+	return 0;
 }
 
-GLOBAL int frame_arrives(struct __sk_buff *skb)
+/* ICMP that a kernel says by itself: errors, answers, neighbours, groups. */
+static __always_inline bool icmp_of_kernel(const struct packet *p)
+{
+	if (p->tuple.proto == PROTO_ICMP)
+		return p->icmp == 0 || p->icmp == 3 || p->icmp == 11 || p->icmp == 12;
+	return (p->icmp >= 1 && p->icmp <= 4) || (p->icmp >= 129 && p->icmp <= 136) || p->icmp == 143;
+}
+
+/* ICMP that comes in: what tells of errors, answers, and finds neighbours. A
+ * redirect would move the host's routes, and what else there is nobody needs. Echo
+ * requests are answered by the kernel, on behalf of no workload. Returns 0 or why
+ * not. */
+GLOBAL int icmp_arrives(struct packet *p, struct outcome *o)
+{
+	bool ipv6;
+
+	if (!p || !o)
+		return DEMARC_UNDECIDED;
+	ipv6 = p->tuple.proto == PROTO_ICMP6;
+	if (p->icmp != (ipv6 ? 128 : 8))
+		return icmp_of_kernel(p) ? 0 : DEMARC_ICMP_TYPE;
+	if (carefree(o->query.slot, DEMARC_ID_UNMANAGED))
+		return 0;
+	ask_forward(o, p, DEMARC_INGRESS);
+	o->query.subject = DEMARC_ID_UNMANAGED;
+	decide(&o->query);
+	return o->query.verdict == DEMARC_DENY ? o->query.reason : 0;
+}
+
+/* What comes out of a door goes anywhere: only what comes from outside is asked of
+ * this host. */
+GLOBAL int frame_arrives(struct __sk_buff *skb, bool door)
 {
 	struct demarc_udp_tag tag;
 	struct outcome o;
 	struct packet p;
 	__u32 at, claim;
 	__s32 age;
+	int wrong;
 
 	begin(&o, active_word(), DEMARC_ID_NONE, 0, DEMARC_HOOK_DEVICE);
 	if (!(DEMARC_ACTIVE_FLAGS(o.active) & DEMARC_ACTIVE_ON))
 		return TCX_NEXT;
 	if (frame_of_workload(skb, &o) && refused(&o, DEMARC_RAW_SOCKET))
 		return TCX_DROP;
-	if (parse(skb, ETHERNET_HEADER, &p) || p.tuple.proto != PROTO_UDP || !p.end)
+	wrong = parse(skb, ETHERNET_HEADER, &p);
+	if (!door && (p.tuple.proto == PROTO_ICMP || p.tuple.proto == PROTO_ICMP6)) {
+		if (wrong == DEMARC_FRAGMENT && !p.length) /* the type is in the first one */
+			wrong = bpf_skb_load_bytes(skb, p.transport, &p.icmp, sizeof(p.icmp));
+		if (wrong)
+			return TCX_NEXT;
+		o.query.direction = DEMARC_INGRESS;
+		__builtin_memcpy(&o.opener, &p.tuple, sizeof(o.opener));
+		wrong = icmp_arrives(&p, &o);
+		return wrong && refused(&o, wrong) ? TCX_DROP : TCX_NEXT;
+	}
+	if (wrong || p.tuple.proto != PROTO_UDP || !p.end)
 		return TCX_NEXT;
 	at = p.transport + p.length + (p.length & 1);
 	if (at + sizeof(tag) != p.end || bpf_skb_load_bytes(skb, at, &tag, sizeof(tag)))
@@ -256,9 +353,10 @@ GLOBAL int frame_arrives(struct __sk_buff *skb)
 			o.query.bad = DEMARC_TAG_STALE;
 		}
 	}
-	if (o.query.proof == DEMARC_PROOF_IDENTITY && !keep_proof(&p, &o, claim & DEMARC_TAG_ANSWER)) {
-		o.query.proof = DEMARC_PROOF_BAD;
-		o.query.bad = DEMARC_NO_STATE;
+	if (o.query.proof == DEMARC_PROOF_IDENTITY) {
+		o.query.bad = keep_proof(&p, &o, tag.mac, claim & DEMARC_TAG_ANSWER);
+		if (o.query.bad)
+			o.query.proof = DEMARC_PROOF_BAD;
 	}
 	if (o.query.proof == DEMARC_PROOF_BAD && refused(&o, o.query.bad))
 		return TCX_DROP;

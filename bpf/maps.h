@@ -68,14 +68,22 @@ GENERATION(ports, BPF_MAP_TYPE_ARRAY, BPF_F_INNER_MAP, __u32, struct demarc_port
 GENERATION(paths, BPF_MAP_TYPE_LPM_TRIE, BPF_F_NO_PREALLOC, struct demarc_path_key, __u32);
 GENERATION(units, BPF_MAP_TYPE_LPM_TRIE, BPF_F_NO_PREALLOC, struct demarc_path_key, struct demarc_unit);
 
-/* Tag keys by epoch. Writer: core; readers: sockops, ingress. Miss: no tag can be
+/* Tag keys by pair of nodes and epoch. Writer: core; readers: sockops, ingress. Miss: no tag can be
  * made or verified. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, DEMARC_EPOCHS);
+	__uint(max_entries, DEMARC_PAIRS * DEMARC_EPOCHS);
 	__type(key, __u32);
 	__type(value, struct demarc_key);
 } keys SEC(".maps");
+
+/* Tags that were admitted. Writers: ingress, tc_ingress. No room: deny. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, DEMARC_REPLAY_BUCKETS);
+	__type(key, __u32);
+	__type(value, struct demarc_replay_bucket);
+} replays SEC(".maps");
 
 /* Handshakes whose SYN was admitted. Writer: ingress. Only admitted SYNs enter,
  * so junk cannot evict. Miss: the handshake is refused. */
@@ -112,6 +120,39 @@ struct {
 	__type(key, struct demarc_tuple);
 	__type(value, struct demarc_flow);
 } flows SEC(".maps");
+
+/* Doors by index of their device. Writers: core, which makes and removes them, and
+ * tc_door. Miss: drop. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 16384);
+	__type(key, __u32);
+	__type(value, struct demarc_door);
+} doors SEC(".maps");
+
+/* Refused callers that are to be told. Reader: core. No room, or over the budget:
+ * the caller waits in vain. */
+struct {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, 64 << 10);
+} refusals SEC(".maps");
+
+/* When the next refusal may be told. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, __u64);
+} refusals_due SEC(".maps");
+
+/* Sockets that the core answers with. Writer: core. */
+struct {
+	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, int);
+	__type(value, __u32);
+} answering SEC(".maps");
 
 /* Who bound a port first. Writers: post_bind, sock_release. */
 struct {

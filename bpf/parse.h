@@ -17,12 +17,13 @@ struct packet {
 	__u32 network;		   /* offset of the IP header: 0 at sockets, that of a frame at devices */
 	__u32 transport;	   /* offset of the transport header */
 	__u32 end;		   /* offset behind the IP packet, 0 if it is a super-packet */
-	__u16 length;		   /* of a UDP datagram */
+	__u16 length;		   /* of a UDP datagram; of a fragment: where it begins, in 8 bytes */
 	__u32 seq;
 	__u32 ack;
 	__u8 flags;   /* TCP */
 	__u8 options; /* bytes of TCP options */
 	__u8 icmp;    /* ICMP type */
+	__u8 tag;     /* offset of the tag in the TCP options + 1; 0 = none was found */
 };
 
 static __always_inline void map_ipv4(__u8 *out, __u32 address)
@@ -54,19 +55,21 @@ static __always_inline int parse_ipv4(struct __sk_buff *skb, struct packet *p)
 		return DEMARC_MALFORMED;
 	if (ip.version != 4 || ip.ihl < 5)
 		return DEMARC_MALFORMED;
+	map_ipv4(p->tuple.saddr, ip.saddr);
+	map_ipv4(p->tuple.daddr, ip.daddr);
+	p->tuple.proto = ip.protocol;
 	if (ip.ihl > 5)
 		return DEMARC_IP_OPTIONS;
 	total = bpf_ntohs(ip.tot_len);
 	/* 0 is a super-packet beyond 64 KiB, made by the stack itself. */
 	if (total ? total < sizeof(ip) : skb->len <= 0xffff)
 		return DEMARC_MALFORMED;
-	if (ip.frag_off & bpf_htons(0x3fff))
-		return DEMARC_FRAGMENT;
-	map_ipv4(p->tuple.saddr, ip.saddr);
-	map_ipv4(p->tuple.daddr, ip.daddr);
-	p->tuple.proto = ip.protocol;
 	p->transport = p->network + sizeof(ip);
 	p->end = total ? p->network + total : 0;
+	if (ip.frag_off & bpf_htons(0x3fff)) {
+		p->length = bpf_ntohs(ip.frag_off) & 0x1fff;
+		return DEMARC_FRAGMENT;
+	}
 	return 0;
 }
 
@@ -74,6 +77,12 @@ static __always_inline int parse_ipv6(struct __sk_buff *skb, struct packet *p)
 {
 	struct ipv6hdr ip;
 	__u32 offset = p->network + sizeof(ip);
+	struct {
+		__u8 next;
+		__u8 zero;
+		__u16 offset;
+		__u32 id;
+	} fragment;
 	__u8 next, header[2];
 
 	if (cut(skb, p->network, &ip, sizeof(ip)))
@@ -96,6 +105,11 @@ static __always_inline int parse_ipv6(struct __sk_buff *skb, struct packet *p)
 		case 43: /* routing: the packet would go elsewhere than it says */
 			return DEMARC_IP_OPTIONS;
 		case 44:
+			if (bpf_skb_load_bytes(skb, offset, &fragment, sizeof(fragment)))
+				return DEMARC_MALFORMED;
+			p->tuple.proto = fragment.next;
+			p->transport = offset + sizeof(fragment);
+			p->length = bpf_ntohs(fragment.offset) >> 3;
 			return DEMARC_FRAGMENT;
 		}
 		p->tuple.proto = next;

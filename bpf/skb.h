@@ -28,6 +28,12 @@ static __always_inline bool kernel_control(struct bpf_sock *sk, const struct pac
 	return p->tuple.proto == PROTO_TCP && !(p->flags & FLAG_SYN);
 }
 
+/* One of the core's, by which it tells refused callers. */
+static __always_inline bool answers(struct bpf_sock *sk)
+{
+	return bpf_sk_storage_get(&answering, sk, 0, 0);
+}
+
 /* True: the packet may pass. What the socket is comes beside it, so that a test
  * can say it: packets without a network have a socket that is nothing. */
 static __always_inline bool judge_packet(struct __sk_buff *skb, struct bpf_sock *sk, bool stream, __u32 tcp_state,
@@ -67,7 +73,7 @@ static __always_inline bool judge_packet(struct __sk_buff *skb, struct bpf_sock 
 	if (reason)
 		return !refused(&o, reason);
 	if (sk->type == SOCK_RAW) {
-		if (subject == DEMARC_ID_UNMANAGED && kernel_control(sk, &p, cgroup))
+		if (subject == DEMARC_ID_UNMANAGED && (kernel_control(sk, &p, cgroup) || answers(sk)))
 			return true;
 		return !refused(&o, DEMARC_RAW_SOCKET);
 	}
@@ -106,7 +112,7 @@ static __always_inline int selftest_hook(struct __sk_buff *skb, bool outgoing)
 	o.query.peer = test->peer;
 	o.query.bad = DEMARC_TAG_BAD_MAC;
 	if (test->proof == DEMARC_PROOF_UNKNOWN && !outgoing) /* a SYN brings its own */
-		read_proof(skb, &p, 0, 0, &o.query);
+		read_proof(skb, &p, 0, 0, &o);
 	decide(&o.query);
 	return o.query.verdict == DEMARC_ALLOW || o.query.verdict == DEMARC_PROVISIONAL;
 }

@@ -45,10 +45,10 @@ static __always_inline int socket_made(struct bpf_sock *sk)
 	if (!begin_task(&o, DEMARC_HOOK_SOCK_CREATE))
 		return 1;
 	o.opener.proto = sk->protocol;
+	if (o.query.subject == DEMARC_ID_UNMANAGED)
+		return 1; /* among them the core, whose raw socket answers refused callers */
 	if (sk->type == SOCK_RAW)
 		return !refused(&o, DEMARC_RAW_SOCKET);
-	if (o.query.subject == DEMARC_ID_UNMANAGED)
-		return 1;
 	/* Multipath TCP opens subflows that carry no tag. */
 	if (sk->protocol == PROTO_MPTCP || !protocol_known(sk->type, sk->protocol))
 		return !refused(&o, DEMARC_PROTOCOL);

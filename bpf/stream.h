@@ -129,19 +129,31 @@ GLOBAL int syn_out(struct __sk_buff *skb, struct packet *p, struct outcome *o)
 GLOBAL int syn_in(struct __sk_buff *skb, struct packet *p, struct outcome *o)
 {
 	struct demarc_pending_syn fresh = {}, *pending;
+	__u64 mac = 0;
+	int spent;
 
 	if (!p || !o)
 		return 0;
 	ask_forward(o, p, DEMARC_INGRESS);
-	o->omitted = read_proof(skb, p, 0, 0, &o->query);
+	read_proof(skb, p, 0, 0, o);
 	ask_vouchers(o, false);
 	pending = bpf_map_lookup_elem(&pending_syns, &p->tuple);
 	if (pending && pending->seq == p->seq && pending->self == o->query.subject &&
 	    pending->epoch == DEMARC_ACTIVE_EPOCH(o->active) && pending->proof == o->query.proof &&
 	    pending->peer == o->query.peer)
 		return true; /* sent again */
-	if (!settle(o))
+	if (p->tag && o->query.proof == DEMARC_PROOF_IDENTITY) {
+		mac = mac_of(skb, p);
+		spent = spend(mac, o->query.now);
+		if (spent)
+			return !refused(o, spent);
+	}
+	if (!settle(o)) {
+		if (mac) /* the same SYN may be within the limit when it is sent again */
+			unspend(mac, o->query.now);
+		tell_refusal(o, p->seq + 1);
 		return false;
+	}
 	fresh.self = o->query.subject;
 	fresh.peer = o->query.peer;
 	fresh.seq = p->seq;
@@ -209,10 +221,12 @@ GLOBAL int synack_in(struct __sk_buff *skb, struct packet *p, struct outcome *o)
 			return true;
 		return !refused(o, p->flags & FLAG_SYN ? DEMARC_PROTOCOL : DEMARC_NO_STATE);
 	}
-	o->omitted = read_proof(skb, p, DEMARC_TAG_ANSWER, p->ack, &o->query);
+	read_proof(skb, p, DEMARC_TAG_ANSWER, p->ack, o);
 	ask_vouchers(o, true);
-	if (!settle(o))
+	if (!settle(o)) {
+		tell_refusal(o, p->ack);
 		return false;
+	}
 	remember(skb, o);
 	if (o->query.verdict == DEMARC_ALLOW)
 		report(o);
@@ -319,10 +333,10 @@ GLOBAL int carefree_stream(struct __sk_buff *skb, struct packet *p, struct outco
 	}
 	if (tcp_state == TCP_SYN_SENT) {
 		ask_back(o, p, DEMARC_EGRESS);
-		o->omitted = read_proof(skb, p, DEMARC_TAG_ANSWER, p->ack, &o->query);
+		read_proof(skb, p, DEMARC_TAG_ANSWER, p->ack, o);
 	} else {
 		ask_forward(o, p, DEMARC_INGRESS);
-		o->omitted = read_proof(skb, p, 0, 0, &o->query);
+		read_proof(skb, p, 0, 0, o);
 	}
 	return settle(o);
 }

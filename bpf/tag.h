@@ -57,13 +57,44 @@ static __always_inline __u64 siphash(const __u64 *key, const struct demarc_tag_i
 	return v0 ^ v1 ^ v2 ^ v3;
 }
 
-static __always_inline struct demarc_key *key_of(__u32 epoch, __u64 now)
+/* The pair of nodes that this one and an address are: nobody has a key of its own
+ * yet, so that the fleet's is everybody's. */
+static __always_inline __u32 pair_of(const __u8 *peer)
 {
-	struct demarc_key *key = bpf_map_lookup_elem(&keys, &epoch);
+	return 0;
+}
+
+static __always_inline struct demarc_key *key_of(__u32 pair, __u32 epoch, __u64 now)
+{
+	__u32 index = DEMARC_KEY_INDEX(pair, epoch & (DEMARC_EPOCHS - 1));
+	struct demarc_key *key = bpf_map_lookup_elem(&keys, &index);
 
 	if (!key || !key->valid || now < key->since || (key->until && now >= key->until))
 		return 0;
 	return key;
+}
+
+/* Unix time in ns; 0 if the core never said. */
+static __always_inline __u64 wall_clock(const struct demarc_state *s, __u64 now)
+{
+	return s->wall ? now + s->wall : 0;
+}
+
+static __always_inline __u32 time_slot(__u64 wall)
+{
+	return wall >> DEMARC_TAG_SLOT_SHIFT;
+}
+
+/* The slot that a clock which differs from ours by less than half of one may show. */
+static __always_inline __u32 neighbour_slot(__u64 wall)
+{
+	return time_slot(wall) + (wall & (1ULL << (DEMARC_TAG_SLOT_SHIFT - 1)) ? 1 : -1);
+}
+
+/* A claim that the receiver has said nothing about: that of a SYN. */
+static __always_inline bool bound_to_time(__u32 claim)
+{
+	return !(claim & (DEMARC_TAG_ANSWER | DEMARC_TAG_DATAGRAM));
 }
 
 #define TAG_OMISSIONS (DEMARC_TAG_NO_SOURCE | DEMARC_TAG_NO_DESTINATION)
@@ -102,23 +133,26 @@ static __always_inline void tag_input(struct demarc_tag_input *input, __u32 clai
 }
 
 /* Signs a claim of `identity` with the key that is in use for sending. Returns the
- * claim, or 0 where there is no key. */
+ * claim, or 0 where there is no key, or no clock. */
 static __always_inline __u32 sign(__u64 *mac, __u32 identity, __u8 flags, const struct demarc_tuple *sender, __u32 seq,
 				  __u32 acked)
 {
 	struct demarc_tag_input input;
 	struct demarc_state *s;
+	__u64 now = bpf_ktime_get_boot_ns();
 	struct demarc_key *key;
 	__u32 zero = 0, epoch, claim;
 
 	s = bpf_map_lookup_elem(&state, &zero);
-	if (!s)
+	if (!s || !s->wall)
 		return 0;
 	epoch = s->tag_epoch & (DEMARC_EPOCHS - 1);
-	key = key_of(epoch, bpf_ktime_get_boot_ns());
+	key = key_of(pair_of(sender->daddr), epoch, now);
 	if (!key)
 		return 0;
 	claim = identity << 8 | epoch << 4 | flags;
+	if (bound_to_time(claim))
+		acked = time_slot(wall_clock(s, now));
 	tag_input(&input, claim, sender, seq, acked);
 	*mac = siphash(key->key, &input);
 	return claim;
@@ -151,16 +185,32 @@ GLOBAL int check_claim(struct demarc_query *q, __u32 claim, __u64 mac, const str
 {
 	struct demarc_tag_input input;
 	struct demarc_key *key;
+	struct demarc_state *s;
+	__u32 zero = 0, slot;
 
 	if (!q || !sender)
 		return 0;
+	s = bpf_map_lookup_elem(&state, &zero);
+	if (!s)
+		return 0;
 	q->bad = DEMARC_TAG_WRONG_EPOCH;
-	key = key_of((claim >> 4) & 0xf, q->now);
+	key = key_of(pair_of(sender->saddr), claim >> 4, q->now);
 	if (!key)
 		return 0;
 	q->bad = DEMARC_TAG_BAD_MAC;
-	tag_input(&input, claim, sender, binding >> 32, binding);
-	if (siphash(key->key, &input) != mac)
+	slot = time_slot(wall_clock(s, q->now));
+	tag_input(&input, claim, sender, binding >> 32, bound_to_time(claim) ? slot : (__u32)binding);
+	if (siphash(key->key, &input) != mac) {
+		if (!bound_to_time(claim))
+			return 0;
+		slot = neighbour_slot(wall_clock(s, q->now));
+		input.acked = bpf_htonl(slot);
+		if (siphash(key->key, &input) != mac)
+			return 0;
+	}
+	/* What was admitted before the machine booted is forgotten. */
+	q->bad = DEMARC_TAG_STALE;
+	if (bound_to_time(claim) && slot <= time_slot(s->wall))
 		return 0;
 	q->bad = DEMARC_TAG_BAD_IDENTITY;
 	if (q->peer < DEMARC_ID_FIRST || !table_subject(q->slot, q->peer))
@@ -231,7 +281,7 @@ static __always_inline bool usual_options(const __u8 *options)
  * is one, 0 if there is none, -1 for anything that a demarc kernel would not have
  * written: two tags, another length, options that do not add up.
  */
-GLOBAL int find_tag(struct __sk_buff *skb, const struct packet *p, struct demarc_tag *tag)
+GLOBAL int find_tag(struct __sk_buff *skb, struct packet *p, struct demarc_tag *tag)
 {
 	struct option_walk walk = {};
 	__u32 at;
@@ -248,6 +298,7 @@ GLOBAL int find_tag(struct __sk_buff *skb, const struct packet *p, struct demarc
 			return -1;
 		if (usual_options(walk.options)) {
 			__builtin_memcpy(tag, &walk.options[USUAL_OPTIONS], sizeof(*tag));
+			p->tag = USUAL_OPTIONS + 1;
 			return 1;
 		}
 	} else if (bpf_skb_load_bytes(skb, p->transport + 20, walk.options, walk.length)) {
@@ -262,22 +313,34 @@ GLOBAL int find_tag(struct __sk_buff *skb, const struct packet *p, struct demarc
 	if (at > TCP_OPTIONS_MAX - DEMARC_TAG_LENGTH)
 		return -1;
 	__builtin_memcpy(tag, &walk.options[at], sizeof(*tag));
+	p->tag = at + 1;
 	return 1;
+}
+
+/* The MAC of the tag that was found. */
+static __always_inline __u64 mac_of(struct __sk_buff *skb, const struct packet *p)
+{
+	__u64 mac = 0;
+
+	bpf_skb_load_bytes(skb, p->transport + 20 + p->tag - 1 + offsetof(struct demarc_tag, mac), &mac, sizeof(mac));
+	return mac;
 }
 
 /*
  * Reads the proof that a SYN (`flags` 0) or a SYN-ACK (DEMARC_TAG_ANSWER) brings
- * into a query: nothing, an identity, or a bad proof and its kind. `acked` is what
- * a SYN-ACK acknowledges. Returns what the tag leaves out.
+ * into a query: nothing, an identity, or a bad proof and its kind; with it, what
+ * the tag leaves out. `acked` is what a SYN-ACK acknowledges.
  */
-GLOBAL int read_proof(struct __sk_buff *skb, const struct packet *p, __u8 flags, __u32 acked, struct demarc_query *q)
+GLOBAL int read_proof(struct __sk_buff *skb, struct packet *p, __u8 flags, __u32 acked, struct outcome *o)
 {
+	struct demarc_query *q = &o->query;
 	struct demarc_tag tag = {};
 	__u32 claim;
 	int found;
 
-	if (!p || !q)
+	if (!p || !o)
 		return 0;
+	o->omitted = 0;
 	found = find_tag(skb, p, &tag);
 	q->proof = DEMARC_PROOF_NONE;
 	q->peer = DEMARC_ID_NONE;
@@ -290,7 +353,8 @@ GLOBAL int read_proof(struct __sk_buff *skb, const struct packet *p, __u8 flags,
 	if (found < 0 || (claim & 0xf & ~TAG_OMISSIONS) != flags || (claim & TAG_OMISSIONS) == TAG_OMISSIONS)
 		return 0;
 	check_claim(q, claim, tag.mac, &p->tuple, BINDING(p->seq, acked));
-	return claim & TAG_OMISSIONS;
+	o->omitted = claim & TAG_OMISSIONS;
+	return 0;
 }
 
 #endif

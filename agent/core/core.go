@@ -34,7 +34,8 @@ type Core struct {
 	objects *objects
 	links   *links
 	devices *boundary
-	limits  []string // what this machine cannot enforce
+	answers *refusals // nil = refused callers wait in vain
+	limits  []string  // what this machine cannot enforce
 	donated *proto.Descriptors
 	stop    func() // ends the upkeep; nil = it never began
 
@@ -45,6 +46,7 @@ type Core struct {
 	standing []string          // problems that last until the core is started again
 	troubles map[string]string // problems that the upkeep found, by part
 	keys     keys
+	walled   uint64 // when the kernel was last told the time, ns of CLOCK_BOOTTIME; 0 = not by this core
 }
 
 // hooks let tests break a start. The zero value breaks nothing.
@@ -82,6 +84,9 @@ func open(config Config, log *slog.Logger, h hooks) (_ *Core, err error) {
 		return nil, err
 	}
 	c.devices.attaching, t.taps = h.attaching, nil
+	if c.answers, err = openRefusals(c.objects); err != nil {
+		c.limits = append(c.limits, fmt.Sprintf("no quick refusals: %v; refused callers wait until they give up", err))
+	}
 	if t.committed {
 		c.links.open, t.links = t.links, nil
 	} else if err := c.begin(); err != nil {
@@ -446,6 +451,7 @@ func (c *Core) Close() error {
 			closeAll(c.links.open)
 		}
 		c.devices.close()
+		c.answers.close()
 		if c.active != nil {
 			c.active.close()
 		}

@@ -32,6 +32,12 @@ type demarcDemarcCountKey struct {
 	Zero      uint8
 }
 
+type demarcDemarcDoor struct {
+	_      structs.HostLayout
+	Via    uint32
+	Lodger uint32
+}
+
 type demarcDemarcFlow struct {
 	_          structs.HostLayout
 	Opener     uint32
@@ -86,6 +92,11 @@ type demarcDemarcPortOwner struct {
 	_        structs.HostLayout
 	Identity uint32
 	Sockets  uint32
+}
+
+type demarcDemarcReplayBucket struct {
+	_     structs.HostLayout
+	Entry [8]uint64
 }
 
 type demarcDemarcRingState struct {
@@ -149,6 +160,7 @@ type demarcDemarcTuple struct {
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
 	demarcMapAllowedEvents         = "allowed_events"
+	demarcMapAnswering             = "answering"
 	demarcMapBindings              = "bindings"
 	demarcMapBirths                = "births"
 	demarcMapBoundPorts            = "bound_ports"
@@ -156,6 +168,7 @@ const (
 	demarcMapCounts                = "counts"
 	demarcMapCrossings             = "crossings"
 	demarcMapDeniedEvents          = "denied_events"
+	demarcMapDoors                 = "doors"
 	demarcMapFaults                = "faults"
 	demarcMapFlows                 = "flows"
 	demarcMapGraveyard             = "graveyard"
@@ -165,6 +178,9 @@ const (
 	demarcMapPortOwners            = "port_owners"
 	demarcMapPorts                 = "ports"
 	demarcMapPrefixes              = "prefixes"
+	demarcMapRefusals              = "refusals"
+	demarcMapRefusalsDue           = "refusals_due"
+	demarcMapReplays               = "replays"
 	demarcMapRingState             = "ring_state"
 	demarcMapRules                 = "rules"
 	demarcMapScratch               = "scratch"
@@ -191,6 +207,7 @@ const (
 	demarcProgSockCreate           = "sock_create"
 	demarcProgSockOps              = "sock_ops"
 	demarcProgSockRelease          = "sock_release"
+	demarcProgTcDoor               = "tc_door"
 	demarcProgTcEgress             = "tc_egress"
 	demarcProgTcIngress            = "tc_ingress"
 	demarcVarEmitDemarcCrossing    = "emit_demarc_crossing"
@@ -199,6 +216,7 @@ const (
 	demarcVarEmitDemarcPortClasses = "emit_demarc_port_classes"
 	demarcVarEmitDemarcPrefixKey   = "emit_demarc_prefix_key"
 	demarcVarEmitDemarcQuery       = "emit_demarc_query"
+	demarcVarEmitDemarcRefusal     = "emit_demarc_refusal"
 	demarcVarEmitDemarcRule        = "emit_demarc_rule"
 	demarcVarEmitDemarcRuleKey     = "emit_demarc_rule_key"
 	demarcVarEmitDemarcSubject     = "emit_demarc_subject"
@@ -267,6 +285,7 @@ type demarcProgramSpecs struct {
 	SockCreate      *ebpf.ProgramSpec `ebpf:"sock_create"`
 	SockOps         *ebpf.ProgramSpec `ebpf:"sock_ops"`
 	SockRelease     *ebpf.ProgramSpec `ebpf:"sock_release"`
+	TcDoor          *ebpf.ProgramSpec `ebpf:"tc_door"`
 	TcEgress        *ebpf.ProgramSpec `ebpf:"tc_egress"`
 	TcIngress       *ebpf.ProgramSpec `ebpf:"tc_ingress"`
 }
@@ -276,6 +295,7 @@ type demarcProgramSpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type demarcMapSpecs struct {
 	AllowedEvents *ebpf.MapSpec `ebpf:"allowed_events"`
+	Answering     *ebpf.MapSpec `ebpf:"answering"`
 	Bindings      *ebpf.MapSpec `ebpf:"bindings"`
 	Births        *ebpf.MapSpec `ebpf:"births"`
 	BoundPorts    *ebpf.MapSpec `ebpf:"bound_ports"`
@@ -283,6 +303,7 @@ type demarcMapSpecs struct {
 	Counts        *ebpf.MapSpec `ebpf:"counts"`
 	Crossings     *ebpf.MapSpec `ebpf:"crossings"`
 	DeniedEvents  *ebpf.MapSpec `ebpf:"denied_events"`
+	Doors         *ebpf.MapSpec `ebpf:"doors"`
 	Faults        *ebpf.MapSpec `ebpf:"faults"`
 	Flows         *ebpf.MapSpec `ebpf:"flows"`
 	Graveyard     *ebpf.MapSpec `ebpf:"graveyard"`
@@ -292,6 +313,9 @@ type demarcMapSpecs struct {
 	PortOwners    *ebpf.MapSpec `ebpf:"port_owners"`
 	Ports         *ebpf.MapSpec `ebpf:"ports"`
 	Prefixes      *ebpf.MapSpec `ebpf:"prefixes"`
+	Refusals      *ebpf.MapSpec `ebpf:"refusals"`
+	RefusalsDue   *ebpf.MapSpec `ebpf:"refusals_due"`
+	Replays       *ebpf.MapSpec `ebpf:"replays"`
 	RingState     *ebpf.MapSpec `ebpf:"ring_state"`
 	Rules         *ebpf.MapSpec `ebpf:"rules"`
 	Scratch       *ebpf.MapSpec `ebpf:"scratch"`
@@ -312,6 +336,7 @@ type demarcVariableSpecs struct {
 	EmitDemarcPortClasses *ebpf.VariableSpec `ebpf:"emit_demarc_port_classes"`
 	EmitDemarcPrefixKey   *ebpf.VariableSpec `ebpf:"emit_demarc_prefix_key"`
 	EmitDemarcQuery       *ebpf.VariableSpec `ebpf:"emit_demarc_query"`
+	EmitDemarcRefusal     *ebpf.VariableSpec `ebpf:"emit_demarc_refusal"`
 	EmitDemarcRule        *ebpf.VariableSpec `ebpf:"emit_demarc_rule"`
 	EmitDemarcRuleKey     *ebpf.VariableSpec `ebpf:"emit_demarc_rule_key"`
 	EmitDemarcSubject     *ebpf.VariableSpec `ebpf:"emit_demarc_subject"`
@@ -341,6 +366,7 @@ func (o *demarcObjects) Close() error {
 // It can be passed to loadDemarcObjects or ebpf.CollectionSpec.LoadAndAssign.
 type demarcMaps struct {
 	AllowedEvents *ebpf.Map `ebpf:"allowed_events"`
+	Answering     *ebpf.Map `ebpf:"answering"`
 	Bindings      *ebpf.Map `ebpf:"bindings"`
 	Births        *ebpf.Map `ebpf:"births"`
 	BoundPorts    *ebpf.Map `ebpf:"bound_ports"`
@@ -348,6 +374,7 @@ type demarcMaps struct {
 	Counts        *ebpf.Map `ebpf:"counts"`
 	Crossings     *ebpf.Map `ebpf:"crossings"`
 	DeniedEvents  *ebpf.Map `ebpf:"denied_events"`
+	Doors         *ebpf.Map `ebpf:"doors"`
 	Faults        *ebpf.Map `ebpf:"faults"`
 	Flows         *ebpf.Map `ebpf:"flows"`
 	Graveyard     *ebpf.Map `ebpf:"graveyard"`
@@ -357,6 +384,9 @@ type demarcMaps struct {
 	PortOwners    *ebpf.Map `ebpf:"port_owners"`
 	Ports         *ebpf.Map `ebpf:"ports"`
 	Prefixes      *ebpf.Map `ebpf:"prefixes"`
+	Refusals      *ebpf.Map `ebpf:"refusals"`
+	RefusalsDue   *ebpf.Map `ebpf:"refusals_due"`
+	Replays       *ebpf.Map `ebpf:"replays"`
 	RingState     *ebpf.Map `ebpf:"ring_state"`
 	Rules         *ebpf.Map `ebpf:"rules"`
 	Scratch       *ebpf.Map `ebpf:"scratch"`
@@ -370,6 +400,7 @@ type demarcMaps struct {
 func (m *demarcMaps) Close() error {
 	return _DemarcClose(
 		m.AllowedEvents,
+		m.Answering,
 		m.Bindings,
 		m.Births,
 		m.BoundPorts,
@@ -377,6 +408,7 @@ func (m *demarcMaps) Close() error {
 		m.Counts,
 		m.Crossings,
 		m.DeniedEvents,
+		m.Doors,
 		m.Faults,
 		m.Flows,
 		m.Graveyard,
@@ -386,6 +418,9 @@ func (m *demarcMaps) Close() error {
 		m.PortOwners,
 		m.Ports,
 		m.Prefixes,
+		m.Refusals,
+		m.RefusalsDue,
+		m.Replays,
 		m.RingState,
 		m.Rules,
 		m.Scratch,
@@ -407,6 +442,7 @@ type demarcVariables struct {
 	EmitDemarcPortClasses *ebpf.Variable `ebpf:"emit_demarc_port_classes"`
 	EmitDemarcPrefixKey   *ebpf.Variable `ebpf:"emit_demarc_prefix_key"`
 	EmitDemarcQuery       *ebpf.Variable `ebpf:"emit_demarc_query"`
+	EmitDemarcRefusal     *ebpf.Variable `ebpf:"emit_demarc_refusal"`
 	EmitDemarcRule        *ebpf.Variable `ebpf:"emit_demarc_rule"`
 	EmitDemarcRuleKey     *ebpf.Variable `ebpf:"emit_demarc_rule_key"`
 	EmitDemarcSubject     *ebpf.Variable `ebpf:"emit_demarc_subject"`
@@ -437,6 +473,7 @@ type demarcPrograms struct {
 	SockCreate      *ebpf.Program `ebpf:"sock_create"`
 	SockOps         *ebpf.Program `ebpf:"sock_ops"`
 	SockRelease     *ebpf.Program `ebpf:"sock_release"`
+	TcDoor          *ebpf.Program `ebpf:"tc_door"`
 	TcEgress        *ebpf.Program `ebpf:"tc_egress"`
 	TcIngress       *ebpf.Program `ebpf:"tc_ingress"`
 }
@@ -461,6 +498,7 @@ func (p *demarcPrograms) Close() error {
 		p.SockCreate,
 		p.SockOps,
 		p.SockRelease,
+		p.TcDoor,
 		p.TcEgress,
 		p.TcIngress,
 	)

@@ -20,6 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/demarc/demarc/agent/core/proto"
+	"github.com/demarc/demarc/bpf/abi"
 )
 
 // Devices says which network devices are a boundary, in the network namespace
@@ -34,9 +35,16 @@ type Devices struct {
 
 func (d Devices) none() bool { return !d.Auto && len(d.Names) == 0 }
 
-// devicePrograms are attached to every boundary. What arrives is proven before
-// anything can answer it.
-var devicePrograms = []string{"tc_ingress", "tc_egress"}
+// programs that are attached to a boundary. What arrives is proven before anything
+// can answer it.
+func (d netdev) programs() []string {
+	if d.door() {
+		return []string{"tc_door", "tc_egress"}
+	}
+	return []string{"tc_ingress", "tc_egress"}
+}
+
+var devicePrograms = []string{"tc_ingress", "tc_door", "tc_egress"}
 
 // hook is one program at one device.
 type hook struct {
@@ -85,6 +93,7 @@ type boundary struct {
 	choice    Devices
 	programs  map[string]*ebpf.Program // of the kernel, by name
 	specs     map[string]*ebpf.ProgramSpec
+	doors     *ebpf.Map
 	pins      pins
 	log       *slog.Logger
 	attaching func(name string) error // as that of links
@@ -106,12 +115,12 @@ type attachment struct {
 
 // newBoundary takes over links, which may be none.
 func newBoundary(choice Devices, o *objects, p pins, links map[hook]link.Link, log *slog.Logger) (*boundary, error) {
-	b := &boundary{choice: choice, programs: o.Programs, specs: o.spec.Programs, pins: p, log: log,
+	b := &boundary{choice: choice, programs: o.Programs, specs: o.spec.Programs, doors: o.Maps["doors"], pins: p, log: log,
 		open: map[hook]attachment{}, names: map[int]string{}}
 	for h, l := range links {
 		b.open[h] = attachment{Link: l}
 	}
-	if b.programs[devicePrograms[0]] == nil { // the kernel has no place for them
+	if b.programs["tc_ingress"] == nil { // the kernel has no place for them
 		b.choice = Devices{}
 	}
 	if b.choice.none() {
@@ -215,6 +224,11 @@ func (b *boundary) follow() error {
 			}
 		}
 		err = b.attachAll(wanted, missing)
+		for h := range b.open { // what was an uplink may be a door now
+			if err == nil && !slices.Contains(wanted[h.device].programs(), h.program) {
+				b.detach(h)
+			}
+		}
 	}
 	problem := ""
 	if err != nil {
@@ -240,7 +254,7 @@ func (b *boundary) choose(all []netdev) (wanted map[int]netdev, missing []error)
 	wanted = map[int]netdev{}
 	for _, d := range all {
 		// A device that loses its address stays: it may be about to get another one.
-		_, before := b.open[hook{devicePrograms[0], d.index}]
+		_, before := b.open[hook{"tc_egress", d.index}]
 		if b.choice.Auto && d.ethernet && (d.hostSide || !d.enslaved && (d.routed || before)) {
 			wanted[d.index] = d
 		}
@@ -273,7 +287,13 @@ func (b *boundary) attachAll(wanted map[int]netdev, failed []error) error {
 	b.names = map[int]string{}
 	for _, index := range slices.Sorted(maps.Keys(wanted)) {
 		b.names[index] = wanted[index].name
-		for _, program := range devicePrograms {
+		if wanted[index].door() {
+			if err := b.makeDoor(wanted[index]); err != nil {
+				failed = append(failed, err)
+				continue
+			}
+		}
+		for _, program := range wanted[index].programs() {
 			h := hook{program, index}
 			if _, attached := b.open[h]; attached {
 				continue
@@ -335,11 +355,30 @@ func (b *boundary) note(h hook, l link.Link) error {
 	return nil
 }
 
+// makeDoor writes what the kernel must know of a door, and leaves what it learned.
+func (b *boundary) makeDoor(d netdev) error {
+	var entry abi.Door
+	index, via := uint32(d.index), uint32(d.via())
+	if err := b.doors.Lookup(index, &entry); err == nil && entry.Via == via {
+		return nil
+	}
+	entry.Via = via
+	if err := b.doors.Put(index, entry); err != nil {
+		return fmt.Errorf("write door %s: %w", d.name, err)
+	}
+	return nil
+}
+
 func (b *boundary) detach(h hook) {
 	b.log.Info("device is no boundary any more", "link", b.label(h))
 	os.Remove(b.pins.links(h.String()))
 	b.open[h].Close()
 	delete(b.open, h)
+	if h.program == "tc_door" { // whoever gets its index next is somebody else
+		if err := b.doors.Delete(uint32(h.device)); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+			b.log.Error("degraded", "problem", fmt.Sprintf("delete door %d: %v", h.device, err))
+		}
+	}
 }
 
 // status asks the kernel about every link, and says what is missing.

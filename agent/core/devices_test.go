@@ -214,8 +214,8 @@ func TestDevicesAuto(t *testing.T) {
 	s, err := c.Apply(shop(t, nil))
 	must(t, err)
 	at(t, 0, "up4", "up6", "bridge", "host", "hostport")
-	want := []string{"tc_egress bridge", "tc_egress host", "tc_egress hostport", "tc_egress up4", "tc_egress up6",
-		"tc_ingress bridge", "tc_ingress host", "tc_ingress hostport", "tc_ingress up4", "tc_ingress up6"}
+	want := []string{"tc_door host", "tc_door hostport", "tc_egress bridge", "tc_egress host", "tc_egress hostport", "tc_egress up4", "tc_egress up6",
+		"tc_ingress bridge", "tc_ingress up4", "tc_ingress up6"}
 	if diff := cmp.Diff(want, linksOf(s)); diff != "" || s.State != proto.StateEnforcing || len(s.Links) != len(attachOrder)+10 {
 		t.Errorf("state %v, problems %q, links (-want +got):\n%s", s.State, s.Problems, diff)
 	}
@@ -533,7 +533,7 @@ func TestDevicesFirst(t *testing.T) {
 		defer l.Close()
 	}
 	c := m.enforce(Devices{Names: []string{"up"}})
-	for _, name := range devicePrograms {
+	for _, name := range (netdev{}).programs() {
 		r, err := link.QueryPrograms(link.QueryOptions{Target: index, Attach: c.objects.spec.Programs[name].AttachType})
 		must(t, err)
 		ours, err := c.objects.Programs[name].Info()

@@ -85,7 +85,7 @@ func TestDevicesAfterDrop(t *testing.T) {
 			break
 		}
 	}
-	if diff := cmp.Diff([]string{"tc_egress late", "tc_ingress late"}, names); diff != "" || s.State != proto.StateEnforcing {
+	if diff := cmp.Diff([]string{"tc_door late", "tc_egress late"}, names); diff != "" || s.State != proto.StateEnforcing {
 		t.Errorf("state %v, problems %q, links (-want +got):\n%s", s.State, s.Problems, diff)
 	}
 	pins, err := filepath.Glob(filepath.Join(m.config.BPFFS, "links", "tc_*"))

@@ -18,8 +18,21 @@ type netdev struct {
 	name     string
 	ethernet bool // frames begin with an Ethernet header
 	enslaved bool // to a bridge, a bond or the like, which carries its packets too
+	master   int  // index of that, or of a VRF; 0 = none
 	hostSide bool // a veth whose other end is in another namespace
 	routed   bool // has a global unicast address
+}
+
+// door says whether a workload's network is behind it: the host's end of a veth. One
+// with an address of the host's own leads to other hosts.
+func (d netdev) door() bool { return d.hostSide && !d.routed }
+
+// via is the device that routes to what is behind it name.
+func (d netdev) via() int {
+	if d.enslaved {
+		return d.master
+	}
+	return d.index
 }
 
 // listDevices lists the devices of the namespace that the calling thread is in.
@@ -190,6 +203,9 @@ func parseLink(b []byte) (netdev, bool) {
 			d.name = unix.ByteSliceToString(v)
 		case unix.IFLA_MASTER:
 			d.enslaved = true
+			if len(v) == 4 {
+				d.master = int(binary.NativeEndian.Uint32(v))
+			}
 		case unix.IFLA_LINK_NETNSID:
 			elsewhere = true
 		case unix.IFLA_LINKINFO:

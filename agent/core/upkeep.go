@@ -17,8 +17,12 @@ func (c *Core) start() {
 	var all sync.WaitGroup
 	all.Go(func() { c.run(ctx) })
 	all.Go(func() { c.devices.run(ctx) })
+	if c.answers != nil {
+		all.Go(func() { c.answers.run(c.log) })
+	}
 	c.stop = func() {
 		cancel()
+		c.answers.halt()
 		all.Wait()
 	}
 }
@@ -61,12 +65,23 @@ func (c *Core) attend(part string, err error) {
 	c.troubles[part] = text
 }
 
-// wallTolerance is how far the kernel's idea of the time may be off before it is
-// written again. Tags carry whole seconds and allow for half a minute.
-const wallTolerance = 10 * time.Millisecond
+const (
+	// wallTolerance is how far the kernel's idea of the time may be off before it is
+	// written again. Tags allow for half a minute.
+	wallTolerance = 10 * time.Millisecond
+	// wallSlew is the part of its pace that the kernel's idea of the time gives up
+	// while the wall clock is behind it.
+	wallSlew = 10
+	// wallGap is how far it may be ahead before that is a problem.
+	wallGap = time.Second
+)
 
-// setWall tells the programs what time it is, so that a clock step does not make
-// tags of datagrams stale. All writers of the state hold mu: it is written whole.
+// setWall tells the programs what time it is. A wall clock that went forward is
+// followed at once. One that went back is not: tags that were used before would be
+// good again, after the memory of them has ended. The kernel's time goes on then,
+// only slower, until the wall clock has caught up; the memory allows for that pace.
+// A core that starts takes the wall clock's word. All writers of the state hold mu:
+// it is written whole.
 func (c *Core) setWall() error {
 	clock, err := readBootClock()
 	if err != nil {
@@ -76,10 +91,23 @@ func (c *Core) setWall() error {
 	if err != nil {
 		return err
 	}
+	last := c.walled
+	c.walled = clock.now()
 	off := time.Duration(clock.offset - int64(state.Wall))
 	if off.Abs() < wallTolerance {
 		return nil
 	}
-	state.Wall = uint64(clock.offset)
-	return writeState(c.objects, state)
+	step := off
+	if last != 0 {
+		step = max(off, -time.Duration(c.walled-last)/wallSlew)
+	}
+	state.Wall += uint64(step)
+	if err := writeState(c.objects, state); err != nil {
+		return err
+	}
+	if gap := step - off; gap > wallGap {
+		return fmt.Errorf("the wall clock went back: tags are %v ahead of it and return to it at a tenth of its pace; restart the core to take it as it is",
+			gap.Round(time.Second))
+	}
+	return nil
 }

@@ -1,6 +1,7 @@
 package core
 
 import (
+	"strings"
 	"testing"
 	"time"
 
@@ -27,7 +28,7 @@ func TestWallFollowsClock(t *testing.T) {
 	}
 	_, err := c.Apply(shop(t, nil))
 	must(t, err)
-	for _, step := range []time.Duration{time.Hour, -time.Hour, 2 * wallTolerance} {
+	for _, step := range []time.Duration{time.Hour, 2 * wallTolerance, -2 * wallTolerance} {
 		before, err := readState(c.objects)
 		must(t, err)
 		c.mu.Lock()
@@ -47,6 +48,44 @@ func TestWallFollowsClock(t *testing.T) {
 		if before != after {
 			t.Errorf("state before %+v, after %+v", before, after)
 		}
+	}
+}
+
+// A wall clock that went back is not followed at once, and not silently: the tags of
+// the time in between would be good again.
+func TestWallWentBack(t *testing.T) {
+	m := newMachine(t)
+	c := m.start()
+	c.stop() // nobody else looks at the clock
+	c.stop = func() {}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	ahead := func(d time.Duration, last time.Duration) (left time.Duration, err error) {
+		t.Helper()
+		clock, err := readBootClock()
+		must(t, err)
+		state, err := readState(c.objects)
+		must(t, err)
+		state.Wall = uint64(clock.offset + int64(d))
+		must(t, writeState(c.objects, state))
+		c.walled = clock.now() - uint64(last)
+		err = c.setWall()
+		state, bad := readState(c.objects)
+		must(t, bad)
+		return time.Duration(int64(state.Wall) - clock.offset), err
+	}
+	left, err := ahead(24*time.Hour, time.Second)
+	if near := 24*time.Hour - time.Second/wallSlew; left > near || left < near-time.Second {
+		t.Errorf("a day back: after a second the tags are %v ahead, want %v", left, near)
+	}
+	if err == nil || !strings.Contains(err.Error(), "wall clock went back: tags are 24h0m0s ahead") {
+		t.Errorf("a day back is told as %v", err)
+	}
+	if left, err = ahead(500*time.Millisecond, 10*time.Second); left.Abs() > wallTolerance || err != nil {
+		t.Errorf("half a second back, ten seconds later: %v ahead, problem %v", left, err)
+	}
+	if left, err = ahead(-24*time.Hour, time.Second); left.Abs() > wallTolerance || err != nil {
+		t.Errorf("a day forward: %v ahead, problem %v", left, err)
 	}
 }
 

@@ -29,6 +29,7 @@ const (
 	TagKind          = 253
 	TagLength        = 16
 	TagExID          = 0xD3AC
+	TagSlotShift     = 36 // a SYN's tag is bound to Unix time in ns >> 36
 )
 
 // Verdict is what was decided. The zero value denies.
@@ -85,7 +86,10 @@ const (
 	MapFull        Reason = 30
 	TagStale       Reason = 31
 	TagUnbound     Reason = 32
-	Reasons               = 33
+	TagReplayed    Reason = 33
+	NoSocket       Reason = 34
+	ICMPType       Reason = 35
+	Reasons               = 36
 )
 
 var reasonNames = names{
@@ -93,6 +97,7 @@ var reasonNames = names{
 	"tag-missing", "tag-malformed", "tag-bad-mac", "tag-wrong-epoch", "tag-bad-identity", "tag-no-room", "pending",
 	"unbound", "task-mismatch", "raw-socket", "protocol", "malformed", "fragment", "ip-options", "no-state", "revoked",
 	"unproven-limit", "port-owned", "spoof", "quarantined", "no-policy", "map-full", "tag-stale", "tag-unbound",
+	"tag-replayed", "no-socket", "icmp-type",
 }
 
 func (r Reason) String() string                { return reasonNames.name("reason", int(r)) }
@@ -297,6 +302,19 @@ type Key struct {
 	_     uint32
 }
 
+// Door is the host's end of a workload's veth.
+type Door struct {
+	Via    uint32 // index of the device that routes to it name
+	Lodger uint32 // what was seen to live there
+}
+
+// Refusal is a caller that is to learn that it was refused.
+type Refusal struct {
+	Tuple Tuple
+	Ack   uint32 // TCP: what the reset acknowledges
+	_     uint32
+}
+
 // Tuple is a flow, opener first.
 type Tuple struct {
 	Source          [16]byte
@@ -366,17 +384,18 @@ type RingState struct {
 type Fault uint32
 
 const (
-	FaultBindFull  Fault = 0
-	FaultCountFull Fault = 1
-	FaultStorage   Fault = 2
-	FaultFlow      Fault = 3
-	FaultPending   Fault = 4
-	FaultLimitRace Fault = 5
-	FaultPortFull  Fault = 6
-	Faults               = 7
+	FaultBindFull   Fault = 0
+	FaultCountFull  Fault = 1
+	FaultStorage    Fault = 2
+	FaultFlow       Fault = 3
+	FaultPending    Fault = 4
+	FaultLimitRace  Fault = 5
+	FaultPortFull   Fault = 6
+	FaultReplayFull Fault = 7
+	Faults                = 8
 )
 
-var faultNames = names{"binding-full", "counter-full", "socket-storage", "flow-full", "handshake-full", "limit-contended", "port-full"}
+var faultNames = names{"binding-full", "counter-full", "socket-storage", "flow-full", "handshake-full", "limit-contended", "port-full", "replay-full"}
 
 func (f Fault) String() string { return faultNames.name("fault", int(f)) }
 

@@ -72,7 +72,10 @@ enum demarc_reason {
 	DEMARC_MAP_FULL = 30,
 	DEMARC_TAG_STALE = 31,	      /* a datagram's tag from another time */
 	DEMARC_TAG_UNBOUND = 32,      /* leaves an address out that the crossing's `nat` does not */
-	DEMARC_REASONS = 33,
+	DEMARC_TAG_REPLAYED = 33,     /* was admitted before */
+	DEMARC_NO_SOCKET = 34,	      /* left a workload's device without being what a socket of it sent */
+	DEMARC_ICMP_TYPE = 35,	      /* a type that nobody has to send us */
+	DEMARC_REASONS = 36,
 };
 
 enum demarc_direction {
@@ -217,7 +220,7 @@ struct demarc_state {
 	__u64 active; /* DEMARC_ACTIVE(): slot, flags, epoch */
 	__u64 filling; /* bit per slot: cgroup_mkdir binds for these slots too */
 	__u64 tag_epoch; /* epoch whose key tags what we send */
-	__u64 wall;	 /* Unix time minus CLOCK_BOOTTIME, ns: datagram tags carry the hour */
+	__u64 wall;	 /* Unix time minus CLOCK_BOOTTIME, ns: tags are bound to the time; 0 = not known */
 };
 
 /* Layout of demarc_state.active. The epoch grows with every change of meaning
@@ -241,6 +244,10 @@ struct demarc_key {
 	__u32 zero;
 };
 #define DEMARC_EPOCHS 16
+
+/* Keys by pair of nodes and epoch: the fleet's own keys are those of pair 0. */
+#define DEMARC_PAIRS 1
+#define DEMARC_KEY_INDEX(pair, epoch) ((pair)*DEMARC_EPOCHS + (epoch))
 
 /*
  * The TCP tag (option kind 253, RFC 6994 shared experiment), 16 bytes:
@@ -281,11 +288,33 @@ enum demarc_tag_flags {
 struct demarc_tag_input {
 	__u32 claim;
 	__u32 seq;	/* sender's initial sequence number; datagram: time */
-	__u32 acked;	/* SYN-ACK: the acknowledgement number; otherwise 0 */
+	__u32 acked;	/* SYN-ACK: the acknowledgement number; SYN: the time slot; datagram: 0 */
 	__u16 sport;
 	__u16 dport;
 	__u8 saddr[16];
 	__u8 daddr[16];
+};
+
+/*
+ * A SYN has nothing of the receiver's to be bound to, so it is bound to the time:
+ * slots of 2^36 ns (68.7 s) since the Unix epoch. The receiver takes its own slot
+ * and the neighbour that it is nearer to, so that clocks may differ by 34 s, and a
+ * tag holds for at most 2^37 ns.
+ */
+#define DEMARC_TAG_SLOT_SHIFT 36
+
+/*
+ * The memory of tags that were admitted: 2^18 buckets, of which a MAC has two. An
+ * entry is the upper 40 bits of the MAC and when it was admitted, in steps of 2^32
+ * ns of CLOCK_BOOTTIME; 0 = empty. Entries are kept for longer than any tag holds,
+ * also while a clock that went back is slewed, and then give way.
+ */
+#define DEMARC_REPLAY_BUCKETS (1 << 18)
+#define DEMARC_REPLAY_ENTRIES 8
+#define DEMARC_REPLAY_STEP_SHIFT 32
+#define DEMARC_REPLAY_STEPS 37 /* 159 s */
+struct demarc_replay_bucket {
+	__u64 entry[DEMARC_REPLAY_ENTRIES];
 };
 
 /* A flow, opener first. ICMP echo: sport = identifier, dport = 0. */
@@ -348,6 +377,21 @@ struct demarc_flow {
 };
 #define DEMARC_UNPROVEN_MAX 16
 #define DEMARC_FLOW_IDLE (180ULL * 1000000000ULL)
+
+/* A workload's door: the host's end of its veth. */
+struct demarc_door {
+	__u32 via;    /* index of the device that routes to it name: itself, or its bridge */
+	__u32 lodger; /* what was seen to live there; 0 = nothing yet */
+};
+
+/* A caller that is to learn that it was refused. */
+struct demarc_refusal {
+	struct demarc_tuple tuple; /* opener first */
+	__u32 ack; /* TCP: what the reset acknowledges, host order */
+	__u32 zero;
+};
+#define DEMARC_REFUSAL_INTERVAL 1000000ULL /* ns between two, in the long run */
+#define DEMARC_REFUSAL_SLACK (100 * DEMARC_REFUSAL_INTERVAL)
 
 /* Who bound a port first. */
 struct demarc_port_key {
@@ -434,7 +478,8 @@ enum demarc_fault {
 	DEMARC_FAULT_PENDING = 4,     /* handshake entry could not be made: denied */
 	DEMARC_FAULT_LIMIT_RACE = 5,  /* token bucket contended beyond its tries: denied */
 	DEMARC_FAULT_PORT_FULL = 6,   /* port owner could not be recorded: bind refused */
-	DEMARC_FAULTS = 7,
+	DEMARC_FAULT_REPLAY_FULL = 7, /* no room to remember an admitted tag: denied */
+	DEMARC_FAULTS = 8,
 };
 
 /* One question to the verdict function, and its answer: the self-test and the

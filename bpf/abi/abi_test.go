@@ -1,6 +1,7 @@
 package abi_test
 
 import (
+	"fmt"
 	"reflect"
 	"strings"
 	"testing"
@@ -30,6 +31,8 @@ func TestLayout(t *testing.T) {
 		"demarc_state":        abi.State{},
 		"demarc_key":          abi.Key{},
 		"demarc_tuple":        abi.Tuple{},
+		"demarc_door":         abi.Door{},
+		"demarc_refusal":      abi.Refusal{},
 		"demarc_event":        abi.Event{},
 		"demarc_count_key":    abi.CountKey{},
 		"demarc_ring_state":   abi.RingState{},
@@ -86,7 +89,7 @@ func TestNames(t *testing.T) {
 			t.Errorf("reason %d: %q reads back as %d: %v", r, text, back, err)
 		}
 	}
-	if got := abi.Reason(abi.Reasons).String(); got != "reason(33)" {
+	if got := abi.Reason(abi.Reasons).String(); got != fmt.Sprintf("reason(%d)", abi.Reasons) {
 		t.Errorf("an unknown reason prints %q", got)
 	}
 }

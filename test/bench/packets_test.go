@@ -265,7 +265,7 @@ func synFrame(id image.ID, epoch uint32, key abi.Key) []byte {
 	var covered []byte
 	covered = binary.BigEndian.AppendUint32(covered, claim)
 	covered = binary.BigEndian.AppendUint32(covered, seq)
-	covered = binary.BigEndian.AppendUint32(covered, 0)
+	covered = binary.BigEndian.AppendUint32(covered, uint32(time.Now().UnixNano()>>abi.TagSlotShift))
 	covered = binary.BigEndian.AppendUint16(covered, sport)
 	covered = binary.BigEndian.AppendUint16(covered, firstPort)
 	covered = append(covered, net.ParseIP(clientAddress).To16()...)

@@ -60,7 +60,7 @@ func TestArchitectureNumbers(t *testing.T) {
 
 	input := binary.BigEndian.AppendUint32(nil, ids["web"]<<8)
 	input = binary.BigEndian.AppendUint32(input, 0x11223344)
-	input = binary.BigEndian.AppendUint32(input, 0)
+	input = binary.BigEndian.AppendUint32(input, slot)
 	input = binary.BigEndian.AppendUint16(input, 40000)
 	input = binary.BigEndian.AppendUint16(input, 8080)
 	for _, a := range []string{"10.0.1.2", "10.0.2.2"} {

@@ -22,25 +22,28 @@ const (
 	datagram      = 8
 )
 
+// slot is that of 1 January 2026, 00:00 UTC.
+const slot = 1767225600_000000000 >> abi.TagSlotShift
+
 // tagVector is one tag that docs/identity.md shows down to bytes.
 type tagVector struct {
 	name        string
 	identity    uint32
 	epoch       uint32
 	flags       uint32
-	seq, acked  uint32 // a datagram's time is its seq
+	seq, acked  uint32 // a datagram's time is its seq, a SYN's slot is what it acknowledges
 	source      string
 	destination string
 	payload     string // of a datagram
 }
 
 var tagVectors = []tagVector{
-	{"SYN, IPv4", 0x434589, 3, 0, 0x11223344, 0, "10.0.1.2:40000", "10.0.2.2:8080", ""},
+	{"SYN, IPv4", 0x434589, 3, 0, 0x11223344, slot, "10.0.1.2:40000", "10.0.2.2:8080", ""},
 	{"SYN-ACK to it", 0xb1638c, 3, answer, 0x55667788, 0x11223345, "10.0.2.2:8080", "10.0.1.2:40000", ""},
-	{"SYN, IPv6", 0x434589, 3, 0, 0x11223344, 0, "[2001:db8:1::2]:40000", "[2001:db8:2::2]:8080", ""},
-	{"SYN, `nat: source`", 0x434589, 3, noSource, 0x11223344, 0, "10.0.1.2:40000", "10.0.2.2:8080", ""},
+	{"SYN, IPv6", 0x434589, 3, 0, 0x11223344, slot, "[2001:db8:1::2]:40000", "[2001:db8:2::2]:8080", ""},
+	{"SYN, `nat: source`", 0x434589, 3, noSource, 0x11223344, slot, "10.0.1.2:40000", "10.0.2.2:8080", ""},
 	{"SYN-ACK, `nat: source`", 0xb1638c, 3, answer | noDestination, 0x55667788, 0x11223345, "10.0.2.2:8080", "192.0.2.1:61000", ""},
-	{"SYN, `nat: destination`", 0x434589, 3, noDestination, 0x11223344, 0, "10.0.1.2:40000", "10.96.0.10:80", ""},
+	{"SYN, `nat: destination`", 0x434589, 3, noDestination, 0x11223344, slot, "10.0.1.2:40000", "10.96.0.10:80", ""},
 	{"SYN-ACK, `nat: destination`", 0xb1638c, 3, answer | noSource, 0x55667788, 0x11223345, "10.0.2.2:8080", "10.0.1.2:40000", ""},
 	{"UDP, IPv4, odd length", 0x434589, 3, datagram, 1767225600, 0, "10.0.1.2:40000", "10.0.2.2:53", "demarc!"},
 	{"UDP answer, IPv6, even length", 0xb1638c, 15, answer | datagram, 1767225601, 0, "[2001:db8:2::2]:53", "[2001:db8:1::2]:40000", "demarc"},

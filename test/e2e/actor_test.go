@@ -324,6 +324,27 @@ type DatagramReply struct {
 	Errors   map[string]int
 }
 
+// Ask sends one datagram from a connected socket, and says what comes of it: ""
+// for an answer, else errno's text, or "timeout".
+func (a *Actor) Ask(args DialArgs, reply *string) error {
+	c, err := net.Dial("udp", args.To)
+	if err != nil {
+		*reply = problem(err)
+		return nil
+	}
+	defer c.Close()
+	if err := c.SetDeadline(time.Now().Add(args.Timeout)); err != nil {
+		return err
+	}
+	if _, err = c.Write([]byte("question")); err == nil {
+		_, err = c.Read(make([]byte, 64))
+	}
+	if err != nil {
+		*reply = problem(err)
+	}
+	return nil
+}
+
 // Datagrams sends datagrams from one unconnected socket.
 func (a *Actor) Datagrams(args DatagramArgs, reply *DatagramReply) error {
 	to, err := netip.ParseAddrPort(args.To)

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"testing"
+	"time"
 
 	"github.com/dchest/siphash"
 	"golang.org/x/sys/unix"
@@ -93,13 +94,16 @@ func (s tcpFrame) tags() (found [][]byte) {
 }
 
 // macOf is the MAC of a tag with a claim on this segment, from its definition in
-// abi.h: SipHash-2-4 over claim, sequence numbers, ports and addresses.
+// abi.h: SipHash-2-4 over claim, sequence number, what is acknowledged or else the
+// time slot, ports and addresses.
 func (s tcpFrame) macOf(key [16]byte, claim uint32) [8]byte {
 	var input [48]byte
 	binary.BigEndian.PutUint32(input[0:], claim)
 	binary.BigEndian.PutUint32(input[4:], s.seq)
 	if s.flags&flagACK != 0 {
 		binary.BigEndian.PutUint32(input[8:], s.ack)
+	} else {
+		binary.BigEndian.PutUint32(input[8:], uint32(time.Now().UnixNano()>>abi.TagSlotShift))
 	}
 	binary.BigEndian.PutUint16(input[12:], s.src.Port())
 	binary.BigEndian.PutUint16(input[14:], s.dst.Port())
