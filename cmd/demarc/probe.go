@@ -447,7 +447,7 @@ func (p *prober) find(ctx context.Context) (*findings, error) {
 	if f.proven() {
 		return f, nil
 	}
-	if a.answer != nil || len(a.sent) == 0 {
+	if a.result != callConnected && (a.answer != nil || len(a.sent) == 0) {
 		if f.denied, err = p.denial(ctx, start, a.port); err != nil {
 			return nil, err
 		}
@@ -471,7 +471,7 @@ func (p *prober) find(ctx context.Context) (*findings, error) {
 			h.From, h.Tag, silent = c.from, fateOf(a.sent, &c.about), 0
 		}
 		f.hops = append(f.hops, h)
-		if _, _, found := blame(f.hops); found || c != nil && c.kind != expired {
+		if _, _, _, found := blame(f.hops); found || c != nil && c.kind != expired {
 			break
 		}
 	}
@@ -482,7 +482,7 @@ func (p *prober) find(ctx context.Context) (*findings, error) {
 }
 
 // tellWithin is how long a verdict of the kernel may take to be told by the agent.
-const tellWithin = time.Second
+const tellWithin = 2 * time.Second
 
 // denial is why this host refused a packet of a connection; Undecided = it did not.
 func (p *prober) denial(ctx context.Context, since time.Time, port uint16) (abi.Reason, error) {

@@ -151,7 +151,8 @@ type caller struct {
 	in      io.WriteCloser
 	out     *os.File
 	pending []byte
-	cgroup  string // directory of its own
+	parent  *os.File // directory of the workload's cgroup
+	cgroup  string   // name of its own, below
 }
 
 // callerCgroup starts the names of the cgroups of callers; their parent's process id
@@ -172,30 +173,40 @@ func startCaller(root string, paths []string) (*caller, error) {
 	return nil, err
 }
 
-func startCallerAt(dir string) (*caller, error) {
+// startCallerAt holds on to the directory that it looked at: a path may lead
+// elsewhere a moment later.
+func startCallerAt(dir string) (_ *caller, err error) {
+	c := &caller{cgroup: fmt.Sprintf("%s%d", callerCgroup, os.Getpid())}
+	if c.parent, err = os.OpenFile(dir, unix.O_DIRECTORY, 0); err != nil {
+		return nil, fmt.Errorf("find cgroup: %w", err)
+	}
+	defer func() {
+		if err != nil {
+			c.parent.Close()
+		}
+	}()
 	var fs unix.Statfs_t
-	if err := unix.Statfs(dir, &fs); err != nil {
+	if err := unix.Fstatfs(int(c.parent.Fd()), &fs); err != nil {
 		return nil, fmt.Errorf("find cgroup %s: %w", dir, err)
 	}
 	if fs.Type != unix.CGROUP2_SUPER_MAGIC {
 		return nil, fmt.Errorf("find cgroup %s: it is no cgroup2 directory", dir)
 	}
-	c := &caller{cgroup: filepath.Join(dir, fmt.Sprintf("%s%d", callerCgroup, os.Getpid()))}
-	if err := os.Mkdir(c.cgroup, 0o755); err != nil {
-		return nil, fmt.Errorf("make cgroup: %w", err)
+	if err := unix.Mkdirat(int(c.parent.Fd()), c.cgroup, 0o755); err != nil {
+		return nil, fmt.Errorf("make cgroup below %s: %w", dir, err)
 	}
 	if err := c.start(); err != nil {
-		return nil, errors.Join(fmt.Errorf("start in %s: %w", c.cgroup, err), os.Remove(c.cgroup))
+		return nil, errors.Join(fmt.Errorf("start a process below %s: %w", dir, err), c.remove())
 	}
 	return c, nil
 }
 
 func (c *caller) start() error {
-	at, err := os.Open(c.cgroup)
+	at, err := unix.Openat(int(c.parent.Fd()), c.cgroup, unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return err
 	}
-	defer at.Close()
+	defer unix.Close(at)
 	out, answers, err := os.Pipe()
 	if err != nil {
 		return err
@@ -204,7 +215,7 @@ func (c *caller) start() error {
 	c.cmd = exec.Command("/proc/self/exe", "probe-caller")
 	c.cmd.Stdout, c.cmd.Stderr = answers, os.Stderr
 	// In its cgroup from its first instruction on, and gone when this thread is.
-	c.cmd.SysProcAttr = &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: int(at.Fd()), Pdeathsig: syscall.SIGKILL}
+	c.cmd.SysProcAttr = &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: at, Pdeathsig: syscall.SIGKILL}
 	if c.in, err = c.cmd.StdinPipe(); err == nil {
 		err = c.cmd.Start()
 	}
@@ -222,16 +233,21 @@ func (c *caller) stop() error {
 	_ = c.cmd.Process.Kill()
 	_ = c.cmd.Wait()
 	c.out.Close()
-	// The kernel may still be burying the process.
+	defer c.parent.Close()
+	return c.remove()
+}
+
+// remove removes its cgroup, which the kernel may still be burying a process in.
+func (c *caller) remove() error {
 	var err error
 	for range 100 {
-		if err = os.Remove(c.cgroup); !errors.Is(err, unix.EBUSY) {
+		if err = unix.Unlinkat(int(c.parent.Fd()), c.cgroup, unix.AT_REMOVEDIR); !errors.Is(err, unix.EBUSY) {
 			break
 		}
 		time.Sleep(10 * time.Millisecond)
 	}
 	if err != nil {
-		return fmt.Errorf("remove cgroup: %w", err)
+		return fmt.Errorf("remove cgroup %s/%s: %w", c.parent.Name(), c.cgroup, err)
 	}
 	return nil
 }

@@ -71,7 +71,7 @@ func (f *findings) report(p *prober) (*probeReport, error) {
 				"choose a port of a crossing to a workload or a zone: demarc policy explain"}
 		}
 		if id := a.last().identity(); id != p.workload.Identity {
-			return nil, fmt.Errorf("the tag that left is of identity %d: %s is not bound to %s", id, p.caller.cgroup, r.Workload)
+			return nil, fmt.Errorf("the tag that left is of identity %d: the cgroup of the probe is not bound to %s", id, r.Workload)
 		}
 	}
 	r.Answer = answerOf(a)
@@ -110,8 +110,8 @@ func (f *findings) judge(r *probeReport) (verdict string, exit int, why, hint st
 	if len(a.sent) == 0 {
 		return f.judgeUnsent()
 	}
-	if verdict, why, found := blame(f.hops); found {
-		return verdict, exitLost, why, "what stands there must pass TCP option 253 (ExID d3ac) as it is"
+	if verdict, why, hint, found := blame(f.hops); found {
+		return verdict, exitLost, why, hint
 	}
 	switch {
 	case a.answer != nil && a.answer.tag == nil:
@@ -146,26 +146,27 @@ func (f *findings) judgeUnsent() (verdict string, exit int, why, hint string) {
 	}
 }
 
+// blames are what a hop's quote says that something before it did, and what to do.
+var blames = map[fate]struct{ verdict, why, hint string }{
+	tagRemoved:    {"stripped", "the tag is gone", "what stands there must pass TCP option 253 (ExID d3ac) as it is"},
+	tagChanged:    {"changed", "the tag is another", "what stands there must pass TCP option 253 (ExID d3ac) as it is"},
+	tagRenumbered: {"changed", "the sequence number is another", "what stands there must not rewrite sequence numbers"},
+	tagTranslated: {"changed", "an address or a port is another", "say so in the crossing: nat: source or nat: destination"},
+}
+
 // blame finds the first hop at which the tag was not what it had been.
-func blame(hops []hop) (verdict, why string, found bool) {
-	words := map[fate]string{
-		tagRemoved: "the tag is gone", tagChanged: "the tag is another", tagRenumbered: "the sequence number is another", tagTranslated: "an address or a port is another",
-	}
+func blame(hops []hop) (verdict, why, hint string, found bool) {
 	last := "this host"
 	for _, h := range hops {
 		place := fmt.Sprintf("hop %d (%s)", h.Hops, h.From)
-		switch {
-		case h.Tag == tagIntact:
+		if h.Tag == tagIntact {
 			last = place
-		case words[h.Tag] != "":
-			verdict = "changed"
-			if h.Tag == tagRemoved {
-				verdict = "stripped"
-			}
-			return verdict, fmt.Sprintf("%s at %s; it was as sent up to %s", words[h.Tag], place, last), true
+		}
+		if b, ok := blames[h.Tag]; ok {
+			return b.verdict, fmt.Sprintf("%s at %s; it was as sent up to %s", b.why, place, last), b.hint, true
 		}
 	}
-	return "", "", false
+	return "", "", "", false
 }
 
 // beyond says how far the tag was seen as it was sent.

@@ -303,7 +303,7 @@ func TestProvableSpans(t *testing.T) {
 
 // Every verdict, as people read it.
 func TestPrintProbe(t *testing.T) {
-	p := &prober{target: netip.MustParseAddrPort("192.0.2.7:5432"), workload: api.Identity{Identity: 0x434589, Workload: "web", Zone: "edge"}, caller: &caller{}}
+	p := &prober{target: netip.MustParseAddrPort("192.0.2.7:5432"), workload: api.Identity{Identity: 0x434589, Workload: "web", Zone: "edge"}}
 	tag := packet(t, "fd10d3ac 43458900 b5b40959 ed687af4")
 	far := p.target.Addr()
 	sent := []*segment{{from: netip.MustParseAddrPort("10.0.1.2:40000"), to: p.target, seq: 1, flags: tcpSYN, tag: tag, whole: true}}
@@ -332,7 +332,7 @@ func TestPrintProbe(t *testing.T) {
 			"Verdict:    stripped: the tag is gone at hop 3 (192.0.2.7); it was as sent up to hop 1 (10.0.1.1)\nHint:       what stands there must pass TCP option 253 (ExID d3ac) as it is\n"},
 		{"changed", findings{attempt: &attempt{sent: sent, result: callStopped}, hops: []hop{{1, far, tagTranslated}}}, 1, head +
 			"Answer:     none\nHop 1:      192.0.2.7, address or port changed\n" +
-			"Verdict:    changed: an address or a port is another at hop 1 (192.0.2.7); it was as sent up to this host\nHint:       what stands there must pass TCP option 253 (ExID d3ac) as it is\n"},
+			"Verdict:    changed: an address or a port is another at hop 1 (192.0.2.7); it was as sent up to this host\nHint:       say so in the crossing: nat: source or nat: destination\n"},
 		{"unproven", findings{attempt: &attempt{sent: sent, answer: answer(nil), result: "ECONNREFUSED"}, hops: hops}, 1, head +
 			"Answer:     SYN-ACK without a tag, from 192.0.2.7\n" + along +
 			"Verdict:    unproven: the answer has no tag: no demarc tags it there, or the tag is taken out; up to hop 1 (10.0.1.1) the tag was as sent\n" +
