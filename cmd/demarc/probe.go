@@ -367,6 +367,7 @@ func (p *prober) try(ctx context.Context, hops int, wait time.Duration) (*attemp
 		return nil, err
 	}
 	end := time.Now().Add(wait)
+	var seen []*sighting // before the caller's port is known
 	for stopped := false; a.result == ""; {
 		// What comes from further away than a hop is all that is wanted of it.
 		if !stopped && (time.Now().After(end) || hops > 0 && a.told()) {
@@ -383,7 +384,6 @@ func (p *prober) try(ctx context.Context, hops int, wait time.Duration) (*attemp
 		if err != nil {
 			return nil, err
 		}
-		// Its port comes first: it is known before the SYN leaves.
 		for {
 			r, ok, err := p.caller.reply(readable)
 			if err != nil {
@@ -406,9 +406,16 @@ func (p *prober) try(ctx context.Context, hops int, wait time.Duration) (*attemp
 				return nil, err
 			}
 			if s != nil {
-				a.note(s, p.target, p.workload.Identity)
+				seen = append(seen, s)
 			}
 		}
+		if a.port == 0 {
+			continue
+		}
+		for _, s := range seen {
+			a.note(s, p.target, p.workload.Identity)
+		}
+		seen = nil
 	}
 	return a, nil
 }

@@ -33,9 +33,7 @@ type routed struct {
 
 var routedPlaces = []string{"web", "api", "db", "outside"}
 
-// newRouted starts it; nodes are web, api and db, each with the policy that text
-// makes of its name.
-func newRouted(t *testing.T, text func(node string, outside *netlab.Namespace) string) *routed {
+func newRouted(t *testing.T) *routed {
 	t.Helper()
 	r := &routed{cables: map[string]*netlab.Cable{}, wires: map[string]*netlab.Wire{}}
 	r.fleet = fleet{lab: netlab.New(t), hosts: map[string]*netlab.Namespace{}, nodes: map[string]*netlab.Node{}, actors: map[string]*actor{}}
@@ -51,26 +49,20 @@ func newRouted(t *testing.T, text func(node string, outside *netlab.Namespace) s
 			r.hosts[name] = ns
 		}
 	}
+	text := document(1, fmt.Sprintf(fleetPolicy, r.outside.IP4, r.outside.IP6, ""))
 	for name, ns := range r.hosts {
-		r.nodes[name] = r.lab.Node(text(name, r.outside), netlab.NodeOptions{CoreOnly: true, Home: ns})
+		r.nodes[name] = r.lab.Node(text, netlab.NodeOptions{CoreOnly: true, Home: ns})
 		r.actors[name] = startActor(t, ns, r.nodes[name].Cgroup("/lab/"+name))
 	}
 	r.stranger = startActor(t, r.outside, r.lab.Cgroup("outside"))
 	return r
 }
 
-// fleetText is the fleet's policy, with more said of the crossing from web to api.
-func fleetText(webAPI string) func(string, *netlab.Namespace) string {
-	return func(_ string, outside *netlab.Namespace) string {
-		return document(1, fmt.Sprintf(fleetPolicy, outside.IP4, outside.IP6, webAPI))
-	}
-}
-
 // With a router in between, every declared pair connects and every other does not:
 // TCP and UDP, IPv4 and IPv6, with SYN cookies too. No host with demarc puts an answer
 // on its cable that no crossing declares.
 func TestRoutedHosts(t *testing.T) {
-	r := newRouted(t, fleetText(""))
+	r := newRouted(t)
 	r.serve()
 	places := map[string]*netlab.Namespace{"outside": r.outside}
 	actors := map[string]*actor{"outside": r.stranger}
@@ -127,6 +119,10 @@ func TestRoutedHosts(t *testing.T) {
 // says nothing, the other end, or only one of the hosts says it, the SYN is refused,
 // and for the right reason. Datagrams' tags leave nothing out.
 func TestE16Translation(t *testing.T) {
+	r := newRouted(t)
+	r.serve()
+	wire := r.cables["api"].A.Wire()
+	version := 1
 	for _, c := range []struct {
 		name     string
 		web, api string // what each host's policy says of nat
@@ -148,69 +144,76 @@ func TestE16Translation(t *testing.T) {
 		{"bad source, said by the listener alone", "", "source", "source", abi.TagBadMAC},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			said := map[string]string{"web": c.web, "api": c.api}
-			r := newRouted(t, func(node string, outside *netlab.Namespace) string {
-				nat := ""
-				if said[node] != "" {
-					nat = ", nat: " + said[node]
+			version++
+			for node, nat := range map[string]string{"web": c.web, "api": c.api} {
+				if nat != "" {
+					nat = ", nat: " + nat
 				}
-				return fleetText(nat)(node, outside)
-			})
-			r.serve()
-			toAPI, toWeb := r.cables["api"].B, r.cables["web"].B
-			var rules []string
-			if c.path == "source" || c.path == "both" {
-				rules = append(rules, "add chain inet t s { type nat hook postrouting priority 100; }",
-					fmt.Sprintf(`add rule inet t s ip daddr %s meta l4proto { tcp, udp } snat ip to %s`, r.hosts["api"].IP4, toAPI.IP4),
-					fmt.Sprintf(`add rule inet t s ip6 daddr %s meta l4proto { tcp, udp } snat ip6 to %s`, r.hosts["api"].IP6, toAPI.IP6))
+				r.nodes[node].Apply(document(version, fmt.Sprintf(fleetPolicy, r.outside.IP4, r.outside.IP6, nat)))
 			}
-			service := map[bool]netip.AddrPort{true: netip.AddrPortFrom(r.hosts["api"].IP4, 8080), false: netip.AddrPortFrom(r.hosts["api"].IP6, 8080)}
-			if c.path == "destination" || c.path == "both" {
-				rules = append(rules, "add chain inet t d { type nat hook prerouting priority -100; }",
-					fmt.Sprintf(`add rule inet t d ip daddr %s tcp dport 80 dnat ip to %s`, toWeb.IP4, service[true]),
-					fmt.Sprintf(`add rule inet t d ip6 daddr %s tcp dport 80 dnat ip6 to %s`, toWeb.IP6, service[false]),
-					fmt.Sprintf(`add rule inet t d ip daddr %s udp dport 8080 dnat ip to %s`, toWeb.IP4, service[true]),
-					fmt.Sprintf(`add rule inet t d ip6 daddr %s udp dport 8080 dnat ip6 to %s`, toWeb.IP6, service[false]))
-			}
-			if len(rules) > 0 {
-				nft(t, r.router, "add table inet t; "+strings.Join(rules, "; "))
-			}
-			api := r.cables["api"].A.Wire()
-			for four, at := range service {
+			nft(t, r.router, "flush ruleset; add table inet t; "+translation(r, c.path))
+			r.nodes["api"].Forget()
+			wire.Forget()
+			var families sync.WaitGroup
+			for _, ends := range [][2]netip.Addr{{r.hosts["api"].IP4, r.cables["web"].B.IP4}, {r.hosts["api"].IP6, r.cables["web"].B.IP6}} {
+				at, front := netip.AddrPortFrom(ends[0], 8080), ends[1]
 				stream, datagram := at, at
 				if c.path == "destination" || c.path == "both" {
-					front := map[bool]netip.Addr{true: toWeb.IP4, false: toWeb.IP6}[four]
 					stream, datagram = netip.AddrPortFrom(front, 80), netip.AddrPortFrom(front, 8080)
 				}
 				place := netlab.Place{Address: at.Addr(), Port: 8080}
-				if got, want := r.actors["web"].reaches(stream), c.reason == abi.Undecided; got != want {
-					t.Errorf("reaches %s: %v, want %v", stream, got, want)
-				}
-				if c.reason != abi.Undecided {
+				families.Go(func() {
+					if got, want := r.actors["web"].reaches(stream), c.reason == abi.Undecided; got != want {
+						t.Errorf("reaches %s: %v, want %v", stream, got, want)
+					}
+					if c.reason == abi.Undecided {
+						return
+					}
 					f := r.nodes["api"].AwaitDenied(c.reason, unix.IPPROTO_TCP, place)
 					// A bad MAC proves nothing of what it claims.
 					want := map[abi.Reason]string{abi.TagBadMAC: "claims app/web", abi.TagUnbound: "app/web"}[c.reason]
 					if who := f.Source.Label(); who != want {
 						t.Errorf("denied %q, want %q: %s", who, want, netlab.Describe(f))
 					}
-				}
-				// Datagrams: bound to both ends whatever is said.
-				answered := r.actors["web"].datagrams(datagram, 2).Answered
-				if c.path == "" && answered != 2 || c.path != "" && answered > 0 {
-					t.Errorf("%d of 2 datagrams to %s are answered", answered, datagram)
-				}
-				if c.path != "" {
-					r.nodes["api"].AwaitDenied(abi.TagBadMAC, unix.IPPROTO_UDP, place)
-				}
+				})
+				families.Go(func() {
+					answered := r.actors["web"].datagrams(datagram, 2).Answered
+					if c.path == "" && answered != 2 || c.path != "" && answered > 0 {
+						t.Errorf("%d of 2 datagrams to %s are answered", answered, datagram)
+					}
+					if c.path != "" {
+						r.nodes["api"].AwaitDenied(abi.TagBadMAC, unix.IPPROTO_UDP, place)
+					}
+				})
 			}
-			accepted := api.Count(func(p netlab.Packet) bool {
-				return p.Sent && p.Proto == unix.IPPROTO_TCP && p.Flags&0x12 == 0x12 && p.Tagged
+			families.Wait()
+			accepted := wire.Count(func(p netlab.Packet) bool {
+				return p.Sent && p.Proto == unix.IPPROTO_TCP && p.Flags&(flagSYN|flagACK) == flagSYN|flagACK && p.Tagged
 			})
 			if c.reason != abi.Undecided && accepted > 0 || c.reason == abi.Undecided && accepted < 2 {
 				t.Errorf("%d SYN-ACKs with a tag", accepted)
 			}
 		})
 	}
+}
+
+// translation is what the router does: which end it translates.
+func translation(r *routed, path string) string {
+	var rules []string
+	api4, api6, web, api := r.hosts["api"].IP4, r.hosts["api"].IP6, r.cables["web"].B, r.cables["api"].B
+	if path == "source" || path == "both" {
+		rules = append(rules, "add chain inet t s { type nat hook postrouting priority 100; }",
+			fmt.Sprintf("add rule inet t s ip daddr %s meta l4proto { tcp, udp } snat ip to %s", api4, api.IP4),
+			fmt.Sprintf("add rule inet t s ip6 daddr %s meta l4proto { tcp, udp } snat ip6 to %s", api6, api.IP6))
+	}
+	if path == "destination" || path == "both" {
+		rules = append(rules, "add chain inet t d { type nat hook prerouting priority -100; }",
+			fmt.Sprintf("add rule inet t d ip daddr %s tcp dport 80 dnat ip to %s:8080", web.IP4, api4),
+			fmt.Sprintf("add rule inet t d ip6 daddr %s tcp dport 80 dnat ip6 to [%s]:8080", web.IP6, api6),
+			fmt.Sprintf("add rule inet t d ip daddr %s udp dport 8080 dnat ip to %s:8080", web.IP4, api4),
+			fmt.Sprintf("add rule inet t d ip6 daddr %s udp dport 8080 dnat ip6 to [%s]:8080", web.IP6, api6))
+	}
+	return strings.Join(rules, "; ")
 }
 
 // To a declared network and from one, a host with demarc sends byte for byte what

@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -30,7 +31,7 @@ type line struct {
 const linePolicy = webAndDB + `networks:
   beyond: {zone: app, cidrs: [10.70.3.0/24, "fd70:0:0:3::/64"]}
 crossings:
-  - {name: web-db, from: [workload/web], to: [workload/db], ports: [tcp/8080]}
+  - {name: web-db, from: [workload/web], to: [workload/db], ports: [tcp/8080, tcp/8084]}
   - {name: db-web, from: [workload/db], to: [workload/web], ports: [tcp/8082]}
   - {name: either, from: [workload/web], to: [workload/db, network/beyond], ports: [tcp/8081]}
   - {name: plain, from: [workload/web], to: [network/beyond], ports: [tcp/8083], identity: none}
@@ -85,7 +86,7 @@ type probeResult struct {
 	Exit    int
 }
 
-// probe runs demarc probe, and shows that nothing of it is left.
+// probe runs demarc probe.
 func (l *line) probe(t *testing.T, args ...string) probeResult {
 	t.Helper()
 	out, status := l.node.Run("demarc", append([]string{"probe", "-o", "json", "--timeout", "1500ms"}, args...)...)
@@ -107,7 +108,6 @@ func (l *line) probe(t *testing.T, args ...string) probeResult {
 	if r.Exit != status {
 		t.Errorf("exit status %d, and %d in the report", status, r.Exit)
 	}
-	l.checkGone(t)
 	p := probeResult{Sent: r.Sent, Tagged: r.Answer.Tagged, Verdict: r.Verdict, Why: r.Why, Exit: r.Exit}
 	p.Answer.Kind, p.Answer.From, p.Answer.Says = r.Answer.Kind, r.Answer.From, r.Answer.Says
 	for _, h := range r.Hops {
@@ -139,111 +139,94 @@ const (
 
 // What a probe says of each kind of path, in both families.
 func TestProbe(t *testing.T) {
+	demarc, bare := newLine(t), newLine(t)
+	demarc.farNode(t, 8080)
+	bare.db.Echo(8080)
+	bare.db.Echo(8081)
+	both := []string{"1 near intact", "2 far intact"}
+	const (
+		untagged = "the answer has no tag: no demarc tags it there, or the tag is taken out; up to hop 2 (far) the tag was as sent"
+		upToNear = " at hop 2 (far); it was as sent up to hop 1 (near)"
+	)
+	answer := func(kind, from, says string) (a struct{ Kind, From, Says string }) {
+		a.Kind, a.From, a.Says = kind, from, says
+		return a
+	}
+	synack, reset, none := answer("syn-ack", "db", ""), answer("reset", "db", ""), answer("none", "", "")
+	// Who misses the tag, or its own, may refuse or be silent.
+	whatever := answer("", "", "")
 	for _, c := range []struct {
 		name      string
-		demarc    bool // on the far side
-		served    bool // by an ordinary server, without demarc
-		near, far string
-		port      int
-		want      probeResult // with 4 for the addresses of one family
-		notFor6   bool
+		line      *line
+		near, far string // rules of the routers
+		port      uint16
+		want      probeResult // with names in the place of addresses
 	}{
-		{name: "clean", demarc: true, want: probeResult{Sent: "tagged", Tagged: true, Verdict: "proven", Why: "the tag of app/web was taken there, and the answer's tag here"}},
-		{name: "stripped on the first router", demarc: true, near: strip, want: probeResult{
-			Sent: "tagged", Hops: []string{"1 near intact", "2 far removed"}, Verdict: "stripped", Exit: 1,
-			Why: "the tag is gone at hop 2 (far); it was as sent up to hop 1 (near)",
+		{name: "clean", line: demarc, port: 8080, want: probeResult{
+			Sent: "tagged", Answer: synack, Tagged: true, Verdict: "proven", Why: "the tag of app/web was taken there, and the answer's tag here",
 		}},
-		{name: "changed on the first router", demarc: true, near: change, want: probeResult{
-			Sent: "tagged", Hops: []string{"1 near intact", "2 far changed"}, Verdict: "changed", Exit: 1,
-			Why: "the tag is another at hop 2 (far); it was as sent up to hop 1 (near)",
+		{name: "stripped on the first router", line: demarc, near: strip, port: 8080, want: probeResult{
+			Sent: "tagged", Answer: whatever, Hops: []string{"1 near intact", "2 far removed"}, Verdict: "stripped", Exit: 1, Why: "the tag is gone" + upToNear,
 		}},
-		{name: "renumbered on the first router", demarc: true, near: number, want: probeResult{
-			Sent: "tagged", Hops: []string{"1 near intact", "2 far renumbered"}, Verdict: "changed", Exit: 1,
-			Why: "the sequence number is another at hop 2 (far); it was as sent up to hop 1 (near)",
+		{name: "changed on the first router", line: demarc, near: change, port: 8080, want: probeResult{
+			Sent: "tagged", Answer: whatever, Hops: []string{"1 near intact", "2 far changed"}, Verdict: "changed", Exit: 1, Why: "the tag is another" + upToNear,
 		}},
-		{name: "stripped on the way back", demarc: true, far: stripAnswer, want: probeResult{
-			Sent: "tagged", Hops: []string{"1 near intact", "2 far intact"}, Verdict: "unproven", Exit: 1,
-			Why: "the answer has no tag: no demarc tags it there, or the tag is taken out; up to hop 2 (far) the tag was as sent",
+		{name: "renumbered on the first router", line: demarc, near: number, port: 8080, want: probeResult{
+			Sent: "tagged", Answer: whatever, Hops: []string{"1 near intact", "2 far renumbered"}, Verdict: "changed", Exit: 1, Why: "the sequence number is another" + upToNear,
 		}},
-		{name: "changed on the way back", demarc: true, far: changeAnswer, want: probeResult{
-			Sent: "tagged", Tagged: true, Hops: []string{"1 near intact", "2 far intact"}, Verdict: "changed", Exit: 1,
+		{name: "stripped on the way back", line: demarc, far: stripAnswer, port: 8080, want: probeResult{
+			Sent: "tagged", Answer: synack, Hops: both, Verdict: "unproven", Exit: 1, Why: untagged,
+		}},
+		{name: "changed on the way back", line: demarc, far: changeAnswer, port: 8080, want: probeResult{
+			Sent: "tagged", Answer: synack, Tagged: true, Hops: both, Verdict: "changed", Exit: 1,
 			Why: "the answer's tag does not fit the answer (tag-bad-mac): it is changed on the way back",
 		}},
-		{name: "no demarc on the far side", served: true, want: probeResult{
-			Sent: "tagged", Hops: []string{"1 near intact", "2 far intact"}, Verdict: "unproven", Exit: 1,
-			Why: "the answer has no tag: no demarc tags it there, or the tag is taken out; up to hop 2 (far) the tag was as sent",
+		{name: "no demarc on the far side", line: bare, port: 8080, want: probeResult{
+			Sent: "tagged", Answer: synack, Hops: both, Verdict: "unproven", Exit: 1, Why: untagged,
 		}},
-		{name: "no demarc on the far side, and connected", served: true, port: 8081, want: probeResult{
-			Sent: "tagged", Hops: []string{"1 near intact", "2 far intact"}, Verdict: "unproven", Exit: 1,
-			Why: "the answer has no tag: no demarc tags it there, or the tag is taken out; up to hop 2 (far) the tag was as sent",
+		{name: "no demarc on the far side, and connected", line: bare, port: 8081, want: probeResult{
+			Sent: "tagged", Answer: synack, Hops: both, Verdict: "unproven", Exit: 1, Why: untagged,
 		}},
-		{name: "nobody listens", want: probeResult{
-			Sent: "tagged", Hops: []string{"1 near intact", "2 far intact"}, Verdict: "refused", Exit: 2,
-			Why: "db resets it: nobody listens there, or demarc there says no",
+		{name: "nobody listens", line: bare, port: 8084, want: probeResult{
+			Sent: "tagged", Answer: reset, Hops: both, Verdict: "refused", Exit: 2, Why: "db resets it: nobody listens there, or demarc there says no",
 		}},
-		{name: "dropped on the second router", far: silence, served: true, want: probeResult{
-			Sent: "tagged", Hops: []string{"1 near intact", "2 far intact"}, Verdict: "no-answer", Exit: 3,
-			Why: "nothing came back; up to hop 2 (far) the tag was as sent",
+		{name: "dropped on the second router", line: bare, far: silence, port: 8080, want: probeResult{
+			Sent: "tagged", Answer: none, Hops: both, Verdict: "no-answer", Exit: 3, Why: "nothing came back; up to hop 2 (far) the tag was as sent",
 		}},
-		{name: "prohibited on the first router", near: prohibit, served: true, want: probeResult{
-			Sent: "tagged", Hops: []string{"1 near intact", "2 near intact"}, Verdict: "refused", Exit: 2,
-			Why: "near says: administratively prohibited",
+		{name: "prohibited on the first router", line: bare, near: prohibit, port: 8080, want: probeResult{
+			Sent: "tagged", Answer: answer("icmp", "near", "administratively prohibited"), Hops: []string{"1 near intact", "2 near intact"},
+			Verdict: "refused", Exit: 2, Why: "near says: administratively prohibited",
 		}},
-		{name: "not declared here", port: 9999, served: true, want: probeResult{
-			Sent: "nothing", Verdict: "refused", Exit: 2, Why: "this host refused it: no-crossing",
+		{name: "not declared here", line: bare, port: 9999, want: probeResult{
+			Sent: "nothing", Answer: none, Verdict: "refused", Exit: 2, Why: "this host refused it: no-crossing",
 		}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			l := newLine(t)
-			port := 8080
-			if c.port != 0 {
-				port = c.port
-			}
-			if c.demarc {
-				l.farNode(t, uint16(port))
-			}
-			if c.served {
-				l.db.Echo(uint16(port))
-			}
-			if c.near != "" {
-				nft(t, l.near, c.near)
-			}
-			if c.far != "" {
-				nft(t, l.far, c.far)
-			}
-			for _, six := range []bool{false, true} {
-				at := map[string]netip.Addr{"near": l.cables[0].B.IP4, "far": l.cables[1].B.IP4, "db": l.db.IP4}
-				if six {
-					at = map[string]netip.Addr{"near": l.cables[0].B.IP6, "far": l.cables[1].B.IP6, "db": l.db.IP6}
-				}
-				want := c.want
-				want.Why = placed(want.Why, at)
-				want.Hops = nil
-				for _, h := range c.want.Hops {
-					want.Hops = append(want.Hops, placed(h, at))
-				}
-				switch got := l.probe(t, netip.AddrPortFrom(at["db"], uint16(port)).String()); {
-				case want.Verdict == "refused" && want.Sent == "tagged" && c.near == "":
-					want.Answer.Kind, want.Answer.From = "reset", at["db"].String()
-					fallthrough
-				default:
-					switch {
-					case want.Answer.Kind != "":
-					case want.Verdict == "proven", want.Verdict == "unproven", want.Tagged:
-						want.Answer.Kind, want.Answer.From = "syn-ack", at["db"].String()
-					case c.near == prohibit:
-						want.Answer.Kind, want.Answer.From, want.Answer.Says = "icmp", at["near"].String(), "administratively prohibited"
-					case want.Exit == 1:
-						// Who misses the tag may refuse or be silent.
+			l := c.line
+			nft(t, l.near, "flush ruleset; "+c.near)
+			nft(t, l.far, "flush ruleset; "+c.far)
+			var probes sync.WaitGroup
+			for _, at := range []map[string]netip.Addr{
+				{"near": l.cables[0].B.IP4, "far": l.cables[1].B.IP4, "db": l.db.IP4},
+				{"near": l.cables[0].B.IP6, "far": l.cables[1].B.IP6, "db": l.db.IP6},
+			} {
+				probes.Go(func() {
+					got, want := l.probe(t, netip.AddrPortFrom(at["db"], c.port).String()), c.want
+					want.Why, want.Answer.From = placed(want.Why, at), placed(want.Answer.From, at)
+					want.Hops = nil
+					for _, h := range c.want.Hops {
+						want.Hops = append(want.Hops, placed(h, at))
+					}
+					if want.Answer == whatever {
 						want.Answer = got.Answer
-					default:
-						want.Answer.Kind = "none"
 					}
 					if diff := cmp.Diff(want, got); diff != "" {
-						t.Errorf("IPv6 %v (-want +got):\n%s", six, diff)
+						t.Errorf("%s (-want +got):\n%s", at["db"], diff)
 					}
-				}
+				})
 			}
+			probes.Wait()
+			l.checkGone(t)
 		})
 	}
 }
@@ -275,7 +258,7 @@ Hint:       what stands there must pass TCP option 253 (ExID d3ac) as it is
 		{l.db.IP4.String() + ":8080 --as nobody", 64, "demarc: nobody is no workload of the policy in force\nhint: see: demarc identities\n"},
 		{l.db.IP4.String() + ":8083", 64, "demarc: app/web sends no tag to tcp/8083: no crossing of its own asks for proof there\n" +
 			"hint: choose a port of a crossing to a workload or a zone: demarc policy explain\n"},
-		{l.db.IP4.String(), 64, "demarc: choose a port: app/web proves itself on tcp/8080, tcp/8081\nhint: see: demarc probe --help\n"},
+		{l.db.IP4.String(), 64, "demarc: choose a port: app/web proves itself on tcp/8080, tcp/8081, tcp/8084\nhint: see: demarc probe --help\n"},
 		{"::1%x --as \x1b[31mweb", 64, "demarc: \\x1b[31mweb is no workload of the policy in force\nhint: see: demarc identities\n"},
 	} {
 		out, status := l.node.Run("demarc", append([]string{"probe", "--timeout", "1500ms"}, strings.Fields(c.args)...)...)
