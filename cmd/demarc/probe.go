@@ -59,7 +59,8 @@ Exit codes: 0 proven both ways, 1 the tag does not get through, 2 refused,
 130 interrupted.`,
 		Example: `  demarc probe 192.0.2.7:5432 --as api
   demarc probe db.example --as api -o json`,
-		Args: func(c *cobra.Command, args []string) error { return notProbed(oneArgument("host")(c, args)) },
+		Args:              func(c *cobra.Command, args []string) error { return notProbed(oneArgument("host")(c, args)) },
+		ValidArgsFunction: cobra.NoFileCompletions,
 		RunE: func(c *cobra.Command, args []string) error {
 			o.target = args[0]
 			return notProbed(probeRun(c.Context(), env, o))
@@ -69,6 +70,7 @@ Exit codes: 0 proven both ways, 1 the tag does not get through, 2 refused,
 	c.Flags().StringVar(&o.as, "as", "", "the `workload` to probe as; may be left out where only one runs here")
 	c.Flags().DurationVar(&o.timeout, "timeout", 3*time.Second, "how long to wait for an answer")
 	outputFlag(c, &o.output, "text", "json")
+	mustRegister(c, "as", completeFromAgent(env, "from"))
 	return c
 }
 
@@ -192,6 +194,11 @@ type prober struct {
 	caller *caller
 	wake   [2]int // a pipe that is written to when the probe is interrupted
 	undo   func() bool
+}
+
+// place is the target as it is in packets, which name no device.
+func (p *prober) place() netip.AddrPort {
+	return netip.AddrPortFrom(p.target.Addr().WithZone(""), p.target.Port())
 }
 
 // choose finds the workload to be.
@@ -413,7 +420,7 @@ func (p *prober) try(ctx context.Context, hops int, wait time.Duration) (*attemp
 			continue
 		}
 		for _, s := range seen {
-			a.note(s, p.target, p.workload.Identity)
+			a.note(s, p.place(), p.workload.Identity)
 		}
 		seen = nil
 	}

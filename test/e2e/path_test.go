@@ -143,57 +143,67 @@ func TestE16Translation(t *testing.T) {
 		{"bad destination, said by the caller alone", "destination", "", "destination", abi.TagUnbound},
 		{"bad source, said by the listener alone", "", "source", "source", abi.TagBadMAC},
 	} {
-		t.Run(c.name, func(t *testing.T) {
-			version++
-			for node, nat := range map[string]string{"web": c.web, "api": c.api} {
-				if nat != "" {
-					nat = ", nat: " + nat
-				}
-				r.nodes[node].Apply(document(version, fmt.Sprintf(fleetPolicy, r.outside.IP4, r.outside.IP6, nat)))
+		version++
+		for node, nat := range map[string]string{"web": c.web, "api": c.api} {
+			if nat != "" {
+				nat = ", nat: " + nat
 			}
-			nft(t, r.router, "flush ruleset; add table inet t; "+translation(r, c.path))
-			r.nodes["api"].Forget()
-			wire.Forget()
-			var families sync.WaitGroup
-			for _, ends := range [][2]netip.Addr{{r.hosts["api"].IP4, r.cables["web"].B.IP4}, {r.hosts["api"].IP6, r.cables["web"].B.IP6}} {
-				at, front := netip.AddrPortFrom(ends[0], 8080), ends[1]
-				stream, datagram := at, at
-				if c.path == "destination" || c.path == "both" {
-					stream, datagram = netip.AddrPortFrom(front, 80), netip.AddrPortFrom(front, 8080)
-				}
-				place := netlab.Place{Address: at.Addr(), Port: 8080}
-				families.Go(func() {
-					if got, want := r.actors["web"].reaches(stream), c.reason == abi.Undecided; got != want {
-						t.Errorf("reaches %s: %v, want %v", stream, got, want)
-					}
-					if c.reason == abi.Undecided {
-						return
-					}
-					f := r.nodes["api"].AwaitDenied(c.reason, unix.IPPROTO_TCP, place)
-					// A bad MAC proves nothing of what it claims.
-					want := map[abi.Reason]string{abi.TagBadMAC: "claims app/web", abi.TagUnbound: "app/web"}[c.reason]
-					if who := f.Source.Label(); who != want {
-						t.Errorf("denied %q, want %q: %s", who, want, netlab.Describe(f))
-					}
-				})
-				families.Go(func() {
-					answered := r.actors["web"].datagrams(datagram, 2).Answered
-					if c.path == "" && answered != 2 || c.path != "" && answered > 0 {
-						t.Errorf("%d of 2 datagrams to %s are answered", answered, datagram)
-					}
-					if c.path != "" {
-						r.nodes["api"].AwaitDenied(abi.TagBadMAC, unix.IPPROTO_UDP, place)
-					}
-				})
-			}
-			families.Wait()
-			accepted := wire.Count(func(p netlab.Packet) bool {
-				return p.Sent && p.Proto == unix.IPPROTO_TCP && p.Flags&(flagSYN|flagACK) == flagSYN|flagACK && p.Tagged
+			r.nodes[node].Apply(document(version, fmt.Sprintf(fleetPolicy, r.outside.IP4, r.outside.IP6, nat)))
+		}
+		nft(t, r.router, "flush ruleset; add table inet t; "+translation(r, c.path))
+		for _, cookies := range []string{"1", "2"} {
+			r.hosts["api"].Sysctl("ipv4/tcp_syncookies", cookies)
+			t.Run(c.name+", cookies "+cookies, func(t *testing.T) {
+				r.checkTranslation(t, wire, c.path, c.reason)
 			})
-			if c.reason != abi.Undecided && accepted > 0 || c.reason == abi.Undecided && accepted < 2 {
-				t.Errorf("%d SYN-ACKs with a tag", accepted)
+		}
+	}
+}
+
+// checkTranslation connects from web to api, and sends datagrams, whose tags never
+// leave anything out. Undecided: connections come about.
+func (r *routed) checkTranslation(t *testing.T, wire *netlab.Wire, path string, reason abi.Reason) {
+	t.Helper()
+	r.nodes["api"].Forget()
+	wire.Forget()
+	var families sync.WaitGroup
+	for _, ends := range [][2]netip.Addr{{r.hosts["api"].IP4, r.cables["web"].B.IP4}, {r.hosts["api"].IP6, r.cables["web"].B.IP6}} {
+		at, front := netip.AddrPortFrom(ends[0], 8080), ends[1]
+		stream, datagram := at, at
+		if path == "destination" || path == "both" {
+			stream, datagram = netip.AddrPortFrom(front, 80), netip.AddrPortFrom(front, 8080)
+		}
+		place := netlab.Place{Address: at.Addr(), Port: 8080}
+		families.Go(func() {
+			if got, want := r.actors["web"].reaches(stream), reason == abi.Undecided; got != want {
+				t.Errorf("reaches %s: %v, want %v", stream, got, want)
+			}
+			if reason == abi.Undecided {
+				return
+			}
+			f := r.nodes["api"].AwaitDenied(reason, unix.IPPROTO_TCP, place)
+			// A bad MAC proves nothing of what it claims.
+			want := map[abi.Reason]string{abi.TagBadMAC: "claims app/web", abi.TagUnbound: "app/web"}[reason]
+			if who := f.Source.Label(); who != want {
+				t.Errorf("denied %q, want %q: %s", who, want, netlab.Describe(f))
 			}
 		})
+		families.Go(func() {
+			answered := r.actors["web"].datagrams(datagram, 2).Answered
+			if path == "" && answered != 2 || path != "" && answered > 0 {
+				t.Errorf("%d of 2 datagrams to %s are answered", answered, datagram)
+			}
+			if path != "" {
+				r.nodes["api"].AwaitDenied(abi.TagBadMAC, unix.IPPROTO_UDP, place)
+			}
+		})
+	}
+	families.Wait()
+	accepted := wire.Count(func(p netlab.Packet) bool {
+		return p.Sent && p.Proto == unix.IPPROTO_TCP && p.Flags&(flagSYN|flagACK) == flagSYN|flagACK && p.Tagged
+	})
+	if reason != abi.Undecided && accepted > 0 || reason == abi.Undecided && accepted < 2 {
+		t.Errorf("%d SYN-ACKs with a tag", accepted)
 	}
 }
 
