@@ -91,7 +91,7 @@ func (s *service) status() *api.Status {
 	out := &api.Status{Node: s.node, Version: version.String(), State: api.StateUnknown}
 	received := s.link.store.Counts()
 	s.link.look(func(v view, k kernel) {
-		out.Core = api.Core{Connected: v.Connected, Since: v.Since, Problem: v.Problem, Status: v.Status}
+		out.Core = api.Core{Connected: v.Connected, Since: v.Since, Problem: v.Problem, Root: v.Root, Status: v.Status}
 		var states [abi.Rings]abi.RingState
 		if k != nil {
 			var err error

@@ -55,6 +55,7 @@ type Core struct {
 	Connected bool          `json:"connected"`
 	Since     time.Time     `json:"since,omitzero"` // of the connection
 	Problem   string        `json:"problem,omitempty"`
+	Root      string        `json:"cgroup_root,omitempty"` // directory that the managed tree starts at
 	Status    *proto.Status `json:"status,omitempty"`
 }
 

@@ -57,9 +57,9 @@ func TestParseLink(t *testing.T) {
 			want: netdev{index: 7, name: "eth0", ethernet: true, hostSide: true}},
 		{name: "OK VLAN of a device elsewhere", in: ifinfo(1, away, kind("vlan"), name), want: netdev{index: 7, name: "eth0", ethernet: true}},
 		{name: "OK port of a bridge", in: ifinfo(1, name, master, slave("bridge")),
-			want: netdev{index: 7, name: "eth0", ethernet: true, enslaved: true}},
-		{name: "OK port of something", in: ifinfo(1, name, master), want: netdev{index: 7, name: "eth0", ethernet: true, enslaved: true}},
-		{name: "OK in a VRF", in: ifinfo(1, name, master, slave("vrf")), want: netdev{index: 7, name: "eth0", ethernet: true}},
+			want: netdev{index: 7, name: "eth0", ethernet: true, enslaved: true, master: 3}},
+		{name: "OK port of something", in: ifinfo(1, name, master), want: netdev{index: 7, name: "eth0", ethernet: true, enslaved: true, master: 3}},
+		{name: "OK in a VRF", in: ifinfo(1, name, master, slave("vrf")), want: netdev{index: 7, name: "eth0", ethernet: true, master: 3}},
 		{name: "OK junk behind", in: append(ifinfo(1, name), 1, 0, 3), want: netdev{index: 7, name: "eth0", ethernet: true}},
 		{name: "bad empty", bad: true},
 		{name: "bad short", in: ifinfo(1)[:15], bad: true},
@@ -127,7 +127,7 @@ func TestListDevices(t *testing.T) {
 	var want []netdev
 	for _, l := range all {
 		a := l.Attrs()
-		want = append(want, netdev{index: a.Index, name: a.Name, ethernet: a.EncapType == "ether", enslaved: a.MasterIndex != 0,
+		want = append(want, netdev{index: a.Index, name: a.Name, ethernet: a.EncapType == "ether", enslaved: a.MasterIndex != 0, master: a.MasterIndex,
 			hostSide: l.Type() == "veth" && a.NetNsID >= 0, routed: a.Name == "ab"})
 	}
 	if diff := cmp.Diff(want, got, cmp.AllowUnexported(netdev{})); diff != "" {

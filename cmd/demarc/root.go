@@ -20,7 +20,7 @@ func newRootCommand(env *environment) *cobra.Command {
 crossings that a policy declares, and shows what tried to go elsewhere.
 
 Exit codes: 0 good, 1 failed or refused, 2 usage, 3 agent not running,
-4 no permission, 130 interrupted.`,
+4 no permission, 130 interrupted; probe has its own.`,
 		SilenceUsage:  true,
 		SilenceErrors: true,
 		Args:          noArguments,
@@ -35,7 +35,8 @@ Exit codes: 0 good, 1 failed or refused, 2 usage, 3 agent not running,
 	root.AddCommand(
 		newApplyCommand(env), newRollbackCommand(env), newStatusCommand(env), newFlowsCommand(env),
 		newIdentitiesCommand(env), newZonesCommand(env), newImageCommand(env), newPolicyCommand(env),
-		newKeysCommand(env), newPreflightCommand(env), newVersionCommand(env),
+		newKeysCommand(env), newPreflightCommand(env), newProbeCommand(env), newProbeCallerCommand(env),
+		newVersionCommand(env),
 	)
 	root.InitDefaultHelpCmd()
 	root.InitDefaultCompletionCmd()

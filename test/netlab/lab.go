@@ -32,6 +32,7 @@ type Lab struct {
 	mu      sync.Mutex
 	network *Namespace // holds the switch; nil until something is joined to it
 	hosts   int        // namespaces joined to it
+	cables  int        // without it
 	nodes   int
 	undo    []func() error // newest last
 	closed  bool

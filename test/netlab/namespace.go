@@ -27,6 +27,7 @@ type Namespace struct {
 	links  *netlink.Handle
 	port   int // index of the switch's port that eth0 hangs on
 	device int // index of eth0
+	cables int // without a switch
 	work   chan func()
 	ended  chan struct{}
 }

@@ -268,9 +268,17 @@ func (n *Node) Detach() {
 // returns what it said and its exit status.
 func (n *Node) Run(program string, args ...string) (output string, status int) {
 	n.lab.t.Helper()
-	p := n.home.Start(n.lab.Cgroup("daemons"), Command{Path: n.lab.binary(program), Args: args})
+	p := n.Start(program, args...)
 	status = p.Wait(time.Minute)
 	return p.Output(), status
+}
+
+// Start starts one of demarc's programs in the node's namespace.
+func (n *Node) Start(program string, args ...string) *Process {
+	n.lab.t.Helper()
+	return n.home.Start(n.lab.Cgroup("daemons"), Command{
+		Path: n.lab.binary(program), Args: args, Env: []string{"DEMARC_SERVER=unix://" + n.agentSocket()},
+	})
 }
 
 // Demarc runs the command line against this node's agent. Standard output and

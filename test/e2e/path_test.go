@@ -1,0 +1,449 @@
+package e2e_test
+
+import (
+	"bytes"
+	"encoding/binary"
+	"fmt"
+	"net/netip"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
+
+	"github.com/demarc/demarc/bpf/abi"
+	"github.com/demarc/demarc/test/netlab"
+)
+
+// routed is a fleet whose hosts have a router between each two of them:
+//
+//	host web ----.      .---- host db
+//	             router
+//	host api ----'      '---- outside, without demarc
+type routed struct {
+	fleet
+	router *netlab.Namespace
+	cables map[string]*netlab.Cable // from each host to the router
+	wires  map[string]*netlab.Wire
+}
+
+var routedPlaces = []string{"web", "api", "db", "outside"}
+
+func newRouted(t *testing.T) *routed {
+	t.Helper()
+	r := &routed{cables: map[string]*netlab.Cable{}, wires: map[string]*netlab.Wire{}}
+	r.fleet = fleet{lab: netlab.New(t), hosts: map[string]*netlab.Namespace{}, nodes: map[string]*netlab.Node{}, actors: map[string]*actor{}}
+	r.router = r.lab.Island("router")
+	r.router.Router()
+	for _, name := range routedPlaces {
+		ns := r.lab.Island(name)
+		r.cables[name] = r.lab.Cable(ns, r.router)
+		r.cables[name].A.LeadAll()
+		if name == "outside" {
+			r.outside = ns
+		} else {
+			r.hosts[name] = ns
+		}
+	}
+	text := document(1, fmt.Sprintf(fleetPolicy, r.outside.IP4, r.outside.IP6, ""))
+	for name, ns := range r.hosts {
+		r.nodes[name] = r.lab.Node(text, netlab.NodeOptions{CoreOnly: true, Home: ns})
+		r.actors[name] = startActor(t, ns, r.nodes[name].Cgroup("/lab/"+name))
+	}
+	r.stranger = startActor(t, r.outside, r.lab.Cgroup("outside"))
+	return r
+}
+
+// With a router in between, every declared pair connects and every other does not:
+// TCP and UDP, IPv4 and IPv6, with SYN cookies too. No host with demarc puts an answer
+// on its cable that no crossing declares.
+func TestRoutedHosts(t *testing.T) {
+	r := newRouted(t)
+	r.serve()
+	places := map[string]*netlab.Namespace{"outside": r.outside}
+	actors := map[string]*actor{"outside": r.stranger}
+	for name := range r.hosts {
+		places[name], actors[name] = r.hosts[name], r.actors[name]
+	}
+	for name := range r.hosts {
+		r.wires[name] = r.cables[name].A.Wire()
+	}
+	declared := map[string]bool{
+		"web api 8080": true, "api db 5432": true, "outside web 443": true, "db outside 443": true,
+	}
+	for _, cookies := range []string{"1", "2"} {
+		for _, ns := range places {
+			ns.Sysctl("ipv4/tcp_syncookies", cookies)
+		}
+		var all sync.WaitGroup
+		for from, a := range actors {
+			for to, ns := range places {
+				if from == to {
+					continue
+				}
+				all.Go(func() {
+					for _, port := range fleetPorts {
+						want := declared[fmt.Sprintf("%s %s %d", from, to, port)]
+						for _, address := range []netip.Addr{ns.IP4, ns.IP6} {
+							a.checkReach(t, netip.AddrPortFrom(address, port), want, cookies == "1")
+						}
+					}
+				})
+			}
+		}
+		all.Wait()
+	}
+	for to, ns := range r.hosts {
+		answers := r.wires[to].Packets(func(p netlab.Packet) bool {
+			return p.Sent && p.Payload > 0 && slices.Contains(fleetPorts, p.Src.Port()) && (p.Proto == unix.IPPROTO_TCP || p.Proto == unix.IPPROTO_UDP)
+		})
+		for from, caller := range places {
+			for _, port := range fleetPorts {
+				any := slices.ContainsFunc(answers, func(p netlab.Packet) bool {
+					return p.Src.Port() == port && (p.Dst.Addr() == caller.IP4 || p.Dst.Addr() == caller.IP6)
+				})
+				if want := declared[fmt.Sprintf("%s %s %d", from, to, port)]; from != to && any != want {
+					t.Errorf("%s (%s) answered %s on %d with data: %v, want %v", to, ns.IP4, from, port, any, want)
+				}
+			}
+		}
+	}
+}
+
+// A router between the hosts translates an end of the connection. Where the
+// crossing says that end, it works and the tag still proves who is there; where it
+// says nothing, the other end, or only one of the hosts says it, the SYN is refused,
+// and for the right reason. Datagrams' tags leave nothing out.
+func TestE16Translation(t *testing.T) {
+	r := newRouted(t)
+	r.serve()
+	wire := r.cables["api"].A.Wire()
+	version := 1
+	for _, c := range []struct {
+		name     string
+		web, api string // what each host's policy says of nat
+		path     string // which end is translated: source, destination, both; "" = none
+		reason   abi.Reason
+	}{
+		{"OK none", "", "", "", abi.Undecided},
+		{"OK source", "source", "source", "source", abi.Undecided},
+		{"OK destination", "destination", "destination", "destination", abi.Undecided},
+		{"OK source said, none translated", "source", "source", "", abi.Undecided},
+		{"OK destination said, none translated", "destination", "destination", "", abi.Undecided},
+		{"bad source not said", "", "", "source", abi.TagBadMAC},
+		{"bad destination not said", "", "", "destination", abi.TagBadMAC},
+		{"bad source, and destination said", "destination", "destination", "source", abi.TagBadMAC},
+		{"bad destination, and source said", "source", "source", "destination", abi.TagBadMAC},
+		{"bad both", "source", "source", "both", abi.TagBadMAC},
+		{"bad source, said by the caller alone", "source", "", "source", abi.TagUnbound},
+		{"bad destination, said by the caller alone", "destination", "", "destination", abi.TagUnbound},
+		{"bad source, said by the listener alone", "", "source", "source", abi.TagBadMAC},
+	} {
+		version++
+		for node, nat := range map[string]string{"web": c.web, "api": c.api} {
+			if nat != "" {
+				nat = ", nat: " + nat
+			}
+			r.nodes[node].Apply(document(version, fmt.Sprintf(fleetPolicy, r.outside.IP4, r.outside.IP6, nat)))
+		}
+		nft(t, r.router, "flush ruleset; add table inet t; "+translation(r, c.path))
+		for _, cookies := range []string{"1", "2"} {
+			r.hosts["api"].Sysctl("ipv4/tcp_syncookies", cookies)
+			t.Run(c.name+", cookies "+cookies, func(t *testing.T) {
+				r.checkTranslation(t, wire, c.path, c.reason)
+			})
+		}
+	}
+}
+
+// checkTranslation connects from web to api, and sends datagrams, whose tags never
+// leave anything out. Undecided: connections come about.
+func (r *routed) checkTranslation(t *testing.T, wire *netlab.Wire, path string, reason abi.Reason) {
+	t.Helper()
+	r.nodes["api"].Forget()
+	wire.Forget()
+	var families sync.WaitGroup
+	for _, ends := range [][2]netip.Addr{{r.hosts["api"].IP4, r.cables["web"].B.IP4}, {r.hosts["api"].IP6, r.cables["web"].B.IP6}} {
+		at, front := netip.AddrPortFrom(ends[0], 8080), ends[1]
+		stream, datagram := at, at
+		if path == "destination" || path == "both" {
+			stream, datagram = netip.AddrPortFrom(front, 80), netip.AddrPortFrom(front, 8080)
+		}
+		place := netlab.Place{Address: at.Addr(), Port: 8080}
+		families.Go(func() {
+			if got, want := r.actors["web"].reaches(stream), reason == abi.Undecided; got != want {
+				t.Errorf("reaches %s: %v, want %v", stream, got, want)
+			}
+			if reason == abi.Undecided {
+				return
+			}
+			f := r.nodes["api"].AwaitDenied(reason, unix.IPPROTO_TCP, place)
+			// A bad MAC proves nothing of what it claims.
+			want := map[abi.Reason]string{abi.TagBadMAC: "claims app/web", abi.TagUnbound: "app/web"}[reason]
+			if who := f.Source.Label(); who != want {
+				t.Errorf("denied %q, want %q: %s", who, want, netlab.Describe(f))
+			}
+		})
+		families.Go(func() {
+			answered := r.actors["web"].datagrams(datagram, 2).Answered
+			if path == "" && answered != 2 || path != "" && answered > 0 {
+				t.Errorf("%d of 2 datagrams to %s are answered", answered, datagram)
+			}
+			if path != "" {
+				r.nodes["api"].AwaitDenied(abi.TagBadMAC, unix.IPPROTO_UDP, place)
+			}
+		})
+	}
+	families.Wait()
+	accepted := wire.Count(func(p netlab.Packet) bool {
+		return p.Sent && p.Proto == unix.IPPROTO_TCP && p.Flags&(flagSYN|flagACK) == flagSYN|flagACK && p.Tagged
+	})
+	if reason != abi.Undecided && accepted > 0 || reason == abi.Undecided && accepted < 2 {
+		t.Errorf("%d SYN-ACKs with a tag", accepted)
+	}
+}
+
+// translation is what the router does: which end it translates.
+func translation(r *routed, path string) string {
+	var rules []string
+	api4, api6, web, api := r.hosts["api"].IP4, r.hosts["api"].IP6, r.cables["web"].B, r.cables["api"].B
+	if path == "source" || path == "both" {
+		rules = append(rules, "add chain inet t s { type nat hook postrouting priority 100; }",
+			fmt.Sprintf("add rule inet t s ip daddr %s meta l4proto { tcp, udp } snat ip to %s", api4, api.IP4),
+			fmt.Sprintf("add rule inet t s ip6 daddr %s meta l4proto { tcp, udp } snat ip6 to %s", api6, api.IP6))
+	}
+	if path == "destination" || path == "both" {
+		rules = append(rules, "add chain inet t d { type nat hook prerouting priority -100; }",
+			fmt.Sprintf("add rule inet t d ip daddr %s tcp dport 80 dnat ip to %s:8080", web.IP4, api4),
+			fmt.Sprintf("add rule inet t d ip6 daddr %s tcp dport 80 dnat ip6 to [%s]:8080", web.IP6, api6),
+			fmt.Sprintf("add rule inet t d ip daddr %s udp dport 8080 dnat ip to %s:8080", web.IP4, api4),
+			fmt.Sprintf("add rule inet t d ip6 daddr %s udp dport 8080 dnat ip6 to [%s]:8080", web.IP6, api6))
+	}
+	return strings.Join(rules, "; ")
+}
+
+// To a declared network and from one, a host with demarc sends byte for byte what
+// it sends without: TCP and UDP, IPv4 and IPv6, opened by either side.
+func TestNoAgentByteForByte(t *testing.T) {
+	without, with := conversation(t, false), conversation(t, true)
+	if len(without) < 40 {
+		t.Errorf("only %d frames", len(without))
+	}
+	if diff := cmp.Diff(without, with); diff != "" {
+		t.Errorf("frames without and with demarc (-without +with):\n%s", diff)
+	}
+	for _, f := range with {
+		if strings.Contains(f, "options fd") || strings.Contains(f, "fd10d3ac") {
+			t.Errorf("a tag: %s", f)
+		}
+	}
+}
+
+// conversation is what is on the cable of a host, with or without demarc, while it
+// talks to one that has none; what differs from time to time is taken out.
+func conversation(t *testing.T, demarc bool) []string {
+	t.Helper()
+	lab := netlab.New(t)
+	home, outside, router := lab.Island("home"), lab.Island("outside"), lab.Island("router")
+	near := lab.Cable(home, router)
+	far := lab.Cable(outside, router)
+	near.A.LeadAll()
+	far.A.LeadAll()
+	router.Router()
+	cgroup := lab.Cgroup("home")
+	if demarc {
+		// Beside the network, each port is one that a crossing asks proof on as
+		// well, of other hosts: that must not show.
+		node := lab.Node(document(1, fmt.Sprintf(`workloads:
+  home: {zone: app, match: [{cgroup: /lab/home}]}
+  other: {zone: app, match: [{cgroup: /lab/other}]}
+networks:
+  beyond: {zone: app, cidrs: [%s/32, "%s/128"]}
+crossings:
+  - {name: leave, from: [workload/home], to: [network/beyond], ports: [tcp/443, udp/443], identity: none}
+  - {name: visit, from: [network/beyond], to: [workload/home], ports: [tcp/444, udp/444], identity: none}
+  - {name: proven, from: [workload/other], to: [workload/home], ports: [tcp/444, udp/444]}
+  - {name: elsewhere, from: [workload/home], to: [workload/other], ports: [tcp/8080]}
+`, outside.IP4, outside.IP6)), netlab.NodeOptions{CoreOnly: true, Home: home})
+		cgroup = node.Cgroup("/lab/home")
+	}
+	a, b := startActor(t, home, cgroup), startActor(t, outside, lab.Cgroup("outside"))
+	a.serve(444)
+	b.serve(443)
+	tap := openTap(t, outside, "eth0")
+	for _, c := range []struct {
+		from *actor
+		to   netip.AddrPort
+	}{
+		{a, netip.AddrPortFrom(outside.IP4, 443)}, {a, netip.AddrPortFrom(outside.IP6, 443)},
+		{b, netip.AddrPortFrom(home.IP4, 444)}, {b, netip.AddrPortFrom(home.IP6, 444)},
+	} {
+		for _, size := range []int{16, 1000} {
+			r := c.from.dial(c.to)
+			if r.Error != "" {
+				t.Fatalf("demarc %v: dial %s: %s", demarc, c.to, r.Error)
+			}
+			if problem := call[string](c.from, "Exchange", ExchangeArgs{Stream: r.Stream, Bytes: size, Timeout: 10 * time.Second}); problem != "" {
+				t.Fatalf("demarc %v: exchange with %s: %s", demarc, c.to, problem)
+			}
+			call[bool](c.from, "Close", r.Stream)
+			tap.awaitEnd(netip.MustParseAddrPort(r.Local).Port())
+			u := call[DatagramReply](c.from, "Datagrams", DatagramArgs{To: c.to.String(), Count: 3, Bytes: size, Timeout: 10 * time.Second})
+			if u.Answered != 3 {
+				t.Fatalf("demarc %v: datagrams to %s: %+v", demarc, c.to, u)
+			}
+		}
+	}
+	return tap.normal()
+}
+
+// tap keeps whole frames of a namespace's device.
+type tap struct {
+	t      *testing.T
+	fd     int
+	frames [][]byte
+}
+
+func openTap(t *testing.T, ns *netlab.Namespace, device string) *tap {
+	t.Helper()
+	tp := &tap{t: t, fd: -1}
+	err := ns.Do(func() (err error) {
+		index, err := deviceIndex(device)
+		if err != nil {
+			return err
+		}
+		if tp.fd, err = unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, 0); err != nil {
+			return err
+		}
+		all := binary.NativeEndian.Uint16(binary.BigEndian.AppendUint16(nil, unix.ETH_P_ALL))
+		return unix.Bind(tp.fd, &unix.SockaddrLinklayer{Protocol: all, Ifindex: index})
+	})
+	if err != nil {
+		t.Fatalf("open tap: %v", err)
+	}
+	t.Cleanup(func() { _ = unix.Close(tp.fd) })
+	return tp
+}
+
+func deviceIndex(name string) (int, error) {
+	request, err := unix.NewIfreq(name)
+	if err != nil {
+		return 0, err
+	}
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return 0, err
+	}
+	defer unix.Close(fd)
+	if err := unix.IoctlIfreq(fd, unix.SIOCGIFINDEX, request); err != nil {
+		return 0, os.NewSyscallError("ioctl", err)
+	}
+	return int(request.Uint32()), nil
+}
+
+// read takes in what was seen, and waits for the first frame of it.
+func (tp *tap) read(wait time.Duration) bool {
+	fds := []unix.PollFd{{Fd: int32(tp.fd), Events: unix.POLLIN}}
+	if n, err := unix.Poll(fds, int(wait.Milliseconds())); n <= 0 {
+		return err == unix.EINTR
+	}
+	for {
+		b := make([]byte, 2048)
+		n, _, err := unix.Recvfrom(tp.fd, b, unix.MSG_DONTWAIT)
+		if err != nil {
+			return true
+		}
+		tp.frames = append(tp.frames, b[:n])
+	}
+}
+
+// awaitEnd waits until both sides have closed the connection from a port, and the
+// last acknowledgement was seen.
+func (tp *tap) awaitEnd(port uint16) {
+	tp.t.Helper()
+	for {
+		var ends []tcpFrame
+		for _, f := range tp.frames {
+			s, ok := parseTCPFrame(f)
+			if !ok || s.src.Port() != port && s.dst.Port() != port {
+				continue
+			}
+			if len(ends) == 2 && s.src == ends[1].dst && s.ack == ends[1].seq+1 {
+				return
+			}
+			if s.flags&1 != 0 {
+				ends = append(ends, s)
+			}
+		}
+		if !tp.read(10 * time.Second) {
+			tp.t.Fatalf("the connection from port %d does not end", port)
+		}
+	}
+}
+
+// normal says the frames of TCP and UDP in words, in order, without what is by
+// chance: addresses of devices, identifiers, checksums, ports of callers, sequence
+// numbers, timestamps. Acknowledgements without data come when the kernel likes, and
+// with the window that is open then, so each kind of them is told once and last.
+func (tp *tap) normal() []string {
+	tp.t.Helper()
+	for tp.read(0) {
+	}
+	var all, bare []string
+	for _, frame := range tp.frames {
+		f := slices.Clone(frame)
+		var header []byte
+		var transport []byte
+		var proto uint8
+		switch binary.BigEndian.Uint16(f[12:]) {
+		case unix.ETH_P_IP:
+			total := int(binary.BigEndian.Uint16(f[16:]))
+			if len(f) != 14+total {
+				tp.t.Errorf("a frame of %d bytes with a packet of %d: % x", len(f), total, f)
+			}
+			header, transport, proto = f[14:34], f[34:], f[23]
+			clear(f[18:20]) // identifier
+			clear(f[24:26]) // checksum
+		case unix.ETH_P_IPV6:
+			header, transport, proto = f[14:54], f[54:], f[20]
+			if length := int(binary.BigEndian.Uint16(f[18:])); len(f) != 54+length {
+				tp.t.Errorf("a frame of %d bytes with a packet of %d: % x", len(f), 40+length, f)
+			}
+			f[15] &= 0xf0 // flow label
+			clear(f[16:18])
+		}
+		switch proto {
+		case unix.IPPROTO_TCP:
+			s, _ := parseTCPFrame(f)
+			options := slices.Clone(s.options())
+			maskTimestamps(options)
+			payload := transport[20+len(options):]
+			line := fmt.Sprintf("tcp %x service %d flags %#x options %x payload %x", header, min(s.src.Port(), s.dst.Port()), s.flags, options, payload)
+			switch {
+			case s.flags&flagSYN != 0:
+				line += fmt.Sprintf(" window %d", binary.BigEndian.Uint16(transport[14:]))
+				all = append(all, line)
+			case s.flags&1 != 0 || len(payload) > 0:
+				all = append(all, line)
+			case !slices.Contains(bare, line):
+				bare = append(bare, line)
+			}
+		case unix.IPPROTO_UDP:
+			from, to := binary.BigEndian.Uint16(transport), binary.BigEndian.Uint16(transport[2:])
+			all = append(all, fmt.Sprintf("udp %x service %d length %d payload %x", header, min(from, to), binary.BigEndian.Uint16(transport[4:]), transport[8:]))
+		}
+	}
+	slices.Sort(bare)
+	return append(all, bare...)
+}
+
+// maskTimestamps clears the values of a TCP timestamps option.
+func maskTimestamps(options []byte) {
+	if i := bytes.Index(options, []byte{8, 10}); i >= 0 && i+10 <= len(options) {
+		clear(options[i+2 : i+10])
+	}
+}
