@@ -15,7 +15,7 @@ import (
 // What a container sends on for somebody else: packets that it made up, and those
 // of namespaces behind it.
 
-var nobody4, nobody6 = netip.MustParseAddr("10.200.0.2"), netip.MustParseAddr("fd88::2")
+var hidden4, hidden6 = netip.MustParseAddr("10.200.0.2"), netip.MustParseAddr("fd88::2")
 
 // masquerade gives what a namespace forwards its own address.
 var masquerade = []string{
@@ -29,7 +29,7 @@ func TestD06Injected(t *testing.T) {
 		e.web.Sysctl("ipv6/conf/all/forwarding", "1")
 		e.a.tun("tun0", false)
 		fromPort := func(p netlab.Packet) bool { return p.Src.Port() == 5000 }
-		to := func(port uint16) (from4, from6 netip.AddrPort) { return place(nobody4, port), place(nobody6, port) }
+		to := func(port uint16) (from4, from6 netip.AddrPort) { return place(hidden4, port), place(hidden6, port) }
 		from4, from6 := to(5000)
 		own := []string{"sysctl -qw net.ipv4.conf.all.accept_local=1 net.ipv4.conf.tun0.accept_local=1"}
 		why := []string{"no-socket", "spoof"}
@@ -107,9 +107,9 @@ func behind(t *testing.T, e *estate) *netlab.Namespace {
 	e.web.Sysctl("ipv4/ip_forward", "1")
 	e.web.Sysctl("ipv6/conf/all/forwarding", "1")
 	hidden := e.lab.Island("hidden")
-	e.web.Join(hidden, "cellar", netip.PrefixFrom(nobody4.Prev(), 24), netip.PrefixFrom(nobody6.Prev(), 64))
-	e.web.Behind(netip.PrefixFrom(nobody4, 24).Masked(), e.partner)
-	e.web.Behind(netip.PrefixFrom(nobody6, 64).Masked(), e.partner)
+	e.web.Join(hidden, "cellar", netip.PrefixFrom(hidden4.Prev(), 24), netip.PrefixFrom(hidden6.Prev(), 64))
+	e.web.Behind(netip.PrefixFrom(hidden4, 24).Masked(), e.partner)
+	e.web.Behind(netip.PrefixFrom(hidden6, 64).Masked(), e.partner)
 	return hidden
 }
 

@@ -159,7 +159,7 @@ func TestD12HotPlug(t *testing.T) {
 	e.forget()
 	late := e.lab.Island("late")
 	a := startActor(t, late, e.node.Cgroup("/lab/web"))
-	frame := ethernet(e.host.NextDoorMAC(1), net.HardwareAddr{2, 0, 0, 0, 0, 1}, whole(udp, place(nobody4, 5000), place(e.peer.IP4, 7001), 0))
+	frame := ethernet(e.host.NextDoorMAC(1), net.HardwareAddr{2, 0, 0, 0, 0, 1}, whole(udp, place(hidden4, 5000), place(e.peer.IP4, 7001), 0))
 	call[bool](a, "Pester", PesterArgs{Frame: frame, To: place(e.peer.IP4, 7001).String()})
 	c := e.host.Plug(late)
 	guarded(t, e.node, c.Door)
