@@ -56,7 +56,7 @@ func TestE01ForgedTags(t *testing.T) {
 	r := rand.New(rand.NewPCG(7, 8))
 	web := w.id["web"]
 
-	// word is what comes behind the claim, from the true MAC or without it.
+	// mac is web's with a key, of a segment or of one that is like it.
 	mac := func(s segmentOf, key [16]byte) uint64 {
 		return binary.LittleEndian.Uint64(w.frame(s).tagOf(key, web, w.epoch, 0)[8:])
 	}
@@ -90,7 +90,7 @@ func TestE01ForgedTags(t *testing.T) {
 	}
 
 	want, before := kinds{}, kindsOf(w.listener)
-	w.tap.segments()
+	w.cable.segments()
 	var port uint16
 	send := func(to netip.AddrPort, forge func(s segmentOf) []byte) {
 		port++
