@@ -277,7 +277,7 @@ func TestE11FailuresAreCounted(t *testing.T) {
 	// The other way: somebody answers web in db's place.
 	p := w.web.Probe(w.caller.Cgroup("/lab/web"))
 	w.mac.db = hardware(t, w.web)
-	for i, to := range []netip.AddrPort{netip.AddrPortFrom(nobody4, 7000), netip.AddrPortFrom(nobody6, 7000)} {
+	for i, to := range []netip.AddrPort{netip.AddrPortFrom(nowhere4, 7000), netip.AddrPortFrom(nowhere6, 7000)} {
 		p.Socket("s", []string{"tcp4", "tcp6"}[i])
 		w.cable.segments()
 		p.Send(probe.Call{Op: "connect", Socket: "s", Address: to.String(), Timeout: 500})

@@ -56,8 +56,8 @@ crossings:
 `
 
 var (
-	nobody4 = netip.MustParseAddr("10.99.0.1")
-	nobody6 = netip.MustParseAddr("fd99::1")
+	nowhere4 = netip.MustParseAddr("10.99.0.1")
+	nowhere6 = netip.MustParseAddr("fd99::1")
 )
 
 // newWired makes the hosts without a policy in force, so that what is older than
@@ -67,7 +67,7 @@ func newWired(t *testing.T) *wired {
 	w := &wired{t: t, lab: netlab.New(t), id: map[string]uint32{}}
 	w.web, w.db, w.outside = w.lab.Namespace("web"), w.lab.Namespace("db"), w.lab.Namespace("outside")
 	for _, ns := range []*netlab.Namespace{w.web, w.db} {
-		ns.Lead(netip.PrefixFrom(nobody4, 16).Masked(), w.outside)
+		ns.Lead(netip.PrefixFrom(nowhere4, 16).Masked(), w.outside)
 		ip(t, ns, "-6 route add fd99::/64 via "+w.outside.IP6.String())
 	}
 	w.cable, w.tap = openCable(t, w.outside), openCable(t, w.db)
@@ -111,9 +111,9 @@ func (w *wired) both(port uint16) []netip.AddrPort {
 // nobody is a port of nobody, in the family of an address.
 func nobody(like netip.AddrPort, port uint16) netip.AddrPort {
 	if like.Addr().Is4() {
-		return netip.AddrPortFrom(nobody4, port)
+		return netip.AddrPortFrom(nowhere4, port)
 	}
-	return netip.AddrPortFrom(nobody6, port)
+	return netip.AddrPortFrom(nowhere6, port)
 }
 
 // control shows that what is declared works in both families.
@@ -276,7 +276,7 @@ func (w *wired) denied(reason abi.Reason) (total uint64) {
 func (w *wired) unanswered() {
 	w.t.Helper()
 	for _, s := range w.cable.segments() {
-		if (s.dst.Addr() == nobody4 || s.dst.Addr() == nobody6) && s.flags&flagRST == 0 {
+		if (s.dst.Addr() == nowhere4 || s.dst.Addr() == nowhere6) && s.flags&flagRST == 0 {
 			w.t.Errorf("answered: %s > %s flags %#x", s.src, s.dst, s.flags)
 		}
 	}
