@@ -56,7 +56,7 @@ func TestE01ForgedTags(t *testing.T) {
 	r := rand.New(rand.NewPCG(7, 8))
 	web := w.id["web"]
 
-	// word is what comes behind the claim, from the true MAC or without it.
+	// mac is web's with a key, of a segment or of one that is like it.
 	mac := func(s segmentOf, key [16]byte) uint64 {
 		return binary.LittleEndian.Uint64(w.frame(s).tagOf(key, web, w.epoch, 0)[8:])
 	}
@@ -90,7 +90,7 @@ func TestE01ForgedTags(t *testing.T) {
 	}
 
 	want, before := kinds{}, kindsOf(w.listener)
-	w.tap.segments()
+	w.cable.segments()
 	var port uint16
 	send := func(to netip.AddrPort, forge func(s segmentOf) []byte) {
 		port++
@@ -277,7 +277,7 @@ func TestE11FailuresAreCounted(t *testing.T) {
 	// The other way: somebody answers web in db's place.
 	p := w.web.Probe(w.caller.Cgroup("/lab/web"))
 	w.mac.db = hardware(t, w.web)
-	for i, to := range []netip.AddrPort{netip.AddrPortFrom(nobody4, 7000), netip.AddrPortFrom(nobody6, 7000)} {
+	for i, to := range []netip.AddrPort{netip.AddrPortFrom(nowhere4, 7000), netip.AddrPortFrom(nowhere6, 7000)} {
 		p.Socket("s", []string{"tcp4", "tcp6"}[i])
 		w.cable.segments()
 		p.Send(probe.Call{Op: "connect", Socket: "s", Address: to.String(), Timeout: 500})

@@ -3,6 +3,7 @@ package e2e_test
 import (
 	"encoding/binary"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 	"strings"
@@ -17,6 +18,9 @@ import (
 )
 
 const protoMPTCP = 262
+
+// optionListeners are the listeners of this test, from port 7000 on.
+var optionListeners = []string{"plain", "fast", "multipath", "signed"}
 
 // optionRow is what came of a handshake with a set of TCP options.
 type optionRow struct {
@@ -45,7 +49,7 @@ func TestE10OptionSpace(t *testing.T) {
 	listener.Must(probe.Call{Op: "set", Socket: "fast", Level: tcp, Option: unix.TCP_FASTOPEN, Value: 16})
 	listener.Must(signature("signed", netip.AddrFrom16(w.web.IP4.As16())))
 	listener.Must(signature("signed", w.web.IP6))
-	for i, kind := range []string{"plain", "fast", "multipath", "signed"} {
+	for i, kind := range optionListeners {
 		listener.Must(probe.Call{Op: "bind", Socket: kind, Address: netip.AddrPortFrom(netip.IPv6Unspecified(), uint16(7000+i)).String()})
 		listener.Must(probe.Call{Op: "listen", Socket: kind})
 	}
@@ -68,7 +72,8 @@ func TestE10OptionSpace(t *testing.T) {
 			before := w.ownRefusals()
 			name := fmt.Sprintf("stamps %v sack %v scale %v: %s, %s", stamps, sack, scale, extra, at)
 			connected := w.converse(caller, listener, extra, at, bits)
-			row := optionRow{connected, w.ownRefusals().since(before)}
+			refused := slices.Sorted(maps.Keys(w.ownRefusals().since(before)))
+			row := optionRow{connected, strings.Join(refused, ", ")}
 			got[name], want[name] = row, expected(stamps, sack, scale, extra)
 			if n := w.allTagged(wire); connected && n < 2 {
 				t.Errorf("%s: %d segments of a handshake on the wire", name, n)
@@ -104,16 +109,15 @@ func (w *wired) stack(stamps, sack, scale bool) {
 // whether bytes went there and back.
 func (w *wired) converse(caller, listener *netlab.Probe, extra string, to netip.Addr, number int) bool {
 	w.t.Helper()
-	socket, kind, patience := "s", map[string]string{"nothing": "plain", "multipath": "multipath", "signature": "signed"}[extra], 10_000
-	port := map[string]uint16{"plain": 7000, "": 7001, "multipath": 7002, "signed": 7003}[kind]
-	if kind == "" {
-		kind = "fast"
-	}
-	at := netip.AddrPortFrom(to, port).String()
-	switch extra {
-	case "multipath":
+	kind := map[string]string{
+		"nothing": "plain", "cookie wanted": "fast", "cookie and data": "fast", "multipath": "multipath", "signature": "signed",
+	}[extra]
+	at := netip.AddrPortFrom(to, uint16(7000+slices.Index(optionListeners, kind))).String()
+	const patience = 10_000
+	socket := "s"
+	if kind == "multipath" {
 		socket = fmt.Sprint("multipath", number)
-	default:
+	} else {
 		caller.Socket(socket, map[bool]string{true: "tcp4", false: "tcp6"}[to.Is4()])
 	}
 	first := probe.Call{Op: "connect", Socket: socket, Address: at, Timeout: patience}
@@ -144,33 +148,16 @@ func (w *wired) converse(caller, listener *netlab.Probe, extra string, to netip.
 	return string(back.Data) == "back"
 }
 
-// ownRefusals are the reasons for which the two hosts refused segments of their
-// own.
-type ownRefusals map[string]uint64
-
-func (w *wired) ownRefusals() ownRefusals {
+// ownRefusals counts the denials of both hosts, by host and reason.
+func (w *wired) ownRefusals() kinds {
 	w.t.Helper()
-	all := ownRefusals{}
+	all := kinds{}
 	for name, node := range map[string]*netlab.Node{"caller": w.caller, "listener": w.listener} {
-		for key, n := range node.Counts() {
-			if key.Verdict == abi.Deny {
-				all[name+" "+key.Reason.String()] += n
-			}
+		for reason, n := range kindsOf(node) {
+			all[name+" "+reason] = n
 		}
 	}
 	return all
-}
-
-// since says who refused what since then.
-func (r ownRefusals) since(before ownRefusals) string {
-	var found []string
-	for what, n := range r {
-		if n > before[what] {
-			found = append(found, what)
-		}
-	}
-	slices.Sort(found)
-	return strings.Join(found, ", ")
 }
 
 // expected is what follows from the kernel's sizes of options (tcp_syn_options and

@@ -15,7 +15,6 @@ import (
 
 	"github.com/demarc/demarc/bpf/abi"
 	"github.com/demarc/demarc/test/netlab"
-	"github.com/demarc/demarc/test/probe"
 )
 
 // wired is two hosts with a demarc of their own, and one without, on one switch:
@@ -57,8 +56,8 @@ crossings:
 `
 
 var (
-	nobody4 = netip.MustParseAddr("10.99.0.1")
-	nobody6 = netip.MustParseAddr("fd99::1")
+	nowhere4 = netip.MustParseAddr("10.99.0.1")
+	nowhere6 = netip.MustParseAddr("fd99::1")
 )
 
 // newWired makes the hosts without a policy in force, so that what is older than
@@ -68,7 +67,7 @@ func newWired(t *testing.T) *wired {
 	w := &wired{t: t, lab: netlab.New(t), id: map[string]uint32{}}
 	w.web, w.db, w.outside = w.lab.Namespace("web"), w.lab.Namespace("db"), w.lab.Namespace("outside")
 	for _, ns := range []*netlab.Namespace{w.web, w.db} {
-		ns.Lead(netip.PrefixFrom(nobody4, 16).Masked(), w.outside)
+		ns.Lead(netip.PrefixFrom(nowhere4, 16).Masked(), w.outside)
 		ip(t, ns, "-6 route add fd99::/64 via "+w.outside.IP6.String())
 	}
 	w.cable, w.tap = openCable(t, w.outside), openCable(t, w.db)
@@ -112,9 +111,9 @@ func (w *wired) both(port uint16) []netip.AddrPort {
 // nobody is a port of nobody, in the family of an address.
 func nobody(like netip.AddrPort, port uint16) netip.AddrPort {
 	if like.Addr().Is4() {
-		return netip.AddrPortFrom(nobody4, port)
+		return netip.AddrPortFrom(nowhere4, port)
 	}
-	return netip.AddrPortFrom(nobody6, port)
+	return netip.AddrPortFrom(nowhere6, port)
 }
 
 // control shows that what is declared works in both families.
@@ -239,7 +238,15 @@ func (w *wired) refused(reason abi.Reason, all ...tcpFrame) {
 	eventually(w.t, timeToAnswer, "denials with "+reason.String(), func() bool {
 		return w.denied(reason)-before >= uint64(len(all))
 	})
-	w.unanswered()
+	callers := map[netip.AddrPort]bool{}
+	for _, s := range all {
+		callers[s.src] = true
+	}
+	for _, s := range w.tap.segments() {
+		if callers[s.dst] && s.flags&flagRST == 0 {
+			w.t.Errorf("answered: %s > %s flags %#x", s.src, s.dst, s.flags)
+		}
+	}
 	if n := w.denied(reason) - before; n != uint64(len(all)) {
 		w.t.Errorf("%d denials with %s, want %d", n, reason, len(all))
 	}
@@ -265,11 +272,11 @@ func (w *wired) denied(reason abi.Reason) (total uint64) {
 	return total
 }
 
-// unanswered shows that db has sent nothing but resets lately.
+// unanswered shows that nothing but resets has come for nobody lately.
 func (w *wired) unanswered() {
 	w.t.Helper()
-	for _, s := range w.tap.segments() {
-		if (s.src.Addr() == w.db.IP4 || s.src.Addr() == w.db.IP6) && s.flags&flagRST == 0 {
+	for _, s := range w.cable.segments() {
+		if (s.dst.Addr() == nowhere4 || s.dst.Addr() == nowhere6) && s.flags&flagRST == 0 {
 			w.t.Errorf("answered: %s > %s flags %#x", s.src, s.dst, s.flags)
 		}
 	}
@@ -324,14 +331,4 @@ func ip(t *testing.T, ns *netlab.Namespace, args string) {
 	if err != nil {
 		t.Fatalf("ip %s: %v\n%s", args, err, out)
 	}
-}
-
-// ask makes a socket of a kind and connects it.
-func ask(p *netlab.Probe, name string, to netip.AddrPort, timeout int) string {
-	kind := "tcp4"
-	if to.Addr().Is6() {
-		kind = "tcp6"
-	}
-	p.Socket(name, kind)
-	return p.Do(probe.Call{Op: "connect", Socket: name, Address: to.String(), Timeout: timeout}).Error
 }
