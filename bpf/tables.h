@@ -57,11 +57,13 @@ static __always_inline __u16 table_port(__u32 slot, __u32 row, __u16 port)
 {
 	void *inner = bpf_map_lookup_elem(&ports, &slot);
 	struct demarc_port_classes *classes;
+	__u32 index = port;
 
 	if (!inner)
 		return 0;
 	classes = bpf_map_lookup_elem(inner, &row);
-	return classes ? classes->class[port] : 0;
+	barrier_var(index); /* not every verifier follows a port out of the words that it was copied by */
+	return classes ? classes->class[index & 0xffff] : 0;
 }
 
 #endif
