@@ -129,16 +129,6 @@ GLOBAL int leads_back(struct __sk_buff *skb, const struct packet *p, __u32 via)
 	return 0;
 }
 
-/* A socket that the kernel made for itself, as for ND and MLD. It is in the cgroup of
- * whoever made the namespace, which says nothing of what it sends. */
-static __always_inline bool socket_of_kernel(struct __sk_buff *skb)
-{
-	struct sk_buff *kernel = bpf_cast_to_kern_ctx(skb);
-	struct sock *sk = kernel->sk;
-
-	return !sk || !BPF_CORE_READ_BITFIELD(sk, __sk_common.skc_net_refcnt);
-}
-
 /* Who sent a frame that comes out of a door. */
 enum door_sender {
 	SENDER_KERNEL, /* or nobody knows */

@@ -20,11 +20,21 @@ static __always_inline int carried(struct __sk_buff *skb, struct bpf_sock *sk, _
 	return !over(kept->until);
 }
 
-/* The kernel's own control sockets live in the root cgroup and are raw: resets,
- * ICMP errors and answers, neighbour discovery. */
-static __always_inline bool kernel_control(struct bpf_sock *sk, const struct packet *p, __u64 cgroup)
+/* A socket that the kernel made for itself, as for ND and MLD. It is in the cgroup of
+ * whoever made the namespace, which says nothing of what it sends. */
+static __always_inline bool socket_of_kernel(struct __sk_buff *skb)
 {
-	if (cgroup != managed_root || sk->type != SOCK_RAW)
+	struct sk_buff *kernel = bpf_cast_to_kern_ctx(skb);
+	struct sock *sk = kernel->sk;
+
+	return !sk || !BPF_CORE_READ_BITFIELD(sk, __sk_common.skc_net_refcnt);
+}
+
+/* The kernel's own control sockets are raw: resets, ICMP errors and answers,
+ * neighbour discovery. */
+static __always_inline bool kernel_control(struct __sk_buff *skb, const struct packet *p)
+{
+	if (!socket_of_kernel(skb))
 		return false;
 	if (p->tuple.proto == PROTO_ICMP || p->tuple.proto == PROTO_ICMP6)
 		return true;
@@ -77,7 +87,7 @@ static __always_inline bool judge_packet(struct __sk_buff *skb, struct bpf_sock 
 	if (reason)
 		return !refused(&o, reason);
 	if (sk->type == SOCK_RAW) {
-		if (subject == DEMARC_ID_UNMANAGED && (kernel_control(sk, &p, cgroup) || answers(sk)))
+		if (kernel_control(skb, &p) || (subject == DEMARC_ID_UNMANAGED && answers(sk)))
 			return true;
 		return !refused(&o, DEMARC_RAW_SOCKET);
 	}
