@@ -108,7 +108,7 @@ GLOBAL int note_flow(struct packet *p, struct outcome *o)
 }
 
 /* A new flow leaves. Its entry is made by a function of its own: frames of the
- * stack add up, in steps of 32 bytes until Linux 6.7. */
+ * stack add up, in steps of 32 bytes on Linux 6.1. */
 GLOBAL int open_flow(struct packet *p, struct outcome *o)
 {
 	if (!p || !o)

@@ -91,8 +91,8 @@ static __always_inline void tell(void *ring, __u32 which, const struct outcome *
 	e->pid = 0;
 	__builtin_memset(e->comm, 0, sizeof(e->comm));
 	if (o->task) {
-		/* Read from the task itself: until Linux 6.17 the helpers for it are
-		 * not offered to programs of packets. */
+		/* Read from the task itself: Linux 6.12 does not offer the helpers
+		 * for it to programs of packets, 6.18 does. */
 		struct task_struct *task = bpf_get_current_task_btf();
 
 		e->pid = task->tgid;
