@@ -100,10 +100,10 @@ struct {
 struct demarc_young {
 	__u64 cookie; /* of the socket; 0 = nobody's place */
 	__u64 over;   /* when it may be given away, CLOCK_MONOTONIC_COARSE; 0 = not yet */
+	__u64 born;   /* the same clock */
 	struct demarc_socket kept;
-	__u32 packets;
 	__u32 fins;
-	__u64 zero;
+	__u32 zero;
 };
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
@@ -126,7 +126,7 @@ struct {
  * the programs: the task's cgroup stands for it, and each datagram is looked at. */
 struct demarc_endpoint {
 	__u64 cgroup;
-	struct bpf_spin_lock lock; /* of what follows */
+	__u32 version; /* of what follows; odd = it is being written */
 	__u32 epoch;
 	__u32 turns;
 	__u32 zero;

@@ -3,11 +3,26 @@
  * What a UDP socket carries, as a TCP socket carries its verdict: with whom it
  * talked last, and that both ways were admitted. Good for a second, while nothing
  * was decided anew and nobody took anybody's place; then its flow is asked again.
+ * Both ends' CPUs read this with each packet, so readers write nothing: they look
+ * at its version before and after.
  */
 #ifndef DEMARC_TALK_H
 #define DEMARC_TALK_H
 
 #define TALK_TIME 1000000000ULL /* ns */
+
+/* Orders the loads around it, also where the processor would not. */
+static __always_inline void fence(void)
+{
+	__u64 nothing = 0;
+
+	__sync_fetch_and_add((volatile __u64 *)&nothing, 1);
+}
+
+static __always_inline __u32 version_of(const struct demarc_endpoint *e)
+{
+	return *(volatile __u32 *)&e->version;
+}
 
 static __always_inline __u32 turns_so_far(void)
 {
@@ -75,8 +90,7 @@ GLOBAL int goes_on(struct __sk_buff *skb, __u32 network, bool outgoing, bool adm
 	struct bpf_sock *sk = skb->sk;
 	struct demarc_endpoint *e;
 	struct demarc_tuple t;
-	__u32 now_turns;
-	__u64 now;
+	__u32 version;
 	bool on;
 
 	sk = sk ? bpf_sk_fullsock(sk) : 0;
@@ -85,13 +99,12 @@ GLOBAL int goes_on(struct __sk_buff *skb, __u32 network, bool outgoing, bool adm
 	e = bpf_sk_storage_get(&endpoints, sk, 0, 0);
 	if (!e || !plain_datagram(skb, network, outgoing, &t))
 		return false;
-	now = bpf_ktime_get_coarse_ns();
-	now_turns = turns_so_far();
-	bpf_spin_lock(&e->lock);
-	on = e->epoch == DEMARC_ACTIVE_EPOCH(active) && e->turns == now_turns &&
-	     now < (admitted ? e->admitted : e->untagged) && same_tuple(&e->talk, &t);
-	bpf_spin_unlock(&e->lock);
-	return on;
+	version = version_of(e);
+	fence();
+	on = e->epoch == DEMARC_ACTIVE_EPOCH(active) && e->turns == turns_so_far() &&
+	     bpf_ktime_get_coarse_ns() < (admitted ? e->admitted : e->untagged) && same_tuple(&e->talk, &t);
+	fence();
+	return on && !(version & 1) && version_of(e) == version;
 }
 
 /* Notes that the socket's talk goes on without a look for a while. The first
@@ -101,6 +114,7 @@ GLOBAL int carry_on(struct __sk_buff *skb, const struct demarc_tuple *t, __u32 e
 {
 	struct bpf_sock *sk = skb->sk;
 	struct demarc_endpoint *e;
+	__u32 version;
 	__u64 until;
 
 	sk = sk ? bpf_sk_fullsock(sk) : 0;
@@ -108,7 +122,9 @@ GLOBAL int carry_on(struct __sk_buff *skb, const struct demarc_tuple *t, __u32 e
 	if (!e || !t)
 		return 0;
 	until = bpf_ktime_get_coarse_ns() + TALK_TIME;
-	bpf_spin_lock(&e->lock);
+	version = version_of(e);
+	if (version & 1 || __sync_val_compare_and_swap(&e->version, version, version + 1) != version)
+		return 0; /* somebody else does */
 	if (e->epoch != epoch || e->turns != now_turns || !same_tuple(&e->talk, t)) {
 		e->admitted = 0;
 		e->untagged = 0;
@@ -120,7 +136,7 @@ GLOBAL int carry_on(struct __sk_buff *skb, const struct demarc_tuple *t, __u32 e
 	} else {
 		e->untagged = until;
 	}
-	bpf_spin_unlock(&e->lock);
+	__sync_fetch_and_add(&e->version, 1);
 	return 0;
 }
 

@@ -1,15 +1,16 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR Apache-2.0) */
 /*
  * The verdicts of young connections. Storage on a socket is the largest single cost
- * of a connection, and many end after a few packets. So a connection first gets a
- * place in a table, and storage only when it lasts, or where its place is taken. A
- * place is given to another connection only once its own is over: filling the table
- * makes connections dearer, and denies nobody anything.
+ * of a connection, and many end within a second. So a connection first gets a place
+ * in a table, and storage only when it lasts, or where its place is taken. A place is
+ * given to another connection only once its own is over: filling the table makes
+ * connections dearer, and denies nobody anything. Both ends' CPUs read a place with
+ * each packet, so only a connection's first and last packets write it.
  */
 #ifndef DEMARC_YOUNG_H
 #define DEMARC_YOUNG_H
 
-#define YOUNG_PACKETS 12		    /* each way together, before storage is made */
+#define YOUNG_TIME 1000000000ULL	    /* ns before storage is made */
 #define YOUNG_ENDED (2ULL * 1000000000)	    /* ns that last segments may be sent again for */
 #define YOUNG_RELEASED (180ULL * 1000000000) /* ns that the kernel may go on for by itself */
 #define YOUNG_GIVEN (~0ULL)		    /* cookie of a place that is being given away */
@@ -54,7 +55,7 @@ GLOBAL int young_take(__u64 cookie, const struct demarc_socket *fresh)
 		return 0;
 	place->kept = *fresh;
 	place->over = 0;
-	place->packets = 0;
+	place->born = bpf_ktime_get_coarse_ns();
 	place->fins = 0;
 	__sync_lock_test_and_set(&place->cookie, cookie);
 	return 1;
@@ -82,7 +83,7 @@ static __always_inline void young_ages(struct __sk_buff *skb, struct bpf_sock *s
 		place->over = bpf_ktime_get_coarse_ns() + YOUNG_ENDED;
 		return;
 	}
-	if (place->packets++ < YOUNG_PACKETS)
+	if (bpf_ktime_get_coarse_ns() - place->born < YOUNG_TIME)
 		return;
 	kept = place->kept;
 	if (young_owner(place) == cookie && bpf_sk_storage_get(&sockets, sk, &kept, BPF_SK_STORAGE_GET_F_CREATE))

@@ -39,12 +39,9 @@ type demarcDemarcDoor struct {
 }
 
 type demarcDemarcEndpoint struct {
-	_      structs.HostLayout
-	Cgroup uint64
-	Lock   struct {
-		_   structs.HostLayout
-		Val uint32
-	}
+	_        structs.HostLayout
+	Cgroup   uint64
+	Version  uint32
 	Epoch    uint32
 	Turns    uint32
 	Zero     uint32
@@ -180,13 +177,13 @@ type demarcDemarcTuple struct {
 }
 
 type demarcDemarcYoung struct {
-	_       structs.HostLayout
-	Cookie  uint64
-	Over    uint64
-	Kept    demarcDemarcSocket
-	Packets uint32
-	Fins    uint32
-	Zero    uint64
+	_      structs.HostLayout
+	Cookie uint64
+	Over   uint64
+	Born   uint64
+	Kept   demarcDemarcSocket
+	Fins   uint32
+	Zero   uint32
 }
 
 // Names of all BPF objects in the ELF.
