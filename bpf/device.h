@@ -128,7 +128,7 @@ GLOBAL int append_tag(struct __sk_buff *skb, struct packet *p, __u32 identity, _
 
 /* Most frames: nothing in them is judged at a device. Told from what lies together at
  * their beginning; what does not is looked at closely. */
-static __always_inline bool ordinary(struct __sk_buff *skb, bool leaves)
+static __noinline bool ordinary(struct __sk_buff *skb, bool leaves)
 {
 	void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end, *transport;
 	struct bpf_sock *sk = skb->sk;
@@ -166,7 +166,10 @@ static __always_inline bool ordinary(struct __sk_buff *skb, bool leaves)
 
 		return (void *)(udp + 1) <= end && bpf_ntohs(udp->len) == payload;
 	}
-	return proto == PROTO_UDP && goes_on(skb, ETHERNET_HEADER, true, false, active_word());
+	if (proto != PROTO_UDP || !sk)
+		return false;
+	sk = bpf_sk_fullsock(sk);
+	return sk && goes_on(skb, sk, ETHERNET_HEADER, true, false, active_word());
 }
 
 /* Frames of packet sockets: they never met a socket hook. */

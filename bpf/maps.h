@@ -99,8 +99,8 @@ struct {
 #define DEMARC_YOUNG 65536
 struct demarc_young {
 	__u64 cookie; /* of the socket; 0 = nobody's place */
-	__u64 over;   /* when it may be given away, CLOCK_MONOTONIC_COARSE; 0 = not yet */
-	__u64 born;   /* the same clock */
+	__u64 over;   /* when it may be given away, in jiffies; 0 = not yet */
+	__u64 born;   /* jiffies, too */
 	struct demarc_socket kept;
 	__u32 fins;
 	__u32 zero;
@@ -130,7 +130,7 @@ struct demarc_endpoint {
 	__u32 epoch;
 	__u32 turns;
 	__u32 zero;
-	__u64 admitted; /* until when, CLOCK_MONOTONIC_COARSE */
+	__u64 admitted; /* until when, in jiffies */
 	__u64 untagged;
 	struct demarc_tuple talk; /* this socket's end first */
 };

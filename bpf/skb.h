@@ -14,7 +14,7 @@ static __always_inline int carried(struct __sk_buff *skb, struct bpf_sock *sk, _
 		return 0;
 	kept = bpf_sk_storage_get(&sockets, sk, 0, 0);
 	if (!kept)
-		return carried_young(skb, outgoing, active);
+		return carried_young(skb, sk, outgoing, active);
 	if (kept->verdict != DEMARC_ALLOW || kept->epoch != DEMARC_ACTIVE_EPOCH(active))
 		return 0;
 	return !over(kept->until);
@@ -61,7 +61,7 @@ static __always_inline bool judge_packet(struct __sk_buff *skb, struct bpf_sock 
 	int reason;
 
 	if (stream ? carried(skb, sk, tcp_state, outgoing, active) :
-		     goes_on(skb, 0, outgoing, true, active))
+		     goes_on(skb, sk, 0, outgoing, true, active))
 		return true;
 	cgroup = bpf_sk_cgroup_id(sk);
 	subject = identity_of(DEMARC_ACTIVE_SLOT(active), cgroup);

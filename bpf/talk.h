@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR Apache-2.0) */
 /*
  * What a UDP socket carries, as a TCP socket carries its verdict: with whom it
- * talked last, and that both ways were admitted. Good for a second, while nothing
+ * talked last, and that both ways were admitted. Good for about a second, while nothing
  * was decided anew and nobody took anybody's place; then its flow is asked again.
  * Both ends' CPUs read this with each packet, so readers write nothing: they look
  * at its version before and after.
@@ -9,14 +9,19 @@
 #ifndef DEMARC_TALK_H
 #define DEMARC_TALK_H
 
-#define TALK_TIME 1000000000ULL /* ns */
+#define TALK_TIME 128 /* jiffies, which are 1 to 10 ms */
 
-/* Orders the loads around it, also where the processor would not. */
+/* Whether the processor keeps loads in their order by itself, as x86 does. */
+const volatile bool loads_in_order;
+
+/* Orders the loads around it. */
 static __always_inline void fence(void)
 {
 	__u64 nothing = 0;
 
-	__sync_fetch_and_add((volatile __u64 *)&nothing, 1);
+	barrier();
+	if (!loads_in_order)
+		__sync_fetch_and_add((volatile __u64 *)&nothing, 1);
 }
 
 static __always_inline __u32 version_of(const struct demarc_endpoint *e)
@@ -40,15 +45,17 @@ static __always_inline void turn(void)
 		__sync_fetch_and_add(n, 1);
 }
 
-/* The ends of a plain datagram whose headers lie together at `network`, with this
- * host's end first. Returns false for anything that takes a closer look. */
-static __always_inline bool plain_datagram(struct __sk_buff *skb, __u32 network, bool outgoing, struct demarc_tuple *t)
+/* Whether a datagram with its headers together at `network` is plain, and between the
+ * two ends of a talk. Anything else takes a closer look. */
+static __always_inline bool part_of(struct __sk_buff *skb, __u32 network, bool outgoing, const struct demarc_tuple *talk)
 {
-	void *data = (void *)(long)skb->data + (network & 15), *end = (void *)(long)skb->data_end;
-	struct udphdr *udp;
+	const __u32 *mine = (const __u32 *)talk->saddr, *theirs = (const __u32 *)talk->daddr;
+	void *data = (void *)(long)skb->data + network, *end = (void *)(long)skb->data_end;
+	const __u32 *from = outgoing ? mine : theirs, *to = outgoing ? theirs : mine;
+	__u16 sport = outgoing ? talk->sport : talk->dport, dport = outgoing ? talk->dport : talk->sport;
 	__u32 length = skb->len - network;
+	struct udphdr *udp;
 
-	__builtin_memset(t, 0, sizeof(*t));
 	if (skb->protocol == bpf_htons(ETH_P_IP)) {
 		struct iphdr *ip = data;
 
@@ -56,24 +63,23 @@ static __always_inline bool plain_datagram(struct __sk_buff *skb, __u32 network,
 		if ((void *)(udp + 1) > end || *(__u8 *)ip != 0x45 || ip->frag_off & bpf_htons(0x3fff) ||
 		    ip->protocol != PROTO_UDP || bpf_ntohs(ip->tot_len) != length)
 			return false;
+		if (ip->saddr != from[3] || ip->daddr != to[3] || !is_ipv4(talk->saddr))
+			return false;
 		length -= sizeof(*ip);
-		map_ipv4(t->saddr, outgoing ? ip->saddr : ip->daddr);
-		map_ipv4(t->daddr, outgoing ? ip->daddr : ip->saddr);
 	} else {
 		struct ipv6hdr *ip = data;
+		const __u32 *saddr = (const __u32 *)&ip->saddr, *daddr = (const __u32 *)&ip->daddr;
 
 		udp = (void *)(ip + 1);
 		if (skb->protocol != bpf_htons(ETH_P_IPV6) || (void *)(udp + 1) > end || ip->version != 6 ||
 		    ip->nexthdr != PROTO_UDP || bpf_ntohs(ip->payload_len) + sizeof(*ip) != length)
 			return false;
+		if (saddr[0] != from[0] || saddr[1] != from[1] || saddr[2] != from[2] || saddr[3] != from[3] ||
+		    daddr[0] != to[0] || daddr[1] != to[1] || daddr[2] != to[2] || daddr[3] != to[3])
+			return false;
 		length -= sizeof(*ip);
-		__builtin_memcpy(t->saddr, outgoing ? &ip->saddr : &ip->daddr, 16);
-		__builtin_memcpy(t->daddr, outgoing ? &ip->daddr : &ip->saddr, 16);
 	}
-	t->sport = bpf_ntohs(outgoing ? udp->source : udp->dest);
-	t->dport = bpf_ntohs(outgoing ? udp->dest : udp->source);
-	t->proto = PROTO_UDP;
-	return bpf_ntohs(udp->len) == length;
+	return udp->source == bpf_htons(sport) && udp->dest == bpf_htons(dport) && bpf_ntohs(udp->len) == length;
 }
 
 static __always_inline bool same_tuple(const struct demarc_tuple *a, const struct demarc_tuple *b)
@@ -85,24 +91,23 @@ static __always_inline bool same_tuple(const struct demarc_tuple *a, const struc
 
 /* Whether a datagram goes on with what its socket carries: `admitted` at the
  * socket, otherwise that no tag is owed where it leaves the host. */
-GLOBAL int goes_on(struct __sk_buff *skb, __u32 network, bool outgoing, bool admitted, __u64 active)
+static __always_inline bool goes_on(struct __sk_buff *skb, struct bpf_sock *sk, __u32 network, bool outgoing,
+				    bool admitted, __u64 active)
 {
-	struct bpf_sock *sk = skb->sk;
 	struct demarc_endpoint *e;
-	struct demarc_tuple t;
 	__u32 version;
 	bool on;
 
-	sk = sk ? bpf_sk_fullsock(sk) : 0;
-	if (!sk || sk->type != SOCK_DGRAM)
+	if (sk->type != SOCK_DGRAM)
 		return false;
 	e = bpf_sk_storage_get(&endpoints, sk, 0, 0);
-	if (!e || !plain_datagram(skb, network, outgoing, &t))
+	if (!e)
 		return false;
 	version = version_of(e);
 	fence();
 	on = e->epoch == DEMARC_ACTIVE_EPOCH(active) && e->turns == turns_so_far() &&
-	     bpf_ktime_get_coarse_ns() < (admitted ? e->admitted : e->untagged) && same_tuple(&e->talk, &t);
+	     part_of(skb, network, outgoing, &e->talk) &&
+	     bpf_jiffies64() < (admitted ? e->admitted : e->untagged);
 	fence();
 	return on && !(version & 1) && version_of(e) == version;
 }
@@ -121,7 +126,7 @@ GLOBAL int carry_on(struct __sk_buff *skb, const struct demarc_tuple *t, __u32 e
 	e = sk && t ? bpf_sk_storage_get(&endpoints, sk, 0, 0) : 0;
 	if (!e || !t)
 		return 0;
-	until = bpf_ktime_get_coarse_ns() + TALK_TIME;
+	until = bpf_jiffies64() + TALK_TIME;
 	version = version_of(e);
 	if (version & 1 || __sync_val_compare_and_swap(&e->version, version, version + 1) != version)
 		return 0; /* somebody else does */

@@ -10,9 +10,10 @@
 #ifndef DEMARC_YOUNG_H
 #define DEMARC_YOUNG_H
 
-#define YOUNG_TIME 1000000000ULL	    /* ns before storage is made */
-#define YOUNG_ENDED (2ULL * 1000000000)	    /* ns that last segments may be sent again for */
-#define YOUNG_RELEASED (180ULL * 1000000000) /* ns that the kernel may go on for by itself */
+/* In jiffies, which are 1 to 10 ms: nothing else tells the time as cheaply. */
+#define YOUNG_TIME 16		  /* before storage is made */
+#define YOUNG_ENDED (1 << 10)	  /* for last segments to be sent again */
+#define YOUNG_RELEASED (1 << 18)  /* for the kernel to go on by itself; at least 260 s */
 #define YOUNG_GIVEN (~0ULL)		    /* cookie of a place that is being given away */
 
 enum young_fins {
@@ -49,13 +50,13 @@ GLOBAL int young_take(__u64 cookie, const struct demarc_socket *fresh)
 	if (!place || !fresh || !cookie)
 		return 0;
 	old = young_owner(place);
-	if (old && old != cookie && (old == YOUNG_GIVEN || !place->over || bpf_ktime_get_coarse_ns() < place->over))
+	if (old && old != cookie && (old == YOUNG_GIVEN || !place->over || bpf_jiffies64() < place->over))
 		return 0;
 	if (__sync_val_compare_and_swap(&place->cookie, old, YOUNG_GIVEN) != old)
 		return 0;
 	place->kept = *fresh;
 	place->over = 0;
-	place->born = bpf_ktime_get_coarse_ns();
+	place->born = bpf_jiffies64();
 	place->fins = 0;
 	__sync_lock_test_and_set(&place->cookie, cookie);
 	return 1;
@@ -80,40 +81,43 @@ static __always_inline void young_ages(struct __sk_buff *skb, struct bpf_sock *s
 	if (flags & FLAG_FIN)
 		place->fins |= outgoing ? YOUNG_FIN_OUT : YOUNG_FIN_IN;
 	if (flags & FLAG_RST || place->fins == (YOUNG_FIN_OUT | YOUNG_FIN_IN)) {
-		place->over = bpf_ktime_get_coarse_ns() + YOUNG_ENDED;
+		place->over = bpf_jiffies64() + YOUNG_ENDED;
 		return;
 	}
-	if (bpf_ktime_get_coarse_ns() - place->born < YOUNG_TIME)
+	if (bpf_jiffies64() - place->born < YOUNG_TIME)
 		return;
 	kept = place->kept;
 	if (young_owner(place) == cookie && bpf_sk_storage_get(&sockets, sk, &kept, BPF_SK_STORAGE_GET_F_CREATE))
 		__sync_val_compare_and_swap(&place->cookie, cookie, 0);
 }
 
-/* As carried() in skb.h, for a socket without storage. */
-GLOBAL int carried_young(struct __sk_buff *skb, bool outgoing, __u64 active)
+/* The cookie of a packet's socket, where it has one already. */
+static __always_inline __u64 cookie_of(struct __sk_buff *skb)
 {
-	struct demarc_young *place;
-	struct bpf_sock *sk = skb->sk;
-	__u64 cookie, until;
+	struct sk_buff *kernel = bpf_cast_to_kern_ctx(skb);
+	struct sock *sk = kernel->sk;
+
+	return sk ? sk->__sk_common.skc_cookie.counter : 0;
+}
+
+/* As carried() in skb.h, for a socket without storage. */
+static __noinline bool carried_young(struct __sk_buff *skb, struct bpf_sock *sk, bool outgoing, __u64 active)
+{
+	__u64 cookie = cookie_of(skb), until;
+	struct demarc_young *place = young_place(cookie);
 	__u8 flags;
 	bool on;
 
-	sk = sk ? bpf_sk_fullsock(sk) : 0;
-	if (!sk)
-		return 0;
-	cookie = bpf_get_socket_cookie(skb);
-	place = young_place(cookie);
-	if (!place || young_owner(place) != cookie)
-		return 0;
+	if (!place || !cookie || young_owner(place) != cookie)
+		return false;
 	until = place->kept.until;
 	on = place->kept.verdict == DEMARC_ALLOW && place->kept.epoch == DEMARC_ACTIVE_EPOCH(active) &&
 	     (!until || bpf_ktime_get_boot_ns() < until);
 	flags = flags_at_socket(skb);
 	if (!on || !flags || young_owner(place) != cookie)
-		return 0;
+		return false;
 	young_ages(skb, sk, place, cookie, flags, outgoing);
-	return 1;
+	return true;
 }
 
 /* The process has closed a socket: what is left of its connection is the kernel's. */
@@ -122,7 +126,7 @@ static __always_inline void young_released(__u64 cookie)
 	struct demarc_young *place = young_place(cookie);
 
 	if (place && young_owner(place) == cookie && !place->over)
-		place->over = bpf_ktime_get_coarse_ns() + YOUNG_RELEASED;
+		place->over = bpf_jiffies64() + YOUNG_RELEASED;
 }
 
 #endif

@@ -255,6 +255,7 @@ const (
 	demarcVarEmitDemarcRuleKey     = "emit_demarc_rule_key"
 	demarcVarEmitDemarcSubject     = "emit_demarc_subject"
 	demarcVarEmitDemarcUnit        = "emit_demarc_unit"
+	demarcVarLoadsInOrder          = "loads_in_order"
 	demarcVarManagedRoot           = "managed_root"
 	demarcVarRootPathLength        = "root_path_length"
 )
@@ -378,6 +379,7 @@ type demarcVariableSpecs struct {
 	EmitDemarcRuleKey     *ebpf.VariableSpec `ebpf:"emit_demarc_rule_key"`
 	EmitDemarcSubject     *ebpf.VariableSpec `ebpf:"emit_demarc_subject"`
 	EmitDemarcUnit        *ebpf.VariableSpec `ebpf:"emit_demarc_unit"`
+	LoadsInOrder          *ebpf.VariableSpec `ebpf:"loads_in_order"`
 	ManagedRoot           *ebpf.VariableSpec `ebpf:"managed_root"`
 	RootPathLength        *ebpf.VariableSpec `ebpf:"root_path_length"`
 }
@@ -490,6 +492,7 @@ type demarcVariables struct {
 	EmitDemarcRuleKey     *ebpf.Variable `ebpf:"emit_demarc_rule_key"`
 	EmitDemarcSubject     *ebpf.Variable `ebpf:"emit_demarc_subject"`
 	EmitDemarcUnit        *ebpf.Variable `ebpf:"emit_demarc_unit"`
+	LoadsInOrder          *ebpf.Variable `ebpf:"loads_in_order"`
 	ManagedRoot           *ebpf.Variable `ebpf:"managed_root"`
 	RootPathLength        *ebpf.Variable `ebpf:"root_path_length"`
 }

@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"runtime"
 	"strings"
 
 	"github.com/cilium/ebpf"
@@ -30,6 +31,7 @@ func readSpec(t *tree) (*ebpf.CollectionSpec, error) {
 	for name, value := range map[string]any{
 		"managed_root":     t.id,
 		"root_path_length": uint32(len(t.path)),
+		"loads_in_order":   runtime.GOARCH == "amd64",
 	} {
 		v, found := spec.Variables[name]
 		if !found {

@@ -31,7 +31,12 @@ struct sock_cgroup_data {
 	struct cgroup *cgroup;
 };
 
+typedef struct {
+	__u64 counter;
+} atomic64_t;
+
 struct sock_common {
+	atomic64_t skc_cookie;
 	volatile unsigned char skc_state;
 	unsigned char skc_net_refcnt : 1; /* 0: it does not keep its namespace, the kernel made it */
 };
