@@ -9,8 +9,7 @@
 #define DEMARC_REPLAY_H
 
 #define REPLAY_STAMP 0xffffffULL /* bits of an entry that say when; those of the MAC are above */
-#define REPLAY_TRIES 2 /* against who takes the same place at the same moment */
-#define REPLAY_SPILLED (DEMARC_REPLAY_ENTRIES - 1) /* of a first bucket: when an entry went to the second */
+#define REPLAY_TRIES 4
 
 /* The entry that a tag admitted now gets. Never 0. */
 static __always_inline __u64 replay_entry(__u64 mac, __u64 now)
@@ -32,23 +31,24 @@ static __always_inline struct demarc_replay_bucket *replay_bucket(__u64 mac, boo
 	return bpf_map_lookup_elem(&replays, &index);
 }
 
-/* Looks through a bucket: REPLAY_HERE, a place where there is room, or REPLAY_FULL. */
-#define REPLAY_FULL REPLAY_SPILLED
-#define REPLAY_HERE (-1)
-static __noinline int replay_look(struct demarc_replay_bucket *bucket, __u64 fresh)
+/* Looks through a bucket. Returns true if the tag is there; says where there is
+ * room, and how many entries are. */
+static __always_inline bool replay_found(struct demarc_replay_bucket *bucket, __u64 fresh, __u32 *room, __u32 *live)
 {
-	int room = REPLAY_FULL;
-
+	*live = 0;
 #pragma unroll
-	for (__u32 i = 0; i < REPLAY_SPILLED; i++) {
+	for (__u32 i = 0; i < DEMARC_REPLAY_ENTRIES; i++) {
 		__u64 entry = *(volatile __u64 *)&bucket->entry[i];
 
-		if (!replay_live(entry, fresh))
-			room = i;
-		else if (!((entry ^ fresh) & ~REPLAY_STAMP))
-			return REPLAY_HERE;
+		if (!replay_live(entry, fresh)) {
+			*room = i;
+			continue;
+		}
+		if (!((entry ^ fresh) & ~REPLAY_STAMP))
+			return true;
+		*live += 1;
 	}
-	return room;
+	return false;
 }
 
 /* Takes a place that looked free. Returns true if nobody was faster. */
@@ -60,36 +60,22 @@ static __always_inline bool replay_take(struct demarc_replay_bucket *bucket, __u
 }
 
 /* Uses a tag up. Returns 0, or why it cannot be: it was before, or nothing could
- * remember that it was. The second bucket, somewhere else in memory, is only looked
- * at where the first one was full not long ago. */
+ * remember that it was. */
 GLOBAL int spend(__u64 mac, __u64 now)
 {
-	struct demarc_replay_bucket *first = replay_bucket(mac, false), *second;
+	struct demarc_replay_bucket *first = replay_bucket(mac, false), *second = replay_bucket(mac, true);
 	__u64 fresh = replay_entry(mac, now);
-	int room, other;
 
-	if (!first)
+	if (!first || !second)
 		return DEMARC_MAP_FULL;
-#pragma unroll
 	for (int i = 0; i < REPLAY_TRIES; i++) {
-		room = replay_look(first, fresh);
-		if (room == REPLAY_HERE)
+		__u32 room = 0, room2 = 0, live, live2;
+
+		if (replay_found(first, fresh, &room, &live) || replay_found(second, fresh, &room2, &live2))
 			return DEMARC_TAG_REPLAYED;
-		if (room == REPLAY_FULL || replay_live(*(volatile __u64 *)&first->entry[REPLAY_SPILLED], fresh)) {
-			second = replay_bucket(mac, true);
-			other = second ? replay_look(second, fresh) : REPLAY_FULL;
-			if (other == REPLAY_HERE)
-				return DEMARC_TAG_REPLAYED;
-			if (room == REPLAY_FULL) {
-				if (!second || other == REPLAY_FULL)
-					break;
-				*(volatile __u64 *)&first->entry[REPLAY_SPILLED] = fresh;
-				if (replay_take(second, other, fresh))
-					return 0;
-				continue;
-			}
-		}
-		if (replay_take(first, room, fresh))
+		if (live == DEMARC_REPLAY_ENTRIES && live2 == DEMARC_REPLAY_ENTRIES)
+			break;
+		if (live <= live2 ? replay_take(first, room, fresh) : replay_take(second, room2, fresh))
 			return 0;
 	}
 	fault(DEMARC_FAULT_REPLAY_FULL);
@@ -104,7 +90,7 @@ GLOBAL int unspend(__u64 mac)
 
 		if (!bucket)
 			return 0;
-		for (int i = 0; i < REPLAY_SPILLED; i++) {
+		for (int i = 0; i < DEMARC_REPLAY_ENTRIES; i++) {
 			if (!((bucket->entry[i] ^ mac) & ~REPLAY_STAMP))
 				bucket->entry[i] = 0;
 		}

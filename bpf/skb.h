@@ -12,9 +12,9 @@ static __always_inline int carried(struct __sk_buff *skb, struct bpf_sock *sk, _
 
 	if (tcp_state == TCP_SYN_SENT || tcp_state == TCP_LISTEN || tcp_state == TCP_SYN_RECV)
 		return 0;
-	kept = stores_nothing(skb) ? 0 : bpf_sk_storage_get(&sockets, sk, 0, 0);
+	kept = bpf_sk_storage_get(&sockets, sk, 0, 0);
 	if (!kept)
-		return carried_young(skb, sk, tcp_state, outgoing, active);
+		return carried_young(skb, sk, outgoing, active);
 	if (kept->verdict != DEMARC_ALLOW || kept->epoch != DEMARC_ACTIVE_EPOCH(active))
 		return 0;
 	return !over(kept->until);

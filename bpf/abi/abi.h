@@ -307,8 +307,8 @@ struct demarc_tag_input {
 #define DEMARC_TAG_SLOT_SHIFT 36
 
 /*
- * The memory of tags that were admitted: 2^18 buckets, of which a MAC has two. The
- * last word of a bucket says when an entry of its went to another one. An entry is the upper 40 bits of the MAC and when it was admitted, in steps of 2^32
+ * The memory of tags that were admitted: 2^18 buckets, of which a MAC has two. An
+ * entry is the upper 40 bits of the MAC and when it was admitted, in steps of 2^32
  * ns of CLOCK_BOOTTIME; 0 = empty. Entries are kept for longer than any tag holds,
  * also while a clock that went back is slewed, and then give way.
  */

@@ -43,7 +43,6 @@ struct sock_common {
 
 struct sock {
 	struct sock_common __sk_common;
-	void *sk_bpf_storage;
 	struct sock_cgroup_data sk_cgrp_data;
 };
 
