@@ -14,7 +14,7 @@ static __always_inline int carried(struct __sk_buff *skb, struct bpf_sock *sk, _
 		return 0;
 	kept = bpf_sk_storage_get(&sockets, sk, 0, 0);
 	if (!kept)
-		return carried_young(skb, sk, outgoing, active);
+		return carried_young(skb, sk, tcp_state, outgoing, active);
 	if (kept->verdict != DEMARC_ALLOW || kept->epoch != DEMARC_ACTIVE_EPOCH(active))
 		return 0;
 	return !over(kept->until);
@@ -24,9 +24,13 @@ static __always_inline int carried(struct __sk_buff *skb, struct bpf_sock *sk, _
  * whoever made the namespace, which says nothing of what it sends. */
 static __always_inline bool socket_of_kernel(struct __sk_buff *skb)
 {
-	struct sk_buff *kernel = bpf_cast_to_kern_ctx(skb);
-	struct sock *sk = kernel->sk;
+	struct sk_buff *kernel;
+	struct sock *sk;
 
+	if (!bpf_cast_to_kern_ctx) /* before Linux 6.2 they are known where they mostly are */
+		return skb->sk && bpf_skb_cgroup_id(skb) == managed_root;
+	kernel = bpf_cast_to_kern_ctx(skb);
+	sk = kernel->sk;
 	return !sk || !BPF_CORE_READ_BITFIELD(sk, __sk_common.skc_net_refcnt);
 }
 

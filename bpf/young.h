@@ -16,6 +16,13 @@
 #define YOUNG_RELEASED (1 << 18)  /* for the kernel to go on by itself; at least 260 s */
 #define YOUNG_GIVEN (~0ULL)		    /* cookie of a place that is being given away */
 
+/* Kernel: include/net/tcp_states.h */
+enum {
+	TCP_FIN_WAIT1 = 4,
+	TCP_FIN_WAIT2 = 5,
+	TCP_LAST_ACK = 9,
+};
+
 enum young_fins {
 	YOUNG_FIN_OUT = 1,
 	YOUNG_FIN_IN = 2,
@@ -73,15 +80,19 @@ static __always_inline __u8 flags_at_socket(struct __sk_buff *skb)
 }
 
 /* What a packet says of how long its connection lasts. */
-static __always_inline void young_ages(struct __sk_buff *skb, struct bpf_sock *sk, struct demarc_young *place,
-				       __u64 cookie, __u8 flags, bool outgoing)
+static __always_inline void young_ages(struct bpf_sock *sk, struct demarc_young *place, __u64 cookie,
+				       __u32 tcp_state, __u8 flags, bool outgoing)
 {
 	struct demarc_socket kept;
 
 	if (flags & FLAG_FIN)
 		place->fins |= outgoing ? YOUNG_FIN_OUT : YOUNG_FIN_IN;
 	if (flags & FLAG_RST || place->fins == (YOUNG_FIN_OUT | YOUNG_FIN_IN)) {
-		place->over = bpf_jiffies64() + YOUNG_ENDED;
+		/* After its last packet a socket is closed, or waits as another one. */
+		bool last = flags & FLAG_RST || (!outgoing && (tcp_state == TCP_FIN_WAIT1 || tcp_state == TCP_FIN_WAIT2 ||
+							       tcp_state == TCP_LAST_ACK));
+
+		place->over = bpf_jiffies64() + (last ? 0 : YOUNG_ENDED);
 		return;
 	}
 	if (bpf_jiffies64() - place->born < YOUNG_TIME)
@@ -91,24 +102,16 @@ static __always_inline void young_ages(struct __sk_buff *skb, struct bpf_sock *s
 		__sync_val_compare_and_swap(&place->cookie, cookie, 0);
 }
 
-/* The cookie of a packet's socket, where it has one already. */
-static __always_inline __u64 cookie_of(struct __sk_buff *skb)
-{
-	struct sk_buff *kernel = bpf_cast_to_kern_ctx(skb);
-	struct sock *sk = kernel->sk;
-
-	return sk ? sk->__sk_common.skc_cookie.counter : 0;
-}
-
 /* As carried() in skb.h, for a socket without storage. */
-static __noinline bool carried_young(struct __sk_buff *skb, struct bpf_sock *sk, bool outgoing, __u64 active)
+static __noinline bool carried_young(struct __sk_buff *skb, struct bpf_sock *sk, __u32 tcp_state, bool outgoing,
+				     __u64 active)
 {
-	__u64 cookie = cookie_of(skb), until;
+	__u64 cookie = bpf_get_socket_cookie(skb), until;
 	struct demarc_young *place = young_place(cookie);
 	__u8 flags;
 	bool on;
 
-	if (!place || !cookie || young_owner(place) != cookie)
+	if (!place || young_owner(place) != cookie)
 		return false;
 	until = place->kept.until;
 	on = place->kept.verdict == DEMARC_ALLOW && place->kept.epoch == DEMARC_ACTIVE_EPOCH(active) &&
@@ -116,7 +119,7 @@ static __noinline bool carried_young(struct __sk_buff *skb, struct bpf_sock *sk,
 	flags = flags_at_socket(skb);
 	if (!on || !flags || young_owner(place) != cookie)
 		return false;
-	young_ages(skb, sk, place, cookie, flags, outgoing);
+	young_ages(sk, place, cookie, tcp_state, flags, outgoing);
 	return true;
 }
 

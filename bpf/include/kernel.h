@@ -31,12 +31,7 @@ struct sock_cgroup_data {
 	struct cgroup *cgroup;
 };
 
-typedef struct {
-	__u64 counter;
-} atomic64_t;
-
 struct sock_common {
-	atomic64_t skc_cookie;
 	volatile unsigned char skc_state;
 	unsigned char skc_net_refcnt : 1; /* 0: it does not keep its namespace, the kernel made it */
 };
@@ -82,7 +77,7 @@ struct task_struct {
 
 #pragma clang attribute pop
 
-extern void *bpf_cast_to_kern_ctx(void *) __attribute__((section(".ksyms")));
+extern void *bpf_cast_to_kern_ctx(void *) __attribute__((section(".ksyms"))) __attribute__((weak));
 
 /* A function that the verifier checks once, by its signature alone, instead of at
  * each call. Its pointers may be anything, so each checks them; a null pointer is
