@@ -37,7 +37,7 @@ unit:
 
 root:
 	scripts/install test
-	test/run -race -timeout 20m $(ROOT_TESTS)
+	test/run -race -timeout 40m $(ROOT_TESTS)
 
 test: ## everything that CI runs: generated code, lint, unit tests, tests as root
 	scripts/install test
