@@ -92,6 +92,7 @@ demarc_faults_total{fault="flow-full"} 0
 demarc_faults_total{fault="handshake-full"} 0
 demarc_faults_total{fault="limit-contended"} 0
 demarc_faults_total{fault="port-full"} 0
+demarc_faults_total{fault="replay-full"} 0
 demarc_faults_total{fault="socket-storage"} 3
 # HELP demarc_inventory_bound Workloads of the inventory that have their identity.
 # TYPE demarc_inventory_bound gauge
