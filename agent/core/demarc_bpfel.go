@@ -50,6 +50,12 @@ type demarcDemarcEndpoint struct {
 	Talk     demarcDemarcTuple
 }
 
+type demarcDemarcFloor struct {
+	_       structs.HostLayout
+	Version uint64
+	Digest  [32]uint8
+}
+
 type demarcDemarcFlow struct {
 	_          structs.HostLayout
 	Opener     uint32
@@ -222,6 +228,7 @@ const (
 	demarcMapSubjects              = "subjects"
 	demarcMapTurns                 = "turns"
 	demarcMapUnits                 = "units"
+	demarcMapVersionFloor          = "version_floor"
 	demarcMapYoung                 = "young"
 	demarcProgCgroupMkdir          = "cgroup_mkdir"
 	demarcProgCgroupRmdir          = "cgroup_rmdir"
@@ -361,6 +368,7 @@ type demarcMapSpecs struct {
 	Subjects      *ebpf.MapSpec `ebpf:"subjects"`
 	Turns         *ebpf.MapSpec `ebpf:"turns"`
 	Units         *ebpf.MapSpec `ebpf:"units"`
+	VersionFloor  *ebpf.MapSpec `ebpf:"version_floor"`
 	Young         *ebpf.MapSpec `ebpf:"young"`
 }
 
@@ -436,6 +444,7 @@ type demarcMaps struct {
 	Subjects      *ebpf.Map `ebpf:"subjects"`
 	Turns         *ebpf.Map `ebpf:"turns"`
 	Units         *ebpf.Map `ebpf:"units"`
+	VersionFloor  *ebpf.Map `ebpf:"version_floor"`
 	Young         *ebpf.Map `ebpf:"young"`
 }
 
@@ -473,6 +482,7 @@ func (m *demarcMaps) Close() error {
 		m.Subjects,
 		m.Turns,
 		m.Units,
+		m.VersionFloor,
 		m.Young,
 	)
 }

@@ -46,6 +46,19 @@ func (c *Core) upkeep() {
 	defer c.mu.Unlock()
 	c.attend("clock", c.setWall())
 	c.attend("keyring", c.upkeepKeys())
+	c.upkeepImage()
+}
+
+// upkeepImage looks after the image in force. One that expires stays in force: to
+// end it would refuse everything.
+func (c *Core) upkeepImage() {
+	var err error
+	if c.active != nil && c.active.expired(time.Now()) {
+		err = fmt.Errorf("it expired at %s and stays in force: apply a newer one", time.Unix(c.active.image.NotAfter, 0).UTC().Format(time.RFC3339))
+	}
+	c.attend("image", err)
+	c.attend("state_dir", c.store.problems)
+	c.attend("floor", c.keepFloor())
 }
 
 // attend notes how a part of the upkeep went: a problem for as long as err is not

@@ -281,6 +281,12 @@ type State struct {
 	Wall     uint64 // Unix time minus CLOCK_BOOTTIME, ns
 }
 
+// Floor is the highest version that was ever in force, and the SHA-256 of that image.
+type Floor struct {
+	Version uint64
+	Digest  [32]byte
+}
+
 const (
 	ActiveOn        = 1
 	ActiveObserve   = 2
