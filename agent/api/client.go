@@ -76,7 +76,7 @@ func (c *Client) Zones(ctx context.Context) ([]Zone, error) {
 	return getJSON[[]Zone](ctx, c, PathZones)
 }
 
-// Apply puts an encoded image in force.
+// Apply puts an encoded image, or an envelope around one, in force.
 func (c *Client) Apply(ctx context.Context, img []byte) (*Status, error) {
 	return doJSON[*Status](ctx, c, http.MethodPost, PathPolicy, bytes.NewReader(img))
 }

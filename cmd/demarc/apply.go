@@ -5,11 +5,13 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"regexp"
 
 	"github.com/spf13/cobra"
 
 	"github.com/demarc/demarc/agent/api"
 	"github.com/demarc/demarc/policy"
+	"github.com/demarc/demarc/policy/envelope"
 	"github.com/demarc/demarc/policy/image"
 )
 
@@ -24,7 +26,7 @@ func newApplyCommand(env *environment) *cobra.Command {
 		Use:   "apply FILE|IMAGE",
 		Short: "Put a policy in force",
 		Long: `Put a policy in force: a policy file, which is checked and built first, or an
-image that "demarc policy build" made. "-" reads from standard input. What cannot
+image that "demarc policy build" made, signed or not. "-" reads from standard input. What cannot
 be applied changes nothing.`,
 		Args: oneArgument("file"),
 		RunE: func(c *cobra.Command, args []string) error {
@@ -53,16 +55,19 @@ func applyRun(ctx context.Context, env *environment, o applyOptions) error {
 	return printChange(env, o.output, "applied", s)
 }
 
-// imageMagic starts every image; no YAML file does.
-const imageMagic = "DEMARCIM"
+// signedStart is how an envelope begins; no policy does.
+var signedStart = regexp.MustCompile(`^\s*\{\s*"(payload|payloadType|signatures)"`)
 
-// loadImage reads a policy or an image, and returns an image.
+// isImage says whether something is an image, bare or in an envelope.
+func isImage(b []byte) bool { return bytes.HasPrefix(b, []byte(image.Magic)) || signedStart.Match(b) }
+
+// loadImage reads a policy or an image, and returns an image as it was read.
 func loadImage(env *environment, file string) ([]byte, error) {
 	src, err := readInput(env, file)
 	if err != nil {
 		return nil, err
 	}
-	if bytes.HasPrefix(src, []byte(imageMagic)) {
+	if isImage(src) {
 		return src, nil
 	}
 	p, err := policy.Parse(file, src)
@@ -75,9 +80,9 @@ func loadImage(env *environment, file string) ([]byte, error) {
 // readInput reads a file, or standard input for "-".
 func readInput(env *environment, file string) ([]byte, error) {
 	if file != "-" {
-		return policy.ReadFile(file)
+		return policy.ReadFileUpTo(file, envelope.MaxSize)
 	}
-	b, err := io.ReadAll(io.LimitReader(env.Stdin, image.MaxSize+1))
+	b, err := io.ReadAll(io.LimitReader(env.Stdin, envelope.MaxSize+1))
 	if err != nil {
 		return nil, fmt.Errorf("read standard input: %w", err)
 	}
