@@ -136,9 +136,10 @@ func (s *store) advance(copy string) error {
 		if err = s.flush(); err == nil {
 			return nil
 		}
-		_ = os.Rename(active, next)
 	}
-	if !first {
+	if first {
+		_ = os.Remove(active)
+	} else {
 		_ = os.Rename(previous, active)
 	}
 	return err
@@ -182,15 +183,21 @@ func readRecord(file string) (content []byte, sequence uint64, err error) {
 		return nil, 0, err
 	}
 	defer f.Close()
-	b, err := io.ReadAll(io.LimitReader(f, recordStart+envelope.MaxSize+1))
+	torn := fmt.Errorf("%s is torn or was changed", file)
+	info, err := f.Stat()
 	if err != nil {
 		return nil, 0, err
 	}
-	if len(b) > recordStart {
-		sequence, content = binary.LittleEndian.Uint64(b[8:]), b[recordStart:]
+	if size := info.Size(); size <= recordStart || size > recordStart+envelope.MaxSize {
+		return nil, 0, torn
 	}
+	b := make([]byte, info.Size())
+	if _, err := io.ReadFull(f, b); err != nil {
+		return nil, 0, fmt.Errorf("read %s: %w", file, err)
+	}
+	sequence, content = binary.LittleEndian.Uint64(b[8:]), b[recordStart:]
 	if sequence == 0 || string(b[:recordStart]) != string(recordHead(sequence, content)) {
-		return nil, 0, fmt.Errorf("%s is torn or was changed", file)
+		return nil, 0, torn
 	}
 	return content, sequence, nil
 }

@@ -50,7 +50,7 @@ func Open(b []byte) (img []byte, e *Envelope, err error) {
 		return b, nil, nil
 	}
 	if e, err = Decode(b); err != nil {
-		return nil, nil, err
+		return nil, nil, fmt.Errorf("not an image: %w", err)
 	}
 	return e.Payload, e, nil
 }
