@@ -22,6 +22,7 @@ const maxClaims = 1 << 14
 type generation struct {
 	slot      uint32
 	epoch     uint32 // under which it came into force; 0 = not yet
+	flags     uint32 // of the word that put it there
 	bytes     []byte // the encoded image
 	came      []byte // the same as it came, in its envelope if it had one
 	signer    string // id of the trusted key that signed it; "" = no key is trusted

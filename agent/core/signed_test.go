@@ -80,11 +80,11 @@ func TestSigned(t *testing.T) {
 	m.trusts(ops)
 	c := m.start()
 	bare := shop(t, version(7))
-	_, err := c.Apply(bare)
+	_, err := c.Apply(bare, 0)
 	wantRefused(t, "unsigned", err, notSigned)
-	_, err = c.Apply(signed(t, bare, stranger))
+	_, err = c.Apply(signed(t, bare, stranger), 0)
 	wantRefused(t, "signed by a stranger", err, noGoodKey)
-	s, err := c.Apply(signed(t, bare, stranger, ops))
+	s, err := c.Apply(signed(t, bare, stranger, ops), 0)
 	must(t, err)
 	if s.State != proto.StateEnforcing || s.Active.Signer != envelope.KeyID(signing.Public(ops)) || s.Active.Version != 7 {
 		t.Errorf("signed: %+v", s.Active)
@@ -111,7 +111,7 @@ func TestSigned(t *testing.T) {
 		t.Errorf("what was in force went away: %#x", state.Active)
 	}
 	// The same image with a signature of the new key is in force again.
-	s, err = c.Apply(signed(t, bare, next))
+	s, err = c.Apply(signed(t, bare, next), 0)
 	must(t, err)
 	if s.State != proto.StateEnforcing || s.Active.Signer != envelope.KeyID(signing.Public(next)) {
 		t.Errorf("signed again: %v, %+v, %q", s.State, s.Active, s.Problems)
@@ -134,7 +134,7 @@ func TestSigned(t *testing.T) {
 	// Without keys an envelope is nothing but a wrapping.
 	m.trusts()
 	c = m.start()
-	s, err = c.Apply(signed(t, shop(t, version(8)), stranger))
+	s, err = c.Apply(signed(t, shop(t, version(8)), stranger), 0)
 	must(t, err)
 	if s.State != proto.StateEnforcing || s.Active.Version != 8 || s.Active.Signer != "" {
 		t.Errorf("nobody is trusted: %+v", s.Active)
@@ -165,13 +165,13 @@ func TestJ01Replay(t *testing.T) {
 	c := m.start()
 	old, new := signed(t, shop(t, version(7)), ops), signed(t, shop(t, version(8)), ops)
 	other := signed(t, shop(t, func(p *policy.Policy) { p.Version, p.Crossings[0].Purpose = 8, "other" }), ops)
-	must(t, errors.Join(second(c.Apply(old)), second(c.Apply(new))))
+	must(t, errors.Join(second(c.Apply(old, 0)), second(c.Apply(new, 0))))
 	const older, same = "image has version 7, and version 8 was in force already", "version 8 was in force already with other content"
 	replay := func(when string) {
 		t.Helper()
-		_, err := c.Apply(old)
+		_, err := c.Apply(old, 0)
 		wantRefused(t, "older image "+when, err, older)
-		_, err = c.Apply(other)
+		_, err = c.Apply(other, 0)
 		wantRefused(t, "other image of the same version "+when, err, same)
 	}
 	replay("at once")
@@ -182,10 +182,10 @@ func TestJ01Replay(t *testing.T) {
 
 	// Rollback returns to it, without lowering the floor.
 	must(t, second(c.Rollback()))
-	_, err := c.Apply(other)
+	_, err := c.Apply(other, 0)
 	wantRefused(t, "other image after rollback", err, same)
-	must(t, second(c.Apply(old))) // it is in force
-	if s, err := c.Apply(new); err != nil || s.Active.Version != 8 || s.Previous.Version != 7 {
+	must(t, second(c.Apply(old, 0))) // it is in force
+	if s, err := c.Apply(new, 0); err != nil || s.Active.Version != 8 || s.Previous.Version != 7 {
 		t.Errorf("the image of the floor after rollback: %+v, %v", s, err)
 	}
 
@@ -202,7 +202,7 @@ func TestJ01Replay(t *testing.T) {
 	wipe(activeImage, previousImage, floorRecord)
 	c = m.start()
 	replay("after the state directory was wiped")
-	must(t, second(c.Apply(new)))
+	must(t, second(c.Apply(new, 0)))
 
 	// The pins are wiped; the state directory remembers, also without the images.
 	c.Close()
@@ -213,7 +213,7 @@ func TestJ01Replay(t *testing.T) {
 		t.Errorf("without images: %+v", s)
 	}
 	replay("after the pins and the images were wiped")
-	must(t, second(c.Apply(new)))
+	must(t, second(c.Apply(new, 0)))
 
 	// One copy of the floor is spoilt, and pins and images are wiped.
 	c.Close()
@@ -224,8 +224,25 @@ func TestJ01Replay(t *testing.T) {
 	replay("after a copy of the floor was spoilt")
 
 	// The floor is one for the node: another name does not begin anew.
-	_, err = c.Apply(signed(t, shop(t, func(p *policy.Policy) { p.Name, p.Version = "other", 7 }), ops))
+	_, err = c.Apply(signed(t, shop(t, func(p *policy.Policy) { p.Name, p.Version = "other", 7 }), ops), 0)
 	wantRefused(t, "policy of another name", err, older)
+}
+
+// What is tried is no floor before it is confirmed.
+func TestFloorOfTrial(t *testing.T) {
+	m := newMachine(t)
+	c := trying(t, m, time.Hour)
+	if c.floor.Version != 7 {
+		t.Errorf("on trial: floor %d", c.floor.Version)
+	}
+	must(t, second(c.Confirm()))
+	_, err := c.Apply(shop(t, func(p *policy.Policy) { p.Version, p.Crossings[0].Purpose = 8, "other" }), 0)
+	wantRefused(t, "after confirmation", err, "version 8 was in force already with other content")
+	var kernel abi.Floor
+	must(t, c.objects.Maps["version_floor"].Lookup(uint32(0), &kernel))
+	if kernel != c.floor.Floor || c.floor.onDisk != c.floor.Floor || kernel.Version != 8 {
+		t.Errorf("floor %+v, in the kernel %+v", c.floor, kernel)
+	}
 }
 
 func second[T any](_ T, err error) error { return err }
@@ -236,14 +253,14 @@ func TestFloorFollowsImages(t *testing.T) {
 	m := newMachine(t)
 	c := m.start()
 	for v := uint64(7); v <= 9; v++ {
-		must(t, second(c.Apply(shop(t, version(v)))))
+		must(t, second(c.Apply(shop(t, version(v)), 0)))
 	}
 	must(t, second(c.Rollback()))
 	c.Close()
 	must(t, Detach(m.config))
 	spoil(t, c, floorRecord, []byte{})
 	c = m.start()
-	_, err := c.Apply(shop(t, func(p *policy.Policy) { p.Version, p.Crossings[0].Purpose = 9, "other" }))
+	_, err := c.Apply(shop(t, func(p *policy.Policy) { p.Version, p.Crossings[0].Purpose = 9, "other" }), 0)
 	wantRefused(t, "the previous image has version 9", err, "version 9 was in force already with other content")
 	spoil(t, c, floorRecord, []byte{})
 	c.Close()
@@ -254,9 +271,9 @@ func TestFloorFollowsImages(t *testing.T) {
 	if s := c.Status(); s.State != proto.StateDegraded || !strings.HasPrefix(s.Problems[0], "the floor under versions: ") {
 		t.Errorf("a spoilt floor: %v, %q", s.State, s.Problems)
 	}
-	_, err = c.Apply(shop(t, version(8)))
+	_, err = c.Apply(shop(t, version(8)), 0)
 	wantRefused(t, "with a spoilt floor", err, "image has version 8, and version 9 was in force already")
-	s, err := c.Apply(shop(t, version(10)))
+	s, err := c.Apply(shop(t, version(10)), 0)
 	if err != nil || s.State != proto.StateEnforcing {
 		t.Errorf("a newer image mends the floor: %+v, %v", s, err)
 	}
@@ -382,7 +399,7 @@ func TestJ13Names(t *testing.T) {
 	m := newMachine(t)
 	c := m.start()
 	for v := uint64(7); v <= 9; v++ {
-		must(t, second(c.Apply(shop(t, func(p *policy.Policy) { p.Name, p.Version = fmt.Sprintf("n%d", v), v }))))
+		must(t, second(c.Apply(shop(t, func(p *policy.Policy) { p.Name, p.Version = fmt.Sprintf("n%d", v), v }), 0)))
 	}
 	var names []string
 	must(t, filepath.WalkDir(m.config.StateDir, func(path string, _ fs.DirEntry, err error) error {
@@ -414,7 +431,7 @@ func TestI14Disk(t *testing.T) {
 	c := m.start()
 	t.Cleanup(func() { c.Close() })
 	present := shop(t, version(8))
-	must(t, errors.Join(second(c.Apply(shop(t, version(7)))), second(c.Apply(present))))
+	must(t, errors.Join(second(c.Apply(shop(t, version(7)), 0)), second(c.Apply(present, 0))))
 	ballast := filepath.Join(m.config.StateDir, "ballast")
 	fill := func() error {
 		f, err := os.Create(ballast)
@@ -442,7 +459,7 @@ func TestI14Disk(t *testing.T) {
 		must(t, tt.do())
 		refused := func(when string) {
 			t.Helper()
-			_, err := c.Apply(shop(t, version(9)))
+			_, err := c.Apply(shop(t, version(9)), 0)
 			if err == nil || !strings.HasPrefix(err.Error(), "store image: ") || !strings.Contains(err.Error(), tt.want) {
 				t.Errorf("%s, %s: apply says %v", tt.name, when, err)
 			}
@@ -475,11 +492,11 @@ func TestI14Disk(t *testing.T) {
 			}
 		}
 		must(t, tt.undo())
-		if s, err := c.Apply(present); err != nil || s.State != proto.StateEnforcing {
+		if s, err := c.Apply(present, 0); err != nil || s.State != proto.StateEnforcing {
 			t.Errorf("%s, and well again: %+v, %v", tt.name, s, err)
 		}
 	}
-	if s, err := c.Apply(shop(t, version(9))); err != nil || s.State != proto.StateEnforcing || s.Active.Version != 9 {
+	if s, err := c.Apply(shop(t, version(9)), 0); err != nil || s.State != proto.StateEnforcing || s.Active.Version != 9 {
 		t.Errorf("the disk is well again: %+v, %v", s, err)
 	}
 }
@@ -489,7 +506,7 @@ func TestExpiresInForce(t *testing.T) {
 	m := newMachine(t)
 	c := m.start()
 	end := time.Now().Add(time.Hour)
-	must(t, second(c.Apply(shop(t, func(p *policy.Policy) { p.NotAfter = end.Truncate(time.Second) }))))
+	must(t, second(c.Apply(shop(t, func(p *policy.Policy) { p.NotAfter = end.Truncate(time.Second) }), 0)))
 	if s := c.Status(); s.State != proto.StateEnforcing {
 		t.Fatalf("before its end: %v, %q", s.State, s.Problems)
 	}
@@ -505,7 +522,7 @@ func TestExpiresInForce(t *testing.T) {
 		t.Errorf("it is not in force any more: %+v, %d programs", s.Active, n)
 	}
 	// A newer one mends it at once.
-	if s, err := c.Apply(shop(t, version(8))); err != nil || s.State != proto.StateEnforcing {
+	if s, err := c.Apply(shop(t, version(8)), 0); err != nil || s.State != proto.StateEnforcing {
 		t.Errorf("a newer image: %+v, %v", s, err)
 	}
 }

@@ -228,7 +228,9 @@ func TestKey(t *testing.T) {
 	if err != nil || !again.Equal(k) {
 		t.Errorf("private key: %v", err)
 	}
-	block := func(typ string, der []byte) string { return string(pem.EncodeToMemory(&pem.Block{Type: typ, Bytes: der})) }
+	block := func(typ string, der []byte) string {
+		return string(pem.EncodeToMemory(&pem.Block{Type: typ, Bytes: der}))
+	}
 	rsaLike, _ := hex.DecodeString("302a300506032b656e032100" + strings.Repeat("00", 32)) // X25519
 	for _, tt := range []struct{ name, text, want string }{
 		{"bad empty", "", "not one PEM block and nothing else"},
