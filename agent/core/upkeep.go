@@ -58,7 +58,10 @@ func (c *Core) upkeepImage() {
 		err = fmt.Errorf("it expired at %s and stays in force: apply a newer one", time.Unix(c.active.image.NotAfter, 0).UTC().Format(time.RFC3339))
 	}
 	c.attend("image", err)
-	c.attend("state_dir", c.store.problems)
+	if err = c.store.problems; err != nil {
+		err = fmt.Errorf("a second copy could not be written: %w", err)
+	}
+	c.attend("state_dir", err)
 	c.attend("floor", c.keepFloor())
 }
 
