@@ -53,7 +53,11 @@ func TestJ01ReplayStaysClosed(t *testing.T) {
 		t.Errorf("status says:\n%s", said)
 	}
 
-	demarc(0, "apply", newer)
+	call[bool](e.client, "StartTraffic", TrafficArgs{Streams: []string{e.at4(7000).String()}})
+	if said := demarc(0, "apply", newer); !strings.Contains(said, "  web, ") || !strings.Contains(said, e.at4(7000).String()+" (db): ") {
+		t.Errorf("apply does not name the connection that it cuts:\n%s", said)
+	}
+	call[TrafficReply](e.client, "StopTraffic", true)
 	if said := demarc(0, "status"); !strings.Contains(said, "signed by ") {
 		t.Errorf("status says:\n%s", said)
 	}
