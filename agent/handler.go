@@ -19,6 +19,7 @@ import (
 	"github.com/demarc/demarc/agent/flow"
 	"github.com/demarc/demarc/bpf/abi"
 	"github.com/demarc/demarc/internal/version"
+	"github.com/demarc/demarc/policy/envelope"
 	"github.com/demarc/demarc/policy/image"
 )
 
@@ -283,15 +284,19 @@ func (s *service) image(w http.ResponseWriter, r *http.Request) {
 func offered(w http.ResponseWriter, r *http.Request) (*image.Image, *os.File, error) {
 	rc := http.NewResponseController(w)
 	_ = rc.SetReadDeadline(time.Now().Add(bodyTimeout))
-	b, err := io.ReadAll(http.MaxBytesReader(w, r.Body, image.MaxSize))
+	b, err := io.ReadAll(http.MaxBytesReader(w, r.Body, envelope.MaxSize))
 	var tooLarge *http.MaxBytesError
 	switch {
 	case errors.As(err, &tooLarge):
-		return nil, nil, &api.Error{Code: http.StatusRequestEntityTooLarge, Message: fmt.Sprintf("the image is larger than %d bytes", image.MaxSize)}
+		return nil, nil, &api.Error{Code: http.StatusRequestEntityTooLarge, Message: fmt.Sprintf("the image is larger than %d bytes", envelope.MaxSize)}
 	case err != nil:
 		return nil, nil, &api.Error{Code: http.StatusBadRequest, Message: "read image: " + err.Error()}
 	}
-	img, err := image.Decode(b)
+	var img *image.Image
+	body, _, err := envelope.Open(b)
+	if err == nil {
+		img, err = image.Decode(body)
+	}
 	if err == nil {
 		err = image.Verify(img)
 	}

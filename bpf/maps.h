@@ -13,6 +13,15 @@ struct {
 	__type(value, struct demarc_state);
 } state SEC(".maps");
 
+/* Below which no image comes into force. Writer and reader: core, so that a lost
+ * state directory lets nobody replay an old image. No program reads it. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct demarc_floor);
+} version_floor SEC(".maps");
+
 /* cgroup id -> who lives there. Writers: cgroup_mkdir and the core's scan.
  * Readers: every hook. Miss: not below the managed root, or no room: deny. */
 struct {

@@ -144,7 +144,7 @@ func TestTrustedFile(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			got := ""
-			if err := trustedFile(&tt.st, tt.euid); err != nil {
+			if err := trustedFile(&tt.st, tt.euid, maxSource); err != nil {
 				got = err.Error()
 			}
 			if got != tt.want {

@@ -15,7 +15,11 @@ import (
 // refuses symbolic links anywhere in the path, anything but regular files, files
 // of another owner than root or the caller, files that others may write, and
 // files larger than a policy may be.
-func ReadFile(path string) ([]byte, error) {
+func ReadFile(path string) ([]byte, error) { return ReadFileUpTo(path, maxSource) }
+
+// ReadFileUpTo reads another file in the same way, such as an image, with its own
+// limit in bytes.
+func ReadFileUpTo(path string, most int64) ([]byte, error) {
 	f, err := openPlain(path)
 	if err != nil {
 		return nil, err
@@ -25,10 +29,10 @@ func ReadFile(path string) ([]byte, error) {
 	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
 		return nil, fmt.Errorf("stat %s: %w", path, err)
 	}
-	if err := trustedFile(&st, uint32(os.Geteuid())); err != nil {
+	if err := trustedFile(&st, uint32(os.Geteuid()), most); err != nil {
 		return nil, fmt.Errorf("read %s: %w", path, err)
 	}
-	b, err := ReadAll(f) // a file may have grown since
+	b, err := readUpTo(f, most) // a file may have grown since
 	if err != nil {
 		return nil, fmt.Errorf("read %s: %w", path, err)
 	}
@@ -37,10 +41,12 @@ func ReadFile(path string) ([]byte, error) {
 
 // ReadAll reads a policy from a stream that has no path to judge, such as
 // standard input, up to the size that a policy may have.
-func ReadAll(r io.Reader) ([]byte, error) {
-	b, err := io.ReadAll(io.LimitReader(r, maxSource+1))
-	if err == nil && len(b) > maxSource {
-		err = fmt.Errorf("larger than the limit of %d bytes", maxSource)
+func ReadAll(r io.Reader) ([]byte, error) { return readUpTo(r, maxSource) }
+
+func readUpTo(r io.Reader, most int64) ([]byte, error) {
+	b, err := io.ReadAll(io.LimitReader(r, most+1))
+	if err == nil && int64(len(b)) > most {
+		err = fmt.Errorf("larger than the limit of %d bytes", most)
 	}
 	if err != nil {
 		return nil, err
@@ -76,7 +82,7 @@ func openPlain(path string) (*os.File, error) {
 }
 
 // trustedFile judges an open file as a source of policy for the user euid.
-func trustedFile(st *unix.Stat_t, euid uint32) error {
+func trustedFile(st *unix.Stat_t, euid uint32, most int64) error {
 	switch {
 	case st.Mode&unix.S_IFMT != unix.S_IFREG:
 		return errors.New("not a regular file")
@@ -86,8 +92,8 @@ func trustedFile(st *unix.Stat_t, euid uint32) error {
 		return errors.New("writable by everyone; remove that with chmod o-w")
 	case euid == 0 && st.Mode&0o020 != 0 && st.Gid != 0:
 		return fmt.Errorf("writable by group %d; remove that with chmod g-w", st.Gid)
-	case st.Size > maxSource:
-		return fmt.Errorf("%d bytes are larger than the limit of %d", st.Size, maxSource)
+	case st.Size > most:
+		return fmt.Errorf("%d bytes are larger than the limit of %d", st.Size, most)
 	}
 	return nil
 }

@@ -77,7 +77,7 @@ func (c *Client) Zones(ctx context.Context) ([]Zone, error) {
 	return getJSON[[]Zone](ctx, c, PathZones)
 }
 
-// Apply puts an encoded image in force. Unless it is confirmed within a time, the
+// Apply puts an encoded image, or an envelope around one, in force. Unless it is confirmed within a time, the
 // kernel takes it back; 0 = it is for good.
 func (c *Client) Apply(ctx context.Context, img []byte, within time.Duration) (*Status, error) {
 	path := PathPolicy

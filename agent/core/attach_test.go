@@ -46,7 +46,7 @@ func TestI15AttachAllOrNothing(t *testing.T) {
 				t.Errorf("links stayed: %v, %v", left, err)
 			}
 			absent(t, c.pins.abi())
-			absent(t, c.store.active())
+			absent(t, c.store.file(activeImage, "a"))
 			if s := c.Status(); s.State != proto.StateIdle {
 				t.Errorf("status %+v", s)
 			}
@@ -58,11 +58,7 @@ func TestI15AttachAllOrNothing(t *testing.T) {
 			if err := Detach(m.config); err != nil {
 				t.Fatal(err)
 			}
-			for _, file := range []string{c.store.active(), c.store.previous()} {
-				if err := os.Remove(file); err != nil && !errors.Is(err, os.ErrNotExist) {
-					t.Fatal(err)
-				}
-			}
+			spoil(t, c, activeImage, []byte{})
 		})
 	}
 }

@@ -16,8 +16,6 @@ import (
 	"unicode"
 
 	"golang.org/x/sys/unix"
-
-	"github.com/demarc/demarc/agent/core/proto"
 )
 
 // Config is everything that a node of its own needs, so that two can live on one
@@ -251,24 +249,4 @@ func (p *configParser) position() string {
 	line := 1 + bytes.Count(before, []byte("\n"))
 	column := len(before) - bytes.LastIndexByte(before, '\n')
 	return fmt.Sprintf("%s:%d:%d", p.file, line, column)
-}
-
-// checkTrust refuses a trust directory that holds anything: with a key in it,
-// unsigned images must be refused, and this version cannot verify signed ones.
-func checkTrust(dir string) error {
-	if dir == "" {
-		return nil
-	}
-	entries, err := os.ReadDir(dir)
-	if errors.Is(err, os.ErrNotExist) {
-		return nil
-	}
-	if err != nil {
-		return fmt.Errorf("read trust directory: %w", err)
-	}
-	if len(entries) > 0 {
-		return proto.Refuse("empty "+dir+", or remove trust_dir from the configuration",
-			"trust directory holds %s: signed images are not available in this version", entries[0].Name())
-	}
-	return nil
 }

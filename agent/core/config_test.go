@@ -2,8 +2,6 @@ package core
 
 import (
 	"log/slog"
-	"os"
-	"path/filepath"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -66,25 +64,5 @@ func TestParseConfig(t *testing.T) {
 				t.Errorf("config (-want +got):\n%s", diff)
 			}
 		})
-	}
-}
-
-// A trust key asks for signed images. Reading unsigned ones all the same would be
-// the opposite of what its owner wants.
-func TestTrustDirectoryRefuses(t *testing.T) {
-	dir := t.TempDir()
-	if err := checkTrust(dir); err != nil {
-		t.Errorf("empty trust directory: %v", err)
-	}
-	if err := checkTrust(filepath.Join(dir, "absent")); err != nil {
-		t.Errorf("absent trust directory: %v", err)
-	}
-	if err := os.WriteFile(filepath.Join(dir, "ops.pub"), []byte("key"), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	err := checkTrust(dir)
-	want := "trust directory holds ops.pub: signed images are not available in this version"
-	if err == nil || err.Error() != want {
-		t.Errorf("got %v, want %s", err, want)
 	}
 }

@@ -59,12 +59,15 @@ func (c *Core) Confirm() (*proto.Status, error) {
 	}
 	c.keep(c.fallback)
 	c.fallback = nil
+	c.upkeepImage()
 	c.log.Info("change confirmed", "policy", c.active.image.Name, "version", c.active.image.Version)
 	return c.status(), nil
 }
 
-// keep makes what was in force the previous image, and closes it.
+// keep makes what was in force the previous image, and closes it. What came after it
+// is there for good now, so nothing older comes again.
 func (c *Core) keep(former *generation) {
+	c.raiseFloor(c.active.floor())
 	c.previous = nil
 	if former != nil && former != c.active {
 		c.previous = former.describe()

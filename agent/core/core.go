@@ -21,6 +21,7 @@ import (
 
 	"github.com/demarc/demarc/agent/core/proto"
 	"github.com/demarc/demarc/bpf/abi"
+	"github.com/demarc/demarc/policy/envelope"
 )
 
 // Core is one running core. Open makes it, Close ends it.
@@ -34,8 +35,9 @@ type Core struct {
 	objects *objects
 	links   *links
 	devices *boundary
-	answers *refusals // nil = refused callers wait in vain
-	limits  []string  // what this machine cannot enforce
+	answers *refusals      // nil = refused callers wait in vain
+	limits  []string       // what this machine cannot enforce
+	trusted []envelope.Key // images must be signed by one of them; none = need not be signed
 	donated *proto.Descriptors
 	stop    func() // ends the upkeep; nil = it never began
 
@@ -47,6 +49,7 @@ type Core struct {
 	standing []string          // problems that last until the core is started again
 	troubles map[string]string // problems that the upkeep found, by part
 	keys     keys
+	floor    floor
 	walled   uint64 // when the kernel was last told the time, ns of CLOCK_BOOTTIME; 0 = not by this core
 }
 
@@ -63,7 +66,7 @@ type hooks struct {
 func Open(config Config, log *slog.Logger) (*Core, error) { return open(config, log, hooks{}) }
 
 func open(config Config, log *slog.Logger, h hooks) (_ *Core, err error) {
-	c := &Core{config: config, log: log, pins: pins{config.BPFFS}, store: store{config.StateDir}, retired: -1, troubles: map[string]string{}}
+	c := &Core{config: config, log: log, pins: pins{config.BPFFS}, store: store{dir: config.StateDir, log: log}, retired: -1, troubles: map[string]string{}}
 	defer func() {
 		if err != nil {
 			c.Close()
@@ -80,7 +83,7 @@ func open(config Config, log *slog.Logger, h hooks) (_ *Core, err error) {
 	c.tree, c.objects, t.objects = t.tree, t.objects, nil
 	c.links = &links{objects: c.objects, tree: c.tree, pins: c.pins, attaching: h.attaching,
 		open: map[string]link.Link{}, running: t.running()}
-	c.limits = t.limits
+	c.limits, c.trusted = t.limits, t.trusted
 	if c.devices, err = newBoundary(config.Devices, c.objects, c.pins, t.taps, log); err != nil {
 		return nil, err
 	}
@@ -119,7 +122,7 @@ func lockState(dir string) (*os.File, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("make state_dir: %w", err)
 	}
-	f, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
+	f, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_RDONLY|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
 	if err != nil {
 		return nil, fmt.Errorf("lock state_dir: %w", err)
 	}
@@ -138,48 +141,52 @@ func (c *Core) begin() error {
 	return c.pins.pinMaps(c.objects)
 }
 
-// resume puts the stored image in force. If it cannot be read, the one before it
-// is better than none.
+// resume puts the stored image in force. If it cannot be, what the kernel enforces
+// goes on; if that is nothing, the image before it is better than none.
 func (c *Core) resume(committed bool) error {
 	if err := c.abandon(); err != nil {
 		return err
 	}
-	g, err := c.stored(c.store.active())
-	previous, badPrevious := c.stored(c.store.previous())
+	c.readFloor()
+	g, err := c.stored(activeImage)
+	previous, badPrevious := c.stored(previousImage)
 	if badPrevious != nil {
 		c.log.Warn("previous image cannot be used", "problem", badPrevious)
 	} else if previous != nil {
 		c.previous = previous.describe()
+		c.raiseFloor(previous.floor())
 	}
 	switch {
+	case err != nil && committed:
+		c.stand("%v; what was in force goes on: apply an image", err)
+		return nil
+	case g == nil && committed:
+		c.stand("the image in force is not on disk: apply one")
+		return nil
 	case err != nil && previous != nil:
 		c.stand("%v; the image before it is in force", err)
 		g, c.previous = previous, nil
-	case err != nil && committed, g == nil && committed:
-		c.stand("the image in force is not on disk (%v): apply one", err)
-		return nil
 	case err != nil:
-		return proto.Refuse("remove "+c.store.active()+" to start without a policy", "%w", err)
+		return proto.Refuse(fmt.Sprintf("remove %s and .b to start without a policy", c.store.file(activeImage, "a")), "%w", err)
 	case g == nil:
 		return nil
 	}
-	if g.expired(time.Now()) {
-		c.stand("the image expired at %s; apply a newer one", time.Unix(g.image.NotAfter, 0).UTC().Format(time.RFC3339))
-	}
+	c.raiseFloor(g.floor())
 	if committed {
 		c.recoverClaims(g)
 	}
 	return c.install(g, change{})
 }
 
-func (c *Core) stored(file string) (*generation, error) {
-	b, err := c.store.load(file)
-	if b == nil || err != nil {
-		return nil, err
+// stored reads and verifies an image as if it came now: the keys may be others.
+func (c *Core) stored(name string) (*generation, error) {
+	b, err := c.store.load(name)
+	var g *generation
+	if b != nil && err == nil {
+		g, err = openImage(b, c.trusted)
 	}
-	g, err := openImage(b)
 	if err != nil {
-		return nil, fmt.Errorf("stored image %s: %w", file, err)
+		return nil, fmt.Errorf("stored %s image: %w", name, err)
 	}
 	return g, nil
 }
@@ -196,14 +203,14 @@ func (c *Core) Apply(b []byte, within time.Duration) (*proto.Status, error) {
 	if err := checkTrial(within); err != nil {
 		return nil, err
 	}
-	g, err := openImage(b)
+	g, err := openImage(b, c.trusted)
 	if err != nil {
 		return nil, err
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.settle()
-	if c.active == nil || c.active.digest != g.digest || c.active.flags != activeFlags(c.active.image) || c.fallback != nil {
+	if c.active == nil || c.active.digest != g.digest || c.active.signer != g.signer || c.active.flags != activeFlags(c.active.image) || c.fallback != nil {
 		if err := c.mayChange(g); err != nil {
 			return nil, err
 		}
@@ -228,22 +235,14 @@ func (c *Core) admissible(g *generation) error {
 	if g.expired(time.Now()) {
 		return proto.Refuse("build it again", "image expired at %s", time.Unix(g.image.NotAfter, 0).UTC().Format(time.RFC3339))
 	}
-	known := []*proto.Generation{c.previous}
-	if c.active != nil {
-		known = append(known, c.active.describe())
+	switch {
+	case g.image.Version > c.floor.Version, g.floor() == c.floor.Floor:
+		return nil
+	case g.image.Version < c.floor.Version:
+		return proto.Refuse("raise metadata.version, or use rollback",
+			"image has version %d, and version %d was in force already", g.image.Version, c.floor.Version)
 	}
-	offered := g.describe()
-	for _, k := range known {
-		switch {
-		case k == nil:
-		case offered.Version < k.Version:
-			return proto.Refuse("raise metadata.version, or use rollback",
-				"image has version %d, and version %d was in force already", offered.Version, k.Version)
-		case offered.Version == k.Version && offered.Digest != k.Digest:
-			return proto.Refuse("raise metadata.version", "version %d was in force already with other content", k.Version)
-		}
-	}
-	return nil
+	return proto.Refuse("raise metadata.version", "version %d was in force already with other content", c.floor.Version)
 }
 
 // Rollback goes back to the previous image; the present one becomes the previous.
@@ -258,7 +257,7 @@ func (c *Core) Rollback() (*proto.Status, error) {
 		}
 		return c.status(), nil
 	}
-	g, err := c.stored(c.store.previous())
+	g, err := c.stored(previousImage)
 	if err != nil {
 		return nil, err
 	}
@@ -333,7 +332,7 @@ func (c *Core) install(g *generation, how change) (err error) {
 		return how.preview()
 	}
 	if how.durable {
-		if err := c.store.stage(g.bytes); err != nil {
+		if err := c.store.stage(g.came); err != nil {
 			return err
 		}
 	}
@@ -415,6 +414,7 @@ func (c *Core) succeed(g *generation, before abi.State, on bool, how change) {
 	}
 	former := c.active
 	c.active, c.retired = g, retired
+	g.came = nil
 	switch {
 	case how.within > 0 && former == nil:
 		c.fallback = g
@@ -426,6 +426,7 @@ func (c *Core) succeed(g *generation, before abi.State, on bool, how change) {
 	case former != nil:
 		former.close()
 	}
+	c.upkeepImage()
 	c.log.Info("policy in force", "policy", g.image.Name, "version", g.image.Version, "slot", g.slot, "epoch", g.epoch,
 		"crossings", len(g.image.Crossings), "bindings", g.bindings)
 }

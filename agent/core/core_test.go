@@ -260,11 +260,11 @@ func TestStoredImageBroken(t *testing.T) {
 	}{
 		{name: "OK whole", state: proto.StateEnforcing, version: 8},
 		{name: "OK whole after reboot", reboot: true, state: proto.StateEnforcing, version: 8},
-		{name: "bad active", active: broken, state: proto.StateDegraded, version: 7},
+		{name: "bad active", active: broken, state: proto.StateDegraded}, // the kernel goes on with version 8
 		{name: "bad active after reboot", active: broken, reboot: true, state: proto.StateDegraded, version: 7},
 		{name: "bad previous", previous: broken, state: proto.StateEnforcing, version: 8},
 		{name: "bad both", active: broken, previous: broken, state: proto.StateDegraded},
-		{name: "bad both after reboot", active: broken, previous: broken, reboot: true, err: "stored image "},
+		{name: "bad both after reboot", active: broken, previous: broken, reboot: true, err: "stored active image: "},
 		{name: "bad active lost", active: []byte{}, previous: []byte{}, state: proto.StateDegraded},
 		{name: "OK lost after reboot", active: []byte{}, previous: []byte{}, reboot: true, state: proto.StateIdle},
 	}
@@ -283,8 +283,8 @@ func TestStoredImageBroken(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			spoil(t, c.store.active(), tt.active)
-			spoil(t, c.store.previous(), tt.previous)
+			spoil(t, c, activeImage, tt.active)
+			spoil(t, c, previousImage, tt.previous)
 			c, err := m.open(hooks{})
 			if tt.err != "" {
 				if err == nil || !strings.HasPrefix(err.Error(), tt.err) {
@@ -312,18 +312,20 @@ func TestStoredImageBroken(t *testing.T) {
 	}
 }
 
-func spoil(t *testing.T, file string, content []byte) {
+// spoil writes both copies of a record, or removes them if there is no content; nil
+// leaves them.
+func spoil(t *testing.T, c *Core, name string, content []byte) {
 	t.Helper()
-	var err error
-	switch {
-	case content == nil:
-	case len(content) == 0:
-		err = os.Remove(file)
-	default:
-		err = os.WriteFile(file, content, 0o600)
-	}
-	if err != nil {
-		t.Fatal(err)
+	for _, copy := range copies {
+		var err error
+		switch file := c.store.file(name, copy); {
+		case content == nil:
+		case len(content) == 0:
+			err = os.Remove(file)
+		default:
+			err = os.WriteFile(file, content, 0o600)
+		}
+		must(t, err)
 	}
 }
 
@@ -335,7 +337,7 @@ func TestApplyDiskRefuses(t *testing.T) {
 		t.Fatal(err)
 	}
 	before := c.Status()
-	for _, file := range []string{c.store.next(), c.store.previous()} {
+	for _, file := range []string{c.store.file(nextImage, "a"), c.store.file(nextImage, "b"), c.store.file(previousImage, "a")} {
 		if err := os.MkdirAll(filepath.Join(file, "in the way"), 0o700); err != nil {
 			t.Fatal(err)
 		}

@@ -50,6 +50,12 @@ type demarcDemarcEndpoint struct {
 	Talk     demarcDemarcTuple
 }
 
+type demarcDemarcFloor struct {
+	_       structs.HostLayout
+	Version uint64
+	Digest  [32]uint8
+}
+
 type demarcDemarcFlow struct {
 	_          structs.HostLayout
 	Opener     uint32
@@ -242,6 +248,7 @@ const (
 	demarcMapSubjects              = "subjects"
 	demarcMapTurns                 = "turns"
 	demarcMapUnits                 = "units"
+	demarcMapVersionFloor          = "version_floor"
 	demarcMapYoung                 = "young"
 	demarcProgCgroupMkdir          = "cgroup_mkdir"
 	demarcProgCgroupRmdir          = "cgroup_rmdir"
@@ -386,6 +393,7 @@ type demarcMapSpecs struct {
 	Subjects      *ebpf.MapSpec `ebpf:"subjects"`
 	Turns         *ebpf.MapSpec `ebpf:"turns"`
 	Units         *ebpf.MapSpec `ebpf:"units"`
+	VersionFloor  *ebpf.MapSpec `ebpf:"version_floor"`
 	Young         *ebpf.MapSpec `ebpf:"young"`
 }
 
@@ -462,6 +470,7 @@ type demarcMaps struct {
 	Subjects      *ebpf.Map `ebpf:"subjects"`
 	Turns         *ebpf.Map `ebpf:"turns"`
 	Units         *ebpf.Map `ebpf:"units"`
+	VersionFloor  *ebpf.Map `ebpf:"version_floor"`
 	Young         *ebpf.Map `ebpf:"young"`
 }
 
@@ -500,6 +509,7 @@ func (m *demarcMaps) Close() error {
 		m.Subjects,
 		m.Turns,
 		m.Units,
+		m.VersionFloor,
 		m.Young,
 	)
 }

@@ -9,7 +9,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/demarc/demarc/agent/core/proto"
-	"github.com/demarc/demarc/policy/image"
+	"github.com/demarc/demarc/policy/envelope"
 )
 
 // donate opens the maps that the agent may have. A ring must be opened for
@@ -82,10 +82,10 @@ func readImage(f *os.File) ([]byte, error) {
 	if stat.Mode&unix.S_IFMT != unix.S_IFREG {
 		return nil, proto.Refuse("send a file or a memfd", "read image: the descriptor is not a regular file")
 	}
-	if stat.Size > image.MaxSize {
-		return nil, proto.Refuse("", "read image: %d bytes, at most %d", stat.Size, image.MaxSize)
+	if stat.Size > envelope.MaxSize {
+		return nil, proto.Refuse("", "read image: %d bytes, at most %d", stat.Size, envelope.MaxSize)
 	}
-	b, err := io.ReadAll(io.NewSectionReader(f, 0, image.MaxSize))
+	b, err := io.ReadAll(io.NewSectionReader(f, 0, envelope.MaxSize))
 	if err != nil {
 		return nil, fmt.Errorf("read image: %w", err)
 	}

@@ -11,6 +11,7 @@ import (
 
 	"github.com/demarc/demarc/agent/core/proto"
 	"github.com/demarc/demarc/bpf/abi"
+	"github.com/demarc/demarc/policy/envelope"
 	"github.com/demarc/demarc/policy/image"
 )
 
@@ -23,25 +24,44 @@ type generation struct {
 	epoch     uint32 // under which it came into force; 0 = not yet
 	flags     uint32 // of the word that put it there
 	bytes     []byte // the encoded image
+	came      []byte // the same as it came, in its envelope if it had one
+	signer    string // id of the trusted key that signed it; "" = no key is trusted
 	image     *image.Image
-	digest    [sha256.Size]byte
-	selectors *selectors // claims included
-	clock     bootClock  // its windows were converted with this one
+	digest    [sha256.Size]byte // of bytes
+	selectors *selectors        // claims included
+	clock     bootClock         // its windows were converted with this one
 	tables    map[string]*ebpf.Map
 	since     time.Time // when it came into force
 	bindings  int       // cgroups with a workload's identity when it was filled
 }
 
-// openImage decodes and verifies what somebody wants to be in force.
-func openImage(b []byte) (*generation, error) {
-	img, err := image.Decode(b)
-	if err == nil {
-		err = image.Verify(img)
+// openImage decodes and verifies what somebody wants to be in force. Where a key is
+// trusted, one of those keys must have signed it.
+func openImage(b []byte, trusted []envelope.Key) (*generation, error) {
+	body, signed, err := envelope.Open(b)
+	if err != nil {
+		return nil, proto.Refuse("build the image again from its policy", "verify image: %w", err)
+	}
+	g := &generation{bytes: body, came: b, digest: sha256.Sum256(body)}
+	if len(trusted) > 0 {
+		const hint = "demarc policy build --sign KEYFILE, with a key whose public half is in trust_dir"
+		if signed == nil {
+			return nil, proto.Refuse(hint, "verify image: it is not signed, and trust_dir holds keys")
+		}
+		key, good := signed.Signer(trusted)
+		if !good {
+			return nil, proto.Refuse(hint, "verify image: no key of trust_dir signed it")
+		}
+		g.signer = key.ID
+	}
+	if g.image, err = image.Decode(body); err == nil {
+		err = image.Verify(g.image)
 	}
 	if err != nil {
 		return nil, proto.Refuse("build the image again from its policy", "verify image: %w", err)
 	}
-	return &generation{bytes: b, image: img, digest: sha256.Sum256(b), selectors: newSelectors(img)}, nil
+	g.selectors = newSelectors(g.image)
+	return g, nil
 }
 
 // describe says what the agent may know.
@@ -52,7 +72,7 @@ func (g *generation) describe() *proto.Generation {
 	}
 	return &proto.Generation{
 		Slot: int(g.slot), Epoch: g.epoch, Name: g.image.Name, Version: g.image.Version, Digest: hex.EncodeToString(g.digest[:]),
-		Mode: mode, Since: g.since, Bindings: g.bindings,
+		Signer: g.signer, Mode: mode, Since: g.since, Bindings: g.bindings,
 	}
 }
 
@@ -60,6 +80,9 @@ func (g *generation) describe() *proto.Generation {
 func (g *generation) expired(now time.Time) bool {
 	return g.image.NotAfter != 0 && now.Unix() >= g.image.NotAfter
 }
+
+// floor is what it makes the floor once it is in force.
+func (g *generation) floor() abi.Floor { return abi.Floor{Version: g.image.Version, Digest: g.digest} }
 
 // fill makes the tables of a generation and puts them into its slot, which no
 // program reads yet.

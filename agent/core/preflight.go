@@ -16,7 +16,9 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/demarc/demarc/agent/core/proto"
+	"github.com/demarc/demarc/agent/core/trust"
 	"github.com/demarc/demarc/bpf/abi"
+	"github.com/demarc/demarc/policy/envelope"
 )
 
 // Check is one thing that enforcement needs, and whether it is there. It is found
@@ -51,6 +53,7 @@ type trial struct {
 	taps      map[hook]link.Link // links of devices
 	noTCX     bool               // the kernel has no place for programs at devices
 	limits    []string           // what is not enforced, though a start is not refused
+	trusted   []envelope.Key     // keys that sign images; none = images need no signature
 	objects   *objects
 }
 
@@ -73,7 +76,7 @@ var checks = []struct {
 	try                     func(*trial) error
 }{
 	{"privileges", "", "read the effective capabilities", "run as root, with CAP_BPF, CAP_PERFMON, CAP_NET_ADMIN and CAP_SYS_ADMIN", (*trial).privileges},
-	{"trust", "", "read trust_dir", "", func(t *trial) error { return checkTrust(t.config.TrustDir) }},
+	{"trust", "", "read the keys in trust_dir, their owners and modes", "", (*trial).trust},
 	{"state", "", "write and flush a file in state_dir", "make state_dir a directory of root's on a sound disk with room", (*trial).state},
 	{"keyring", "state", "read the tag keys, their times, and the file's owner and mode", "", (*trial).keyring},
 	{"clock", "", "read CLOCK_BOOTTIME", "", (*trial).clock},
@@ -161,6 +164,17 @@ func (t *trial) privileges() error {
 	return nil
 }
 
+// trust reads the keys. A directory that is configured and not there is a mistake:
+// without its keys any image would do.
+func (t *trial) trust() (err error) {
+	if t.config.TrustDir != "" {
+		t.trusted, err = trust.Read(t.config.TrustDir)
+	}
+	return err
+}
+
+// state tries to write. A disk that was written before and is full or read-only now
+// is no reason not to enforce what is on it.
 func (t *trial) state() error {
 	dir := t.config.StateDir
 	for d := dir; t.dry && missing(d); d = filepath.Dir(d) {
@@ -176,6 +190,15 @@ func (t *trial) state() error {
 	if stat.Mode&unix.S_IFMT != unix.S_IFDIR || stat.Uid != 0 || stat.Mode&0o022 != 0 {
 		return fmt.Errorf("%s can be written by others than root (mode %#o, owner %d)", dir, stat.Mode&0o7777, stat.Uid)
 	}
+	err := tryWrite(dir)
+	if err != nil && (&store{dir: dir}).used() {
+		t.limits = append(t.limits, fmt.Sprintf("%v: no new policy until it can be written; what is stored is enforced", err))
+		return nil
+	}
+	return err
+}
+
+func tryWrite(dir string) error {
 	f, err := os.CreateTemp(dir, "preflight-")
 	if err != nil {
 		return err

@@ -56,10 +56,12 @@ func TestPreflightNames(t *testing.T) {
 			must(t, os.Mkdir(m.config.StateDir, 0o700))
 			must(t, os.WriteFile(m.config.Keyring, nil, 0o644))
 		}, []string{"keyring"}, "has mode 0644"},
+		{"bad trust_dir missing", func(t *testing.T, m *machine) { m.config.TrustDir = m.config.StateDir + "/trust" },
+			[]string{"trust"}, "no such file"},
 		{"bad trust key", func(t *testing.T, m *machine) {
 			m.config.TrustDir = t.TempDir()
 			must(t, os.WriteFile(filepath.Join(m.config.TrustDir, "a.pub"), nil, 0o600))
-		}, []string{"trust"}, "signed images are not available in this version"},
+		}, []string{"trust"}, "a.pub: not one PEM block and nothing else"},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {

@@ -26,7 +26,7 @@ var errPreview = errors.New("only a preview")
 // The image is filled and tested as if it were applied; the kernel then judges each
 // socket that a process holds by it, as it would at the socket's next packet.
 func (c *Core) Preview(b []byte) (*proto.Preview, error) {
-	g, err := openImage(b)
+	g, err := openImage(b, c.trusted)
 	if err != nil {
 		return nil, err
 	}

@@ -20,7 +20,7 @@ func TestSelftestFindsWrongTables(t *testing.T) {
 		p.Crossings = append(p.Crossings, policy.Crossing{Name: "resolver", Need: image.NoProof, From: []policy.Term{{Kind: image.TermWorkload, Name: "web"}},
 			To: []policy.Term{{Kind: image.TermNetwork, Name: "office"}}, Ports: []image.Span{{Proto: image.UDP, Low: 53, High: 53}}})
 	})
-	g, err := openImage(b)
+	g, err := openImage(b, nil)
 	must(t, err)
 	must(t, g.fill(c.objects))
 	defer g.close()

@@ -162,7 +162,7 @@ func TestDescriptorsAreReadOnly(t *testing.T) {
 		{d.Rings, make([]byte, 4), nil},
 		{d.Faults, make([]byte, 4), nil},
 		{d.Bindings, make([]byte, 8), make([]byte, 32)},
-		{d.State, make([]byte, 4), make([]byte, 32)},
+		{d.State, make([]byte, 4), make([]byte, 48)},
 	} {
 		fd, err := unix.Dup(int(tt.file.Fd()))
 		must(t, err)
@@ -340,7 +340,7 @@ func FuzzSession(f *testing.F) {
 	f.Add([]byte(`{"op":"bind","path":"/lab/x","identity":16}`))
 	f.Add([]byte(`{"op":"apply"}`))
 	f.Add([]byte(`{"op":"status"}x`))
-	c := &Core{log: slog.New(slog.DiscardHandler), tree: &tree{dir: "/"}, donated: &proto.Descriptors{}, links: &links{}, store: store{f.TempDir()}}
+	c := &Core{log: slog.New(slog.DiscardHandler), tree: &tree{dir: "/"}, donated: &proto.Descriptors{}, links: &links{}, store: store{dir: f.TempDir(), log: slog.New(slog.DiscardHandler)}}
 	f.Fuzz(func(t *testing.T, b []byte) {
 		var q proto.Request
 		if proto.Unmarshal(b, &q) != nil {

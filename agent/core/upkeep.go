@@ -47,6 +47,22 @@ func (c *Core) upkeep() {
 	c.settle()
 	c.attend("clock", c.setWall())
 	c.attend("keyring", c.upkeepKeys())
+	c.upkeepImage()
+}
+
+// upkeepImage looks after the image in force. One that expires stays in force: to
+// end it would refuse everything.
+func (c *Core) upkeepImage() {
+	var err error
+	if c.active != nil && c.active.expired(time.Now()) {
+		err = fmt.Errorf("it expired at %s and stays in force: apply a newer one", time.Unix(c.active.image.NotAfter, 0).UTC().Format(time.RFC3339))
+	}
+	c.attend("image", err)
+	if err = c.store.problems; err != nil {
+		err = fmt.Errorf("a second copy could not be written: %w", err)
+	}
+	c.attend("state_dir", err)
+	c.attend("floor", c.keepFloor())
 }
 
 // attend notes how a part of the upkeep went: a problem for as long as err is not

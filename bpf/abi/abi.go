@@ -284,6 +284,12 @@ type State struct {
 	Deadline uint64 // CLOCK_BOOTTIME, ns; 0 = Active is confirmed
 }
 
+// Floor is the highest version that was ever in force, and the SHA-256 of that image.
+type Floor struct {
+	Version uint64
+	Digest  [32]byte
+}
+
 // InForce is the word that programs read at a time, ns of CLOCK_BOOTTIME.
 func (s *State) InForce(now uint64) uint64 {
 	if s.Deadline != 0 && now >= s.Deadline {

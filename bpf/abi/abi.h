@@ -228,6 +228,12 @@ struct demarc_state {
 	__u64 deadline;	 /* CLOCK_BOOTTIME, ns; 0 = `active` is confirmed */
 };
 
+/* The highest version that was ever in force, and the SHA-256 of that image. */
+struct demarc_floor {
+	__u64 version;
+	__u8 digest[32];
+};
+
 /* Layout of demarc_state.active. The epoch grows with every change of meaning
  * (a flip, a changed binding), never repeats, and is what cached verdicts are
  * kept under. */

@@ -29,6 +29,7 @@ func TestLayout(t *testing.T) {
 		"demarc_unit":         abi.Unit{},
 		"demarc_binding":      abi.Binding{},
 		"demarc_state":        abi.State{},
+		"demarc_floor":        abi.Floor{},
 		"demarc_key":          abi.Key{},
 		"demarc_tuple":        abi.Tuple{},
 		"demarc_door":         abi.Door{},

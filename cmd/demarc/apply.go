@@ -6,6 +6,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"regexp"
 	"strings"
 	"time"
 
@@ -14,6 +15,7 @@ import (
 	"github.com/demarc/demarc/agent/api"
 	"github.com/demarc/demarc/agent/core/proto"
 	"github.com/demarc/demarc/policy"
+	"github.com/demarc/demarc/policy/envelope"
 	"github.com/demarc/demarc/policy/image"
 )
 
@@ -35,8 +37,8 @@ func newApplyCommand(env *environment) *cobra.Command {
 		Use:   "apply FILE|IMAGE",
 		Short: "Put a policy in force",
 		Long: `Put a policy in force: a policy file, which is checked and built first, or an
-image that "demarc policy build" made. "-" reads from standard input. What cannot
-be applied changes nothing.
+image that "demarc policy build" made, signed or not. "-" reads from standard
+input. What cannot be applied changes nothing.
 
 With --confirm-within the kernel itself takes the change back when the time is
 over, whatever has become of demarc by then, unless "demarc confirm" came before.
@@ -179,16 +181,19 @@ func confirmRun(ctx context.Context, env *environment, o changeOptions) error {
 	return printChange(env, o.output, "confirmed", s)
 }
 
-// imageMagic starts every image; no YAML file does.
-const imageMagic = "DEMARCIM"
+// signedStart is how an envelope begins; no policy does.
+var signedStart = regexp.MustCompile(`^\s*\{\s*"(payload|payloadType|signatures)"`)
 
-// loadImage reads a policy or an image, and returns an image.
+// isImage says whether something is an image, bare or in an envelope.
+func isImage(b []byte) bool { return bytes.HasPrefix(b, []byte(image.Magic)) || signedStart.Match(b) }
+
+// loadImage reads a policy or an image, and returns an image as it was read.
 func loadImage(env *environment, file string) ([]byte, error) {
 	src, err := readInput(env, file)
 	if err != nil {
 		return nil, err
 	}
-	if bytes.HasPrefix(src, []byte(imageMagic)) {
+	if isImage(src) {
 		return src, nil
 	}
 	p, err := policy.Parse(file, src)
@@ -201,9 +206,9 @@ func loadImage(env *environment, file string) ([]byte, error) {
 // readInput reads a file, or standard input for "-".
 func readInput(env *environment, file string) ([]byte, error) {
 	if file != "-" {
-		return policy.ReadFile(file)
+		return policy.ReadFileUpTo(file, envelope.MaxSize)
 	}
-	b, err := io.ReadAll(io.LimitReader(env.Stdin, image.MaxSize+1))
+	b, err := io.ReadAll(io.LimitReader(env.Stdin, envelope.MaxSize+1))
 	if err != nil {
 		return nil, fmt.Errorf("read standard input: %w", err)
 	}

@@ -9,6 +9,7 @@ import (
 	"github.com/demarc/demarc/agent/api"
 	"github.com/demarc/demarc/agent/core/proto"
 	"github.com/demarc/demarc/agent/flow"
+	"github.com/demarc/demarc/policy/envelope"
 	"github.com/demarc/demarc/policy/image"
 )
 
@@ -38,7 +39,11 @@ func preview(ctx context.Context, env *environment, client *api.Client, encoded 
 	if len(p.Cuts) == 0 {
 		return out, nil
 	}
-	img, err := image.Decode(encoded)
+	body, _, err := envelope.Open(encoded)
+	if err != nil {
+		return nil, err
+	}
+	img, err := image.Decode(body)
 	if err != nil {
 		return nil, err
 	}

@@ -16,17 +16,8 @@ import (
 )
 
 func newKeysCommand(env *environment) *cobra.Command {
-	generate := group("generate", "Make a key", newKeysGenerateTagCommand(env), newKeysGenerateSigningCommand())
-	return group("keys", "Make and list the keys that hosts prove identities with", generate, newKeysShowCommand(env))
-}
-
-func newKeysGenerateSigningCommand() *cobra.Command {
-	return &cobra.Command{
-		Use: "signing", Short: "Make a key that signs images (not available yet)", Args: noArguments,
-		RunE: func(*cobra.Command, []string) error {
-			return errors.New("signing keys are not available in this version: it neither signs images nor checks signatures")
-		},
-	}
+	generate := group("generate", "Make a key", newKeysGenerateTagCommand(env), newKeysGenerateSigningCommand(env))
+	return group("keys", "Make and list keys: those that prove identities, and those that sign images", generate, newKeysShowCommand(env))
 }
 
 // tagKeyOptions is what generate tag was asked for.
@@ -232,8 +223,14 @@ func untilText(t time.Time) string {
 func newKeysShowCommand(env *environment) *cobra.Command {
 	var form string
 	c := &cobra.Command{
-		Use: "show FILE", Short: "List the keys of a keyring, without showing them", Args: oneArgument("file"),
-		RunE: func(_ *cobra.Command, args []string) error { return keysShowRun(env, args[0], form, time.Now()) },
+		Use: "show FILE", Short: "Say what a key file holds, without showing a key", Args: oneArgument("file"),
+		Long: "Say what a file holds, without showing a key: the keys of a keyring, or the id of either half of a signing key.",
+		RunE: func(_ *cobra.Command, args []string) error {
+			if isPEM(args[0]) {
+				return showSigningKey(env, args[0], form)
+			}
+			return keysShowRun(env, args[0], form, time.Now())
+		},
 	}
 	outputFlag(c, &form, listForms...)
 	return c

@@ -146,6 +146,7 @@ func problems(err error) []checkProblem {
 type policyBuildOptions struct {
 	file   string
 	output string
+	sign   []string // private key files
 }
 
 func newPolicyBuildCommand(env *environment) *cobra.Command {
@@ -154,7 +155,8 @@ func newPolicyBuildCommand(env *environment) *cobra.Command {
 		Use:   "build FILE -o IMAGE",
 		Short: "Compile a policy to an image",
 		Long: "Build compiles a policy, proves its assertions, decodes the result and compares it with the meaning of the policy.\n" +
-			"The same policy gives the same bytes everywhere. The image appears whole or not at all; -o - writes to standard output.",
+			"The same policy gives the same bytes everywhere. The image appears whole or not at all; -o - writes to standard output.\n" +
+			"With --sign the image is in an envelope with a signature of each key. When it ends is a matter of the policy: metadata.notAfter.",
 		Args: oneArgument("policy"),
 		RunE: func(_ *cobra.Command, args []string) error {
 			o.file = args[0]
@@ -162,6 +164,7 @@ func newPolicyBuildCommand(env *environment) *cobra.Command {
 		},
 	}
 	cmd.Flags().StringVarP(&o.output, "output", "o", "", "file to write the image to")
+	cmd.Flags().StringArrayVar(&o.sign, "sign", nil, "sign the image with this private key `file`; may be repeated")
 	return cmd
 }
 
@@ -177,6 +180,13 @@ func policyBuildRun(env *environment, o policyBuildOptions) error {
 	if err != nil {
 		return err
 	}
+	signed := ""
+	if len(o.sign) > 0 {
+		if img, signed, err = sign(img, o.sign); err != nil {
+			return err
+		}
+		signed = ", signed by " + signed
+	}
 	if o.output == "-" {
 		_, err = env.Stdout.Write(img)
 		return err
@@ -184,7 +194,7 @@ func policyBuildRun(env *environment, o policyBuildOptions) error {
 	if err := replaceFile(o.output, img, 0o644); err != nil {
 		return err
 	}
-	_, err = fmt.Fprintf(env.Stdout, "%s version %d: wrote %s, %d bytes\n", p.Name, p.Version, o.output, len(img))
+	_, err = fmt.Fprintf(env.Stdout, "%s version %d: wrote %s, %d bytes%s\n", p.Name, p.Version, o.output, len(img), signed)
 	return err
 }
 

@@ -109,6 +109,9 @@ func printStatus(w io.Writer, s *api.Status) error {
 	if s.Policy != nil {
 		p.row("Policy", "%s version %d, %s, since %s", s.Policy.Name, s.Policy.Version, s.Policy.Mode, s.Policy.Since.Local().Format(time.DateTime))
 		p.row("", "%s, %s, digest %.12s", plural(s.Policy.Workloads, "workload"), plural(s.Policy.Crossings, "crossing"), s.Policy.Digest)
+		if st := s.Core.Status; st != nil && st.Active != nil && st.Active.Signer != "" {
+			p.row("", "signed by %.16s", st.Active.Signer)
+		}
 	} else if s.State == api.StateUnknown {
 		p.row("Policy", "unknown; what was in force stays in force")
 	} else {

@@ -40,7 +40,7 @@ func open(b []byte) ([sections]cursor, error) {
 	if len(b) > MaxSize {
 		return body, fmt.Errorf("%d bytes, at most %d are allowed", len(b), MaxSize)
 	}
-	if string(b[:8]) != magic {
+	if string(b[:8]) != Magic {
 		return body, errors.New("not a policy image")
 	}
 	header := cursor(b[8:first])

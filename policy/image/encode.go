@@ -210,7 +210,7 @@ func (e *encoder) join() ([]byte, error) {
 	}
 	var b buffer
 	b.Grow(length)
-	b.raw([]byte(magic))
+	b.raw([]byte(Magic))
 	b.u32(format)
 	b.u32(sections)
 	b.u64(uint64(length))

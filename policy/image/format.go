@@ -16,7 +16,7 @@ package image
 // no duplicate and no string that nothing refers to. So one Image has exactly
 // one encoding, and a byte that means nothing has no place to be.
 const (
-	magic      = "DEMARCIM"
+	Magic      = "DEMARCIM" // what every encoded image starts with
 	format     = 1
 	headerSize = 8 + 4 + 4 + 8
 	entrySize  = 4 + 4

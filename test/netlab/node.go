@@ -66,7 +66,7 @@ func (l *Lab) Node(policy string, o NodeOptions) *Node {
 	if n.home = o.Home; n.home == nil {
 		n.home = l.Island(fmt.Sprintf("node%d", l.nodes))
 	}
-	for _, dir := range []string{"", "bpf", "core", "state", "agent"} {
+	for _, dir := range []string{"", "bpf", "core", "state", "agent", "trust"} {
 		l.check(os.MkdirAll(filepath.Join(n.dir, dir), 0o755), "make directory")
 	}
 	l.check(os.Chmod(filepath.Join(n.dir, "state"), 0o700), "make directory")

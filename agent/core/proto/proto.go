@@ -25,8 +25,8 @@ type Op string
 const (
 	OpHello    Op = "hello"    // answer: Welcome and Descriptors
 	OpStatus   Op = "status"   // answer: Status
-	OpApply    Op = "apply"    // with one descriptor, the image; answer: Status
-	OpPreview  Op = "preview"  // with one descriptor, an image that is not applied; answer: Preview
+	OpApply    Op = "apply"    // with one descriptor, the image or an envelope around it; answer: Status
+	OpPreview  Op = "preview"  // with one descriptor, the same, which is not applied; answer: Preview
 	OpConfirm  Op = "confirm"  // keep the change that waits for it; answer: Status
 	OpRollback Op = "rollback" // back to the previous image; answer: Status
 	OpImage    Op = "image"    // answer: one descriptor, the active image; refused if there is none
@@ -79,8 +79,9 @@ type Generation struct {
 	Epoch    uint32    `json:"epoch"`
 	Name     string    `json:"name"`
 	Version  uint64    `json:"version"`
-	Digest   string    `json:"digest"` // hex SHA-256 of the encoded image
-	Mode     string    `json:"mode"`   // enforce, observe
+	Digest   string    `json:"digest"`           // hex SHA-256 of the encoded image, without envelope
+	Signer   string    `json:"signer,omitempty"` // id of the trusted key that signed it
+	Mode     string    `json:"mode"`             // enforce, observe
 	Since    time.Time `json:"since"`
 	Bindings int       `json:"bindings"` // cgroups with a workload's identity when it was filled
 }
