@@ -38,6 +38,7 @@ type Core struct {
 	limits  []string  // what this machine cannot enforce
 	donated *proto.Descriptors
 	stop    func() // ends the upkeep; nil = it never began
+	canary  *canary
 
 	mu       sync.Mutex
 	active   *generation       // what this core put in force; nil = nothing
@@ -46,6 +47,10 @@ type Core struct {
 	standing []string          // problems that last until the core is started again
 	troubles map[string]string // problems that the upkeep found, by part
 	keys     keys
+	journal  *journal
+	foreign  []string  // programs of others at our hooks
+	looked   time.Time // when everything was last as it should be
+	swept    sweep
 	walled   uint64 // when the kernel was last told the time, ns of CLOCK_BOOTTIME; 0 = not by this core
 }
 
@@ -62,7 +67,7 @@ type hooks struct {
 func Open(config Config, log *slog.Logger) (*Core, error) { return open(config, log, hooks{}) }
 
 func open(config Config, log *slog.Logger, h hooks) (_ *Core, err error) {
-	c := &Core{config: config, log: log, pins: pins{config.BPFFS}, store: store{config.StateDir}, retired: -1, troubles: map[string]string{}}
+	c := &Core{config: config, log: log, pins: newPins(config.BPFFS), store: store{config.StateDir}, retired: -1, troubles: map[string]string{}}
 	defer func() {
 		if err != nil {
 			c.Close()
@@ -92,6 +97,15 @@ func open(config Config, log *slog.Logger, h hooks) (_ *Core, err error) {
 	} else if err := c.begin(); err != nil {
 		return nil, err
 	}
+	if err := c.begun(t.committed); err != nil {
+		return nil, err
+	}
+	if err := freeze(c.objects); err != nil {
+		return nil, err
+	}
+	if c.canary, err = openCanary(c.tree); err != nil {
+		c.stand("no canary, which would prove that the kernel enforces: %v", err)
+	}
 	if c.donated, err = c.donate(); err != nil {
 		return nil, err
 	}
@@ -109,6 +123,11 @@ func open(config Config, log *slog.Logger, h hooks) (_ *Core, err error) {
 			return nil, err
 		}
 	}
+	for path := range c.pinned() {
+		c.pins.saw(path)
+	}
+	c.pins.saw(c.pins.abi())
+	c.looked = time.Now()
 	c.start()
 	return c, nil
 }
@@ -187,19 +206,33 @@ func (c *Core) stand(format string, args ...any) {
 
 // Apply puts an image in force: it is verified, written beside what is in force,
 // tested there, and takes over in one step. On an error nothing has changed.
-func (c *Core) Apply(b []byte) (*proto.Status, error) {
+func (c *Core) Apply(b []byte) (*proto.Status, error) { return c.apply(b, "core") }
+
+func (c *Core) apply(b []byte, by string) (_ *proto.Status, err error) {
 	g, err := openImage(b)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	begun := false
+	defer func() {
+		if err != nil && !begun {
+			c.peerRecord(by, auditRefused, g, "apply: %v", err)
+		}
+	}()
 	if err != nil {
 		return nil, err
 	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
 	if c.active == nil || c.active.digest != g.digest {
 		if err := c.admissible(g); err != nil {
 			return nil, err
 		}
+		if err := c.record(by, auditApply, g, ""); err != nil {
+			return nil, err
+		}
+		begun = true
 		c.keepClaims(g)
-		if err := c.install(g, true); err != nil {
+		err := c.install(g, true)
+		c.outcome(by, g, err)
+		if err != nil {
 			return nil, err
 		}
 	}
@@ -230,7 +263,9 @@ func (c *Core) admissible(g *generation) error {
 }
 
 // Rollback goes back to the previous image; the present one becomes the previous.
-func (c *Core) Rollback() (*proto.Status, error) {
+func (c *Core) Rollback() (*proto.Status, error) { return c.rollback("core") }
+
+func (c *Core) rollback(by string) (*proto.Status, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	g, err := c.stored(c.store.previous())
@@ -243,8 +278,13 @@ func (c *Core) Rollback() (*proto.Status, error) {
 	if g.expired(time.Now()) {
 		return nil, proto.Refuse("apply a newer policy", "previous image has expired")
 	}
+	if err := c.record(by, auditRollback, g, ""); err != nil {
+		return nil, err
+	}
 	c.keepClaims(g)
-	if err := c.install(g, true); err != nil {
+	err = c.install(g, true)
+	c.outcome(by, g, err)
+	if err != nil {
 		return nil, err
 	}
 	return c.status(), nil
@@ -398,7 +438,7 @@ func (c *Core) Status() *proto.Status {
 }
 
 func (c *Core) status() *proto.Status {
-	s := &proto.Status{State: proto.StateIdle, Previous: c.previous, Links: c.links.status(), Limits: c.limits,
+	s := &proto.Status{State: proto.StateIdle, Previous: c.previous, Links: c.links.status(), Limits: append(c.limits[:len(c.limits):len(c.limits)], c.foreign...),
 		Problems: append([]string(nil), c.standing...)}
 	if c.active != nil {
 		s.Active, s.State, s.Claims = c.active.describe(), proto.StateEnforcing, len(c.active.selectors.claims)
@@ -406,7 +446,7 @@ func (c *Core) status() *proto.Status {
 			s.State = proto.StateObserving
 		}
 		word := abi.MakeActive(c.active.slot, activeFlags(c.active.image), c.active.epoch)
-		if state, err := readState(c.objects); err != nil {
+		if state, err := kernelState(c.objects); err != nil {
 			s.Problems = append(s.Problems, err.Error())
 		} else if state.Active != word {
 			s.Problems = append(s.Problems, fmt.Sprintf("the kernel's state is %#x, not %#x: somebody else wrote it", state.Active, word))
@@ -415,6 +455,7 @@ func (c *Core) status() *proto.Status {
 			s.Problems = append(s.Problems, fmt.Sprintf("%d of %d programs are attached", len(s.Links), len(attachOrder)))
 		}
 	}
+	c.attend("canary", c.prove())
 	taps, problems := c.devices.status()
 	s.Links, s.Problems = append(s.Links, taps...), append(s.Problems, problems...)
 	for _, l := range s.Links {
@@ -443,6 +484,12 @@ func (c *Core) Close() error {
 	if c.donated != nil {
 		c.donated.Close()
 	}
+	if c.stop != nil {
+		_ = c.record("core", auditStop, c.active, "")
+	}
+	c.canary.close()
+	c.journal.close()
+	c.canary, c.journal = nil, nil
 	if c.objects != nil {
 		if c.links != nil && len(c.links.open) == 0 {
 			err = c.pins.clear(c.objects.spec)
@@ -474,9 +521,11 @@ func Detach(config Config) error {
 	if err != nil {
 		return fmt.Errorf("read programs: %w", err)
 	}
-	p := pins{config.BPFFS}
-	if _, err := p.check(spec); err != nil {
+	p := pins{dir: config.BPFFS}
+	committed, err := p.check(spec)
+	if err != nil {
 		return err
 	}
-	return p.clear(spec)
+	unrecorded := detachRecord(config.StateDir, p, committed)
+	return errors.Join(p.clear(spec), removeCanary(config.CgroupRoot), unrecorded)
 }

@@ -27,8 +27,10 @@ type generation struct {
 	selectors *selectors // claims included
 	clock     bootClock  // its windows were converted with this one
 	tables    map[string]*ebpf.Map
-	since     time.Time // when it came into force
-	bindings  int       // cgroups with a workload's identity when it was filled
+	ids       map[string]ebpf.MapID // of the tables
+	known     [2]abi.Query          // a question to the loaded programs, and their answer: allow; zero = there is none
+	since     time.Time             // when it came into force
+	bindings  int                   // cgroups with a workload's identity when it was filled
 }
 
 // openImage decodes and verifies what somebody wants to be in force.
@@ -66,7 +68,7 @@ func (g *generation) fill(o *objects) (err error) {
 	if g.clock, err = readBootClock(); err != nil {
 		return err
 	}
-	g.tables = map[string]*ebpf.Map{}
+	g.tables, g.ids = map[string]*ebpf.Map{}, map[string]ebpf.MapID{}
 	img := g.image
 	subjects, facts := subjectEntries(img)
 	rules, lists := ruleEntries(img)
@@ -100,6 +102,17 @@ func addTable[K, V any](g *generation, o *objects, name string, size int, keys [
 	g.tables[name] = m
 	if err := putAll(m, keys, values); err != nil {
 		return fmt.Errorf("fill table %s: %w", name, err)
+	}
+	info, err := m.Info()
+	if err != nil {
+		return fmt.Errorf("read table %s: %w", name, err)
+	}
+	g.ids[name], _ = info.ID()
+	if name == "paths" { // the agent adds to it
+		return nil
+	}
+	if err := m.Freeze(); err != nil {
+		return fmt.Errorf("freeze table %s: %w", name, err)
 	}
 	return nil
 }

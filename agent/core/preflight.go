@@ -235,7 +235,7 @@ func (t *trial) pins() (err error) {
 	if t.spec, err = readSpec(t.tree); err != nil {
 		return err
 	}
-	p := pins{t.config.BPFFS}
+	p := pins{dir: t.config.BPFFS}
 	if t.committed, err = p.check(t.spec); err != nil || !t.committed {
 		return err
 	}

@@ -175,6 +175,9 @@ func (t *selftest) judge(q image.Query) error {
 	if got != want {
 		return t.wrong(q, want, got)
 	}
+	if got.Verdict == abi.Allow && t.gen.known[1].Verdict != abi.Allow {
+		t.gen.known = [2]abi.Query{in, out}
+	}
 	return nil
 }
 

@@ -44,6 +44,7 @@ func (c *Core) run(ctx context.Context) {
 func (c *Core) upkeep() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	c.watch()
 	c.attend("clock", c.setWall())
 	c.attend("keyring", c.upkeepKeys())
 }
@@ -57,8 +58,14 @@ func (c *Core) attend(part string, err error) {
 	}
 	if text != "" && text != c.troubles[part] {
 		c.log.Error("degraded", "problem", text)
+		if part != "drift" { // which tells more, and itself
+			_ = c.record("core", auditProblem, c.active, "%s", text)
+		}
 	}
 	if text == "" {
+		if c.troubles[part] != "" {
+			_ = c.record("core", auditHealthy, c.active, "no more %s", c.troubles[part])
+		}
 		delete(c.troubles, part)
 		return
 	}
