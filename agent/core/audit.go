@@ -27,6 +27,8 @@ const (
 	auditConnected = "connected" // somebody said hello on the socket
 	auditApply     = "apply"     // an image is about to be put in force
 	auditRollback  = "rollback"  // the same, the previous one
+	auditConfirm   = "confirm"   // a change is about to be kept
+	auditFallback  = "fallback"  // one was taken back; the policy is what decides now
 	auditApplied   = "applied"   // it is in force
 	auditFailed    = "failed"    // it is not, and nothing has changed
 	auditRefused   = "refused"   // nothing was tried
@@ -275,6 +277,13 @@ func (c *Core) peerRecord(by, what string, g *generation, format string, args ..
 	if c.record(by, what, g, format, args...) == nil {
 		c.journal.muted = 0
 	}
+}
+
+func untilConfirmed(within time.Duration) string {
+	if within == 0 {
+		return ""
+	}
+	return fmt.Sprintf("unless it is confirmed within %v, it is taken back", within)
 }
 
 // outcome notes how a change ended that was recorded before it began.

@@ -42,6 +42,7 @@ type Core struct {
 
 	mu       sync.Mutex
 	active   *generation       // what this core put in force; nil = nothing
+	fallback *generation       // what comes back unless active is confirmed; active itself if nothing was before; nil = confirmed
 	previous *proto.Generation // what rollback returns to; nil = nothing
 	retired  int               // slot that packets may still be judged in; -1 = none
 	standing []string          // problems that last until the core is started again
@@ -50,8 +51,8 @@ type Core struct {
 	journal  *journal
 	foreign  []string  // programs of others at our hooks
 	looked   time.Time // when everything was last as it should be
-	swept    sweep
-	walled   uint64 // when the kernel was last told the time, ns of CLOCK_BOOTTIME; 0 = not by this core
+	swept    time.Time // when to walk over all cgroups again
+	walled   uint64    // when the kernel was last told the time, ns of CLOCK_BOOTTIME; 0 = not by this core
 }
 
 // hooks let tests break a start. The zero value breaks nothing.
@@ -103,8 +104,8 @@ func open(config Config, log *slog.Logger, h hooks) (_ *Core, err error) {
 	if err := freeze(c.objects); err != nil {
 		return nil, err
 	}
-	if c.canary, err = openCanary(c.tree); err != nil {
-		c.stand("no canary, which would prove that the kernel enforces: %v", err)
+	if err := makeCanary(c.tree); err != nil {
+		return nil, err
 	}
 	if c.donated, err = c.donate(); err != nil {
 		return nil, err
@@ -122,6 +123,9 @@ func open(config Config, log *slog.Logger, h hooks) (_ *Core, err error) {
 		if err := errors.Join(c.links.update(), c.devices.adopt()); err != nil {
 			return nil, err
 		}
+	}
+	if c.canary, err = openCanary(c.tree); err != nil {
+		c.stand("no canary, which would prove that the kernel enforces: %v", err)
 	}
 	for path := range c.pinned() {
 		c.pins.saw(path)
@@ -159,6 +163,9 @@ func (c *Core) begin() error {
 // resume puts the stored image in force. If it cannot be read, the one before it
 // is better than none.
 func (c *Core) resume(committed bool) error {
+	if err := c.abandon(); err != nil {
+		return err
+	}
 	g, err := c.stored(c.store.active())
 	previous, badPrevious := c.stored(c.store.previous())
 	if badPrevious != nil {
@@ -184,7 +191,7 @@ func (c *Core) resume(committed bool) error {
 	if committed {
 		c.recoverClaims(g)
 	}
-	return c.install(g, false)
+	return c.install(g, false, 0)
 }
 
 func (c *Core) stored(file string) (*generation, error) {
@@ -206,9 +213,15 @@ func (c *Core) stand(format string, args ...any) {
 
 // Apply puts an image in force: it is verified, written beside what is in force,
 // tested there, and takes over in one step. On an error nothing has changed.
-func (c *Core) Apply(b []byte) (*proto.Status, error) { return c.apply(b, "core") }
+// Unless it is confirmed within a time, the kernel takes it back; 0 = it is for good.
+func (c *Core) Apply(b []byte, within time.Duration) (*proto.Status, error) {
+	return c.apply(b, within, "core")
+}
 
-func (c *Core) apply(b []byte, by string) (_ *proto.Status, err error) {
+func (c *Core) apply(b []byte, within time.Duration, by string) (_ *proto.Status, err error) {
+	if err := checkTrial(within); err != nil {
+		return nil, err
+	}
 	g, err := openImage(b)
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -221,16 +234,20 @@ func (c *Core) apply(b []byte, by string) (_ *proto.Status, err error) {
 	if err != nil {
 		return nil, err
 	}
-	if c.active == nil || c.active.digest != g.digest {
+	c.settle()
+	if c.fallback != nil {
+		return nil, proto.Refuse("`demarc confirm` keeps it, `demarc rollback` takes it back", "version %d waits to be confirmed", c.active.image.Version)
+	}
+	if c.active == nil || c.active.digest != g.digest || c.active.flags != activeFlags(c.active.image) {
 		if err := c.admissible(g); err != nil {
 			return nil, err
 		}
-		if err := c.record(by, auditApply, g, ""); err != nil {
+		if err := c.record(by, auditApply, g, "%s", untilConfirmed(within)); err != nil {
 			return nil, err
 		}
 		begun = true
 		c.keepClaims(g)
-		err := c.install(g, true)
+		err := c.install(g, true, within)
 		c.outcome(by, g, err)
 		if err != nil {
 			return nil, err
@@ -263,11 +280,19 @@ func (c *Core) admissible(g *generation) error {
 }
 
 // Rollback goes back to the previous image; the present one becomes the previous.
+// What waits to be confirmed is taken back at once.
 func (c *Core) Rollback() (*proto.Status, error) { return c.rollback("core") }
 
 func (c *Core) rollback(by string) (*proto.Status, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	c.settle()
+	if c.fallback != nil {
+		if err := c.fallBack(by, "it was rolled back"); err != nil {
+			return nil, err
+		}
+		return c.status(), nil
+	}
 	g, err := c.stored(c.store.previous())
 	if err != nil {
 		return nil, err
@@ -282,7 +307,7 @@ func (c *Core) rollback(by string) (*proto.Status, error) {
 		return nil, err
 	}
 	c.keepClaims(g)
-	err = c.install(g, true)
+	err = c.install(g, true, 0)
 	c.outcome(by, g, err)
 	if err != nil {
 		return nil, err
@@ -292,8 +317,9 @@ func (c *Core) rollback(by string) (*proto.Status, error) {
 
 // install puts a verified generation in force, and on disk if it is not from
 // there. Each step is undone if a later one fails; what was in force stays in its
-// slot until the next time, because packets may still be judged there.
-func (c *Core) install(g *generation, durable bool) (err error) {
+// slot until the next time, because packets may still be judged there, or return
+// there: within a time, if it is not 0, somebody has to confirm the change.
+func (c *Core) install(g *generation, durable bool, within time.Duration) (err error) {
 	before, err := readState(c.objects)
 	if err != nil {
 		return err
@@ -312,6 +338,9 @@ func (c *Core) install(g *generation, durable bool) (err error) {
 	}
 	undo = append(undo, func() { _ = emptySlot(c.objects, g.slot); g.close() })
 	if err := g.fill(c.objects); err != nil {
+		return err
+	}
+	if err := g.freeze(); err != nil {
 		return err
 	}
 
@@ -343,9 +372,12 @@ func (c *Core) install(g *generation, durable bool) (err error) {
 		}
 	}
 
-	g.epoch = abi.ActiveEpoch(before.Active) + 1
-	state.Active = abi.MakeActive(g.slot, activeFlags(g.image), g.epoch)
-	state.Filling = 1 << g.slot
+	g.epoch, g.flags = before.NextEpoch(), activeFlags(g.image)
+	state.Active, state.Filling, state.Deadline = g.word(), 1<<g.slot, 0
+	if within > 0 {
+		state.Fallback, state.Deadline = g.fallbackWord(before), g.clock.now()+uint64(within)
+		state.Filling |= 1 << abi.ActiveSlot(state.Fallback)
+	}
 	if err := writeState(c.objects, state); err != nil {
 		return err
 	}
@@ -363,12 +395,12 @@ func (c *Core) install(g *generation, durable bool) (err error) {
 			return err
 		}
 	}
-	if durable {
+	if durable && within == 0 {
 		if err := c.store.commit(); err != nil {
 			return err
 		}
 	}
-	c.succeed(g, before, on, durable)
+	c.succeed(g, before, on, durable, within > 0)
 	if first {
 		c.adoptListeners()
 	}
@@ -389,7 +421,7 @@ func (c *Core) freeSlot(s abi.State, on bool) uint32 {
 func (c *Core) restore(before abi.State) {
 	now, err := readState(c.objects)
 	if err == nil && now.Active != before.Active {
-		epoch := abi.ActiveEpoch(now.Active) + 1
+		epoch := now.NextEpoch()
 		before.Active = abi.MakeActive(abi.ActiveSlot(before.Active), abi.ActiveFlags(before.Active), epoch)
 		if c.active != nil {
 			c.active.epoch = epoch
@@ -402,7 +434,7 @@ func (c *Core) restore(before abi.State) {
 
 // succeed notes what is in force and frees what was retired before. Failing to
 // free it costs memory until the next time, nothing else.
-func (c *Core) succeed(g *generation, before abi.State, on, durable bool) {
+func (c *Core) succeed(g *generation, before abi.State, on, durable, trial bool) {
 	g.since = time.Now()
 	retired := -1
 	if on {
@@ -415,17 +447,19 @@ func (c *Core) succeed(g *generation, before abi.State, on, durable bool) {
 			}
 		}
 	}
-	if durable {
-		c.previous, c.standing = nil, nil
-	}
-	if c.active != nil {
-		c.active.close()
-		if durable {
-			c.previous = c.active.describe()
-			c.previous.Slot, c.previous.Epoch = 0, 0
-		}
-	}
+	former := c.active
 	c.active, c.retired = g, retired
+	switch {
+	case trial && former == nil:
+		c.fallback = g
+	case trial:
+		c.fallback = former
+	case durable:
+		c.standing = nil
+		c.keep(former)
+	case former != nil:
+		former.close()
+	}
 	c.log.Info("policy in force", "policy", g.image.Name, "version", g.image.Version, "slot", g.slot, "epoch", g.epoch,
 		"crossings", len(g.image.Crossings), "bindings", g.bindings)
 }
@@ -434,6 +468,7 @@ func (c *Core) succeed(g *generation, before abi.State, on, durable bool) {
 func (c *Core) Status() *proto.Status {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	c.settle()
 	return c.status()
 }
 
@@ -442,14 +477,17 @@ func (c *Core) status() *proto.Status {
 		Problems: append([]string(nil), c.standing...)}
 	if c.active != nil {
 		s.Active, s.State, s.Claims = c.active.describe(), proto.StateEnforcing, len(c.active.selectors.claims)
-		if s.Active.Mode == "observe" {
+		if c.active.flags&abi.ActiveObserve != 0 {
 			s.State = proto.StateObserving
 		}
-		word := abi.MakeActive(c.active.slot, activeFlags(c.active.image), c.active.epoch)
-		if state, err := kernelState(c.objects); err != nil {
+		state, err := kernelState(c.objects)
+		switch {
+		case err != nil:
 			s.Problems = append(s.Problems, err.Error())
-		} else if state.Active != word {
-			s.Problems = append(s.Problems, fmt.Sprintf("the kernel's state is %#x, not %#x: somebody else wrote it", state.Active, word))
+		case state.Active != c.active.word() || (state.Deadline != 0) != (c.fallback != nil):
+			s.Problems = append(s.Problems, fmt.Sprintf("the kernel's state is %#x, not %#x: somebody else wrote it", state.Active, c.active.word()))
+		case c.fallback != nil:
+			s.Unconfirmed = c.unconfirmed(state)
 		}
 		if len(s.Links) != len(attachOrder) {
 			s.Problems = append(s.Problems, fmt.Sprintf("%d of %d programs are attached", len(s.Links), len(attachOrder)))
@@ -499,8 +537,10 @@ func (c *Core) Close() error {
 		}
 		c.devices.close()
 		c.answers.close()
-		if c.active != nil {
-			c.active.close()
+		for _, g := range []*generation{c.active, c.fallback} {
+			if g != nil {
+				g.close()
+			}
 		}
 		c.objects.Close()
 	}

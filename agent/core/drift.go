@@ -112,24 +112,25 @@ func (c *Core) watchState() []incident {
 		return nil
 	}
 	what := fmt.Sprintf("somebody else wrote the state: %+v instead of %+v", found, want)
-	c.active.epoch++
-	if theirs := abi.ActiveEpoch(found.Active); theirs-c.active.epoch < 1<<31 { // not a leap to where it would overflow
-		c.active.epoch = theirs + 1
+	c.active.epoch = want.NextEpoch()
+	if theirs := found.NextEpoch(); theirs-c.active.epoch < 1<<31 { // not a leap to where it would overflow
+		c.active.epoch = theirs
 	}
-	want.Active = abi.MakeActive(c.active.slot, activeFlags(c.active.image), c.active.epoch)
+	c.renew(&want)
 	return []incident{{what, writeState(c.objects, want)}}
 }
 
 // watchTables looks whether the slot in force holds the tables that were filled for
 // it. They are frozen, so it is enough that they are the same.
 func (c *Core) watchTables() (all []incident) {
-	g := c.active
-	for _, name := range tableNames {
-		var id uint32
-		if err := c.objects.Maps[name].Lookup(g.slot, &id); err == nil && ebpf.MapID(id) == g.ids[name] {
-			continue
+	for _, g := range c.decisive() {
+		for _, name := range tableNames {
+			var id uint32
+			if err := c.objects.Maps[name].Lookup(g.slot, &id); err == nil && ebpf.MapID(id) == g.ids[name] {
+				continue
+			}
+			all = append(all, incident{fmt.Sprintf("table %s of slot %d was replaced", name, g.slot), c.objects.Maps[name].Put(g.slot, g.tables[name])})
 		}
-		all = append(all, incident{fmt.Sprintf("table %s of slot %d was replaced", name, g.slot), c.objects.Maps[name].Put(g.slot, g.tables[name])})
 	}
 	return all
 }
@@ -314,33 +315,29 @@ func (c *Core) watchKeys() (all []incident) {
 	return all
 }
 
-// sweep is the last walk over all cgroups.
-type sweep struct {
-	next time.Time
-}
-
-// sweepShare is the part of the time that walks may take.
+// sweepShare is the part of the time that walks over all cgroups may take.
 const sweepShare = 100
 
 // watchBindings walks the managed tree and puts every cgroup's identity right. Nobody
 // but the programs and this core gives one. The walk is as long as the tree is large,
 // so in a large one it is seldom.
-func (c *Core) watchBindings() []incident {
+func (c *Core) watchBindings() (all []incident) {
 	start := time.Now()
-	if start.Before(c.swept.next) {
+	if start.Before(c.swept) {
 		return nil
 	}
-	s := scanner{objects: c.objects, tree: c.tree, slot: c.active.slot, selectors: c.active.selectors}
-	_, _, err := s.scan("/")
+	for _, g := range c.decisive() {
+		s := scanner{objects: c.objects, tree: c.tree, slot: g.slot, selectors: g.selectors}
+		_, _, err := s.scan("/")
+		if len(s.wrong) > 0 {
+			all = append(all, incident{fmt.Sprintf("%d cgroups had another identity, the first %s", len(s.wrong), s.wrong[0]), err})
+		} else if err != nil {
+			all = append(all, incident{"cgroups cannot be looked at", err})
+		}
+	}
 	end := time.Now()
-	c.swept.next = end.Add(end.Sub(start) * sweepShare)
-	if len(s.wrong) > 0 {
-		return []incident{{fmt.Sprintf("%d cgroups had another identity, the first %s", len(s.wrong), s.wrong[0]), err}}
-	}
-	if err != nil {
-		return []incident{{"cgroups cannot be looked at", err}}
-	}
-	return nil
+	c.swept = end.Add(end.Sub(start) * sweepShare)
+	return all
 }
 
 // drift is the same of device links. Those that were detached are attached again by

@@ -21,6 +21,7 @@ const maxClaims = 1 << 14
 type generation struct {
 	slot      uint32
 	epoch     uint32 // under which it came into force; 0 = not yet
+	flags     uint32 // of the word that put it there
 	bytes     []byte // the encoded image
 	image     *image.Image
 	digest    [sha256.Size]byte
@@ -28,7 +29,7 @@ type generation struct {
 	clock     bootClock  // its windows were converted with this one
 	tables    map[string]*ebpf.Map
 	ids       map[string]ebpf.MapID // of the tables
-	known     [2]abi.Query          // a question to the loaded programs, and their answer: allow; zero = there is none
+	known     abi.Query             // a question that the loaded programs answered with allow; zero = there is none
 	since     time.Time             // when it came into force
 	bindings  int                   // cgroups with a workload's identity when it was filled
 }
@@ -108,11 +109,19 @@ func addTable[K, V any](g *generation, o *objects, name string, size int, keys [
 		return fmt.Errorf("read table %s: %w", name, err)
 	}
 	g.ids[name], _ = info.ID()
-	if name == "paths" { // the agent adds to it
-		return nil
-	}
-	if err := m.Freeze(); err != nil {
-		return fmt.Errorf("freeze table %s: %w", name, err)
+	return nil
+}
+
+// freeze lets nobody write the tables any more, but for the paths: the agent adds to
+// them.
+func (g *generation) freeze() error {
+	for _, name := range tableNames {
+		if name == "paths" {
+			continue
+		}
+		if err := g.tables[name].Freeze(); err != nil {
+			return fmt.Errorf("freeze table %s: %w", name, err)
+		}
 	}
 	return nil
 }

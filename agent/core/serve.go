@@ -231,8 +231,12 @@ func wellFormed(q proto.Request, files int) bool {
 	case proto.OpUnbind:
 		want.Path = q.Path
 	case proto.OpApply:
+		// What does not fit a time.Duration would come out as another time.
+		if want.Within = q.Within; q.Within < 0 || q.Within > maxTrial.Milliseconds() {
+			return false
+		}
 		wantFiles = 1
-	case proto.OpStatus, proto.OpRollback, proto.OpImage, proto.OpForget, proto.OpAudit:
+	case proto.OpStatus, proto.OpConfirm, proto.OpRollback, proto.OpImage, proto.OpForget, proto.OpAudit:
 	default:
 		return false
 	}
@@ -254,8 +258,10 @@ func (c *Core) answer(q proto.Request, files []*os.File, by string) (r proto.Res
 	case proto.OpApply:
 		var image []byte
 		if image, err = readImage(files[0]); err == nil {
-			r.Status, err = c.apply(image, by)
+			r.Status, err = c.apply(image, time.Duration(q.Within)*time.Millisecond, by)
 		}
+	case proto.OpConfirm:
+		r.Status, err = c.confirm(by)
 	case proto.OpRollback:
 		r.Status, err = c.rollback(by)
 	case proto.OpImage:

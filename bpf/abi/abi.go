@@ -30,6 +30,7 @@ const (
 	TagLength        = 16
 	TagExID          = 0xD3AC
 	TagSlotShift     = 36 // a SYN's tag is bound to Unix time in ns >> 36
+	TagAnswer        = 1  // flag of a claim: on a SYN-ACK
 )
 
 // Verdict is what was decided. The zero value denies.
@@ -279,7 +280,20 @@ type State struct {
 	Filling  uint64
 	TagEpoch uint64 // epoch whose key tags what we send
 	Wall     uint64 // Unix time minus CLOCK_BOOTTIME, ns
+	Fallback uint64 // takes the place of Active at Deadline; its epoch is the later one
+	Deadline uint64 // CLOCK_BOOTTIME, ns; 0 = Active is confirmed
 }
+
+// InForce is the word that programs read at a time, ns of CLOCK_BOOTTIME.
+func (s *State) InForce(now uint64) uint64 {
+	if s.Deadline != 0 && now >= s.Deadline {
+		return s.Fallback
+	}
+	return s.Active
+}
+
+// NextEpoch is one that no verdict was ever kept under.
+func (s *State) NextEpoch() uint32 { return max(ActiveEpoch(s.Active), ActiveEpoch(s.Fallback)) + 1 }
 
 const (
 	ActiveOn        = 1
@@ -418,4 +432,17 @@ type Query struct {
 	Crossing  uint32  // out: index
 	Now       uint64
 	Address   [16]byte
+}
+
+// Questions is how many are asked at once.
+const Questions = 4096
+
+// Seal is what the self-test wants a tag for.
+type Seal struct {
+	Sender   Tuple
+	Identity uint32
+	Seq      uint32
+	Acked    uint32
+	Claim    uint32 // in: flags; out: the claim, 0 = there is no key or no clock
+	MAC      uint64 // out
 }

@@ -224,6 +224,8 @@ struct demarc_state {
 	__u64 filling; /* bit per slot: cgroup_mkdir binds for these slots too */
 	__u64 tag_epoch; /* epoch whose key tags what we send */
 	__u64 wall;	 /* Unix time minus CLOCK_BOOTTIME, ns: tags are bound to the time; 0 = not known */
+	__u64 fallback;	 /* DEMARC_ACTIVE(): takes the place of `active` at `deadline`; its epoch is the later one */
+	__u64 deadline;	 /* CLOCK_BOOTTIME, ns; 0 = `active` is confirmed */
 };
 
 /* Layout of demarc_state.active. The epoch grows with every change of meaning
@@ -501,6 +503,22 @@ struct demarc_query {
 	__u32 crossing; /* out: index */
 	__u64 now;
 	__u8 address[16];
+};
+#define DEMARC_QUESTIONS 4096 /* asked at once */
+
+/* How many of them are. */
+struct demarc_count {
+	__u32 count;
+};
+
+/* What the self-test wants a tag for. */
+struct demarc_seal {
+	struct demarc_tuple sender;
+	__u32 identity;
+	__u32 seq;
+	__u32 acked;
+	__u32 claim; /* in: flags; out: the claim, 0 = there is no key or no clock */
+	__u64 mac;   /* out */
 };
 
 #endif
