@@ -21,6 +21,13 @@ const (
 	PathPolicy     = "/v1/policy"          // GET: the active image; POST: apply the image in the body, Status; ?within=60s: unless it is confirmed
 	PathConfirm    = "/v1/policy/confirm"  // POST: Status
 	PathRollback   = "/v1/policy/rollback" // POST: Status
+	PathAudit      = "/v1/audit"           // GET: the lines of the core's audit log; AuditSeq and AuditHash say where it ends
+)
+
+// Headers of the answer to PathAudit: number and hash (hex) of the last record.
+const (
+	AuditSeq  = "Demarc-Audit-Seq"
+	AuditHash = "Demarc-Audit-Hash"
 )
 
 // DefaultServer is where the agent listens unless told otherwise.

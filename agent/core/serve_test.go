@@ -162,7 +162,7 @@ func TestDescriptorsAreReadOnly(t *testing.T) {
 		{d.Rings, make([]byte, 4), nil},
 		{d.Faults, make([]byte, 4), nil},
 		{d.Bindings, make([]byte, 8), make([]byte, 32)},
-		{d.State, make([]byte, 4), make([]byte, 32)},
+		{d.State, make([]byte, 4), make([]byte, 48)},
 	} {
 		fd, err := unix.Dup(int(tt.file.Fd()))
 		must(t, err)
