@@ -577,7 +577,7 @@ func TestKernelLacksTCX(t *testing.T) {
 			defer c.Close()
 			s, err := c.Apply(shop(t, nil), 0)
 			must(t, err)
-			if diff := cmp.Diff(tt.limits, s.Limits); diff != "" || s.State != proto.StateEnforcing {
+			if diff := cmp.Diff(tt.limits, beside(s.Limits)); diff != "" || s.State != proto.StateEnforcing {
 				t.Errorf("state %v, limits (-want +got):\n%s", s.State, diff)
 			}
 			if len(s.Links) != len(attachOrder) || c.objects.Programs["tc_egress"] != nil {
