@@ -236,6 +236,8 @@ func wellFormed(q proto.Request, files int) bool {
 			return false
 		}
 		wantFiles = 1
+	case proto.OpPreview:
+		wantFiles = 1
 	case proto.OpStatus, proto.OpConfirm, proto.OpRollback, proto.OpImage, proto.OpForget, proto.OpAudit:
 	default:
 		return false
@@ -259,6 +261,11 @@ func (c *Core) answer(q proto.Request, files []*os.File, by string) (r proto.Res
 		var image []byte
 		if image, err = readImage(files[0]); err == nil {
 			r.Status, err = c.apply(image, time.Duration(q.Within)*time.Millisecond, by)
+		}
+	case proto.OpPreview:
+		var image []byte
+		if image, err = readImage(files[0]); err == nil {
+			r.Preview, err = c.Preview(image)
 		}
 	case proto.OpConfirm:
 		r.Status, err = c.confirm(by)
