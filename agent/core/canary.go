@@ -21,7 +21,7 @@ import (
 )
 
 // canaryPath is a cgroup of the core's own below the managed root. Every image binds
-// it to `pending`, which may do nothing.
+// it to an identity that may do nothing.
 const canaryPath = "/demarc-canary"
 
 // CanaryCommand is the argument with which this program makes the canary's socket.
@@ -155,7 +155,7 @@ func (c *Core) prove() error {
 	if c.canary == nil {
 		return errors.New("there is no canary: nothing proves that the kernel enforces")
 	}
-	key := abi.CountKey{Subject: uint32(image.Pending), Verdict: abi.Deny, Reason: abi.PendingSubject}
+	key := abi.CountKey{Subject: uint32(image.Canary), Verdict: abi.Deny, Reason: abi.PendingSubject}
 	var want error = unix.EPERM
 	if c.active.flags&abi.ActiveObserve != 0 {
 		key.Verdict, want = abi.Audit, nil

@@ -64,7 +64,7 @@ func TestV7Canary(t *testing.T) {
 
 func canaryCount(t *testing.T, c *Core, mode image.Mode) uint64 {
 	t.Helper()
-	key := abi.CountKey{Subject: uint32(image.Pending), Verdict: abi.Deny, Reason: abi.PendingSubject}
+	key := abi.CountKey{Subject: uint32(image.Canary), Verdict: abi.Deny, Reason: abi.PendingSubject}
 	if mode == image.Observe {
 		key.Verdict = abi.Audit
 	}
