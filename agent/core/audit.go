@@ -58,6 +58,7 @@ type journal struct {
 	kernel *ebpf.Map
 	head   audit.Head
 	wrote  unix.Stat_t // the file as the last record left it
+	fresh  bool        // the kernel did not know where the log ends
 	spare  int         // records that peers may still cause
 	muted  uint64      // that they could not
 	lost   uint64      // records that could not be written
@@ -78,9 +79,10 @@ func openJournal(dir string, kernel *ebpf.Map) (_ *journal, broken error, err er
 		return nil, nil, fmt.Errorf("read end of the audit log: %w", err)
 	}
 	last, prev := found.head, found.prev
+	j.fresh = j.head.Seq == 0
 	switch {
 	// A core that ended between writing the line and telling the kernel.
-	case j.head == last, j.head.Seq == 0, last.Seq == j.head.Seq+1 && prev == j.head.Hash:
+	case j.head == last, j.fresh, last.Seq == j.head.Seq+1 && prev == j.head.Hash:
 		j.head = last
 	case broken == nil:
 		broken = fmt.Errorf("audit log ends with record %d, but record %d was written", last.Seq, j.head.Seq)
@@ -330,7 +332,11 @@ func (c *Core) begun(adopted bool) error {
 		c.stand("%v: demarc audit verify", broken)
 		_ = c.record("core", auditProblem, nil, "%v", broken)
 	}
-	_ = c.record("core", auditStart, nil, "adopted %v", adopted) // a problem of its own
+	detail := fmt.Sprintf("adopted %v", adopted)
+	if adopted && c.journal.fresh {
+		detail += "; the kernel did not know where the log ended"
+	}
+	_ = c.record("core", auditStart, nil, "%s", detail) // a problem of its own
 	return nil
 }
 

@@ -70,9 +70,7 @@ func openCanary(t *tree) (_ *canary, err error) {
 	defer cancel()
 	child := exec.CommandContext(ctx, "/proc/self/exe", CanaryCommand)
 	child.Env, child.ExtraFiles = []string{}, []*os.File{there}
-	child.SysProcAttr = &syscall.SysProcAttr{
-		UseCgroupFD: true, CgroupFD: int(cgroup.Fd()), Cloneflags: unix.CLONE_NEWNET, Pdeathsig: syscall.SIGKILL,
-	}
+	child.SysProcAttr = &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: int(cgroup.Fd()), Cloneflags: unix.CLONE_NEWNET}
 	if said, err := child.CombinedOutput(); err != nil {
 		return nil, fmt.Errorf("%w %s", err, said)
 	}

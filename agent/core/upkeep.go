@@ -59,7 +59,7 @@ func (c *Core) attend(part string, err error) {
 	}
 	if text != "" && text != c.troubles[part] {
 		c.log.Error("degraded", "problem", text)
-		if part != "drift" { // which tells more, and itself
+		if part != "drift" && c.troubles[part] == "" { // drift tells more, and itself
 			_ = c.record("core", auditProblem, c.active, "%s", text)
 		}
 	}
