@@ -13,6 +13,8 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/demarc/demarc/agent/api"
+	"github.com/demarc/demarc/agent/auditlog"
+	"github.com/demarc/demarc/agent/core/audit"
 	"github.com/demarc/demarc/agent/core/proto"
 	"github.com/demarc/demarc/bpf/abi"
 )
@@ -113,6 +115,20 @@ func collect(t *testing.T, r *running, query string) []string {
 		out = append(out, fmt.Sprintf("%s %s %s -> %s %s", line.Verdict, line.Reason, line.Source.Label(), line.Destination.Label(), line.Crossing))
 	}
 	return out
+}
+
+// The audit log comes through as it is, with where it ends.
+func TestAuditLog(t *testing.T) {
+	r := start(t, newStandIn(), nil)
+	log, head, err := r.client.Audit(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer log.Close()
+	s, err := auditlog.Read([]auditlog.File{{Name: "log", Reader: log}}, head, func(audit.Record) {})
+	if err != nil || s.Records != 1 || !s.EndIsProven {
+		t.Errorf("read %+v, %v", s, err)
+	}
 }
 
 func TestFlowsHaveNames(t *testing.T) {

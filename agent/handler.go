@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"os"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -47,6 +48,7 @@ func (s *service) routes() http.Handler {
 	mux.Handle("GET "+api.PathZones, answer(func(*http.Request) (any, error) { return s.zones() }))
 	mux.HandleFunc("GET "+api.PathFlows, s.flows)
 	mux.HandleFunc("GET "+api.PathPolicy, s.image)
+	mux.HandleFunc("GET "+api.PathAudit, s.audit)
 	mux.Handle("POST "+api.PathPolicy, changing(s.apply))
 	mux.Handle("POST "+api.PathPreview, changing(s.preview))
 	mux.Handle("POST "+api.PathConfirm, changing(s.confirm))
@@ -273,6 +275,29 @@ func (s *service) image(w http.ResponseWriter, r *http.Request) {
 		}
 		w.Header().Set("Content-Type", "application/octet-stream")
 		_, _ = w.Write(b) // the caller has gone; that is no fault of the core
+		return nil
+	})
+	if err != nil {
+		refuse(w, err)
+	}
+}
+
+// audit sends the core's audit log as it is.
+func (s *service) audit(w http.ResponseWriter, r *http.Request) {
+	err := s.link.with(func(c core) error {
+		head, files, err := c.Audit()
+		if err != nil {
+			return err
+		}
+		defer proto.CloseFiles(files)
+		w.Header().Set("Content-Type", "application/jsonl")
+		w.Header().Set(api.AuditSeq, strconv.FormatUint(head.Seq, 10))
+		w.Header().Set(api.AuditHash, head.Hash)
+		for _, f := range files {
+			if _, err := io.Copy(w, f); err != nil {
+				break // the caller has gone; that is no fault of the core
+			}
+		}
 		return nil
 	})
 	if err != nil {

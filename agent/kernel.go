@@ -13,6 +13,7 @@ import (
 
 	"github.com/demarc/demarc/agent/core/proto"
 	"github.com/demarc/demarc/bpf/abi"
+	"github.com/demarc/demarc/policy/image"
 )
 
 // kernel is what the agent reads of the kernel's state. donated is the real one; the
@@ -147,14 +148,17 @@ func (m *donated) Drained() bool {
 func (m *donated) RingID(ring int) uint64 { return m.ids[ring] }
 
 // Counts sums the counters over the CPUs. Keys that come and go during the walk may
-// restart it; a key is counted once all the same.
+// restart it; a key is counted once all the same. What the core's canary tries, once a
+// second and more, is no traffic of anybody and left out.
 func (m *donated) Counts() (map[abi.CountKey]uint64, error) {
 	counts := make(map[abi.CountKey]uint64)
 	var key abi.CountKey
 	var cpus []uint64
 	walk := m.counts.Iterate()
 	for walk.Next(&key, &cpus) {
-		counts[key] = sum(cpus)
+		if key.Subject != uint32(image.Canary) {
+			counts[key] = sum(cpus)
+		}
 	}
 	if err := walk.Err(); err != nil {
 		return nil, fmt.Errorf("read counts: %w", err)

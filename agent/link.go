@@ -33,6 +33,7 @@ type core interface {
 	Bind(path string, id uint32) error
 	Unbind(path string) error
 	Forget() error
+	Audit() (*proto.Audit, []*os.File, error)
 	Close() error
 }
 

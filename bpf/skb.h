@@ -86,7 +86,7 @@ static __always_inline bool judge_packet(struct __sk_buff *skb, struct bpf_sock 
 	}
 	if (subject == DEMARC_ID_NONE)
 		return !refused(&o, DEMARC_UNBOUND);
-	if (subject == DEMARC_ID_PENDING) /* silently: whoever calls tries again */
+	if (subject == DEMARC_ID_PENDING || subject == DEMARC_ID_CANARY) /* silently: whoever calls tries again */
 		return !refused(&o, DEMARC_PENDING);
 	if (reason)
 		return !refused(&o, reason);

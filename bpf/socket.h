@@ -118,7 +118,7 @@ static __always_inline int addressed(struct bpf_sock_addr *ctx, __u8 hook, bool 
 		return 1;
 	if (o.query.subject == DEMARC_ID_NONE)
 		return !refused(&o, DEMARC_UNBOUND);
-	if (o.query.subject == DEMARC_ID_PENDING)
+	if (o.query.subject == DEMARC_ID_PENDING || o.query.subject == DEMARC_ID_CANARY)
 		return 1; /* its packets are dropped silently, so that it tries again */
 	if (hook == DEMARC_HOOK_SENDMSG)
 		return 1;

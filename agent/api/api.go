@@ -22,6 +22,13 @@ const (
 	PathPreview    = "/v1/policy/preview"  // POST: the image in the body is only looked at, Preview
 	PathConfirm    = "/v1/policy/confirm"  // POST: Status
 	PathRollback   = "/v1/policy/rollback" // POST: Status
+	PathAudit      = "/v1/audit"           // GET: the lines of the core's audit log; AuditSeq and AuditHash say where it ends
+)
+
+// Headers of the answer to PathAudit: number and hash (hex) of the last record.
+const (
+	AuditSeq  = "Demarc-Audit-Seq"
+	AuditHash = "Demarc-Audit-Hash"
 )
 
 // DefaultServer is where the agent listens unless told otherwise.

@@ -4,6 +4,8 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -13,10 +15,12 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
 
+	"github.com/demarc/demarc/agent/core/audit"
 	"github.com/demarc/demarc/agent/core/proto"
 	"github.com/demarc/demarc/policy/image"
 )
@@ -95,6 +99,27 @@ func (c *Client) Preview(ctx context.Context, img []byte) (*proto.Preview, error
 // Confirm keeps the change that waits for it.
 func (c *Client) Confirm(ctx context.Context) (*Status, error) {
 	return doJSON[*Status](ctx, c, http.MethodPost, PathConfirm, nil)
+}
+
+// Audit returns the core's audit log, and where it ends. The caller closes it.
+func (c *Client) Audit(ctx context.Context) (io.ReadCloser, *audit.Head, error) {
+	res, err := c.do(ctx, http.MethodGet, PathAudit, nil)
+	if err != nil {
+		return nil, nil, err
+	}
+	var head audit.Head
+	hash, err := hex.DecodeString(res.Header.Get(AuditHash))
+	if err == nil && len(hash) == len(head.Hash) {
+		head.Hash = [sha256.Size]byte(hash)
+		head.Seq, err = strconv.ParseUint(res.Header.Get(AuditSeq), 10, 64)
+	} else if err == nil {
+		err = errors.New("the agent does not say where it ends")
+	}
+	if err != nil {
+		res.Body.Close()
+		return nil, nil, fmt.Errorf("read audit log: %w", err)
+	}
+	return res.Body, &head, nil
 }
 
 // Rollback goes back to the previous image.

@@ -71,6 +71,7 @@ func (l *links) note(name string) error {
 		return fmt.Errorf("read link %s: %w", name, err)
 	}
 	l.running[name] = info.Program
+	l.pins.saw(l.pins.links(name))
 	return nil
 }
 
@@ -125,6 +126,7 @@ func (l *links) replace(name string) error {
 	if err := os.Rename(l.pins.aside(name), l.pins.links(name)); err != nil {
 		return err
 	}
+	l.pins.saw(l.pins.links(name))
 	return old.Close()
 }
 

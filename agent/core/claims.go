@@ -118,15 +118,21 @@ func (c *Core) rebind(path string) error {
 			return err
 		}
 		c.active.epoch = state.NextEpoch()
-		state.Active = c.active.word()
-		if state.Deadline != 0 {
-			state.Fallback = abi.MakeActive(abi.ActiveSlot(state.Fallback), abi.ActiveFlags(state.Fallback), c.active.epoch+1)
-		}
+		c.renew(&state)
 		if err := writeState(c.objects, state); err != nil {
 			return err
 		}
 	}
 	return errors.Join(errs...)
+}
+
+// renew puts the present epoch of what is in force into a state, and a later one of
+// what may come back.
+func (c *Core) renew(s *abi.State) {
+	s.Active = c.active.word()
+	if s.Deadline != 0 {
+		s.Fallback = abi.MakeActive(abi.ActiveSlot(s.Fallback), abi.ActiveFlags(s.Fallback), c.active.epoch+1)
+	}
 }
 
 // decisive are the generations that packets are judged by, or will be when nobody

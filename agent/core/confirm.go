@@ -37,12 +37,17 @@ func checkTrial(within time.Duration) error {
 }
 
 // Confirm keeps the change that waits for it.
-func (c *Core) Confirm() (*proto.Status, error) {
+func (c *Core) Confirm() (*proto.Status, error) { return c.confirm("core") }
+
+func (c *Core) confirm(by string) (*proto.Status, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.settle()
 	if c.fallback == nil {
 		return nil, proto.Refuse("see `demarc status` for what is in force", "no change waits to be confirmed")
+	}
+	if err := c.record(by, auditConfirm, c.active, ""); err != nil {
+		return nil, err
 	}
 	// The disk first: were the deadline taken away and the disk full, the next boot
 	// would bring back what was confirmed to be replaced.
@@ -84,14 +89,14 @@ func (c *Core) settle() {
 	}
 	state, err := readState(c.objects)
 	if err == nil && state.Deadline != 0 && c.active.clock.now() >= state.Deadline {
-		err = c.fallBack("nobody confirmed it in time")
+		err = c.fallBack("kernel", "nobody confirmed it in time")
 	}
 	c.attend("fallback", err)
 }
 
 // fallBack ends an unconfirmed change: what was in force before it is in force
 // again.
-func (c *Core) fallBack(why string) error {
+func (c *Core) fallBack(by, why string) error {
 	state, err := readState(c.objects)
 	if err != nil {
 		return err
@@ -110,6 +115,7 @@ func (c *Core) fallBack(why string) error {
 		tried.close()
 	}
 	g.epoch, g.flags = abi.ActiveEpoch(state.Active), abi.ActiveFlags(state.Active)
+	_ = c.record(by, auditFallback, g, "version %d was taken back: %s", tried.image.Version, why)
 	c.log.Warn("change taken back", "why", why, "policy", tried.image.Name, "version", tried.image.Version)
 	return nil
 }
@@ -122,6 +128,7 @@ func (c *Core) abandon() error {
 		return err
 	}
 	state.Active, state.Deadline = state.Fallback, 0
+	_ = c.record("core", auditFallback, nil, "the core was started anew before anybody confirmed the change")
 	c.log.Warn("change taken back", "why", "the core was started anew before anybody confirmed it")
 	return writeState(c.objects, state)
 }

@@ -40,6 +40,7 @@ type Core struct {
 	trusted []envelope.Key // images must be signed by one of them; none = need not be signed
 	donated *proto.Descriptors
 	stop    func() // ends the upkeep; nil = it never began
+	canary  *canary
 
 	mu       sync.Mutex
 	active   *generation       // what this core put in force; nil = nothing
@@ -50,7 +51,11 @@ type Core struct {
 	troubles map[string]string // problems that the upkeep found, by part
 	keys     keys
 	floor    floor
-	walled   uint64 // when the kernel was last told the time, ns of CLOCK_BOOTTIME; 0 = not by this core
+	journal  *journal
+	foreign  []string  // programs of others at our hooks
+	looked   time.Time // when everything was last as it should be
+	swept    time.Time // when to walk over all cgroups again
+	walled   uint64    // when the kernel was last told the time, ns of CLOCK_BOOTTIME; 0 = not by this core
 }
 
 // hooks let tests break a start. The zero value breaks nothing.
@@ -66,7 +71,7 @@ type hooks struct {
 func Open(config Config, log *slog.Logger) (*Core, error) { return open(config, log, hooks{}) }
 
 func open(config Config, log *slog.Logger, h hooks) (_ *Core, err error) {
-	c := &Core{config: config, log: log, pins: pins{config.BPFFS}, store: store{dir: config.StateDir, log: log}, retired: -1, troubles: map[string]string{}}
+	c := &Core{config: config, log: log, pins: newPins(config.BPFFS), store: store{dir: config.StateDir, log: log}, retired: -1, troubles: map[string]string{}}
 	defer func() {
 		if err != nil {
 			c.Close()
@@ -96,6 +101,15 @@ func open(config Config, log *slog.Logger, h hooks) (_ *Core, err error) {
 	} else if err := c.begin(); err != nil {
 		return nil, err
 	}
+	if err := c.begun(t.committed); err != nil {
+		return nil, err
+	}
+	if err := freeze(c.objects); err != nil {
+		return nil, err
+	}
+	if err := makeCanary(c.tree); err != nil {
+		return nil, err
+	}
 	if c.donated, err = c.donate(); err != nil {
 		return nil, err
 	}
@@ -113,6 +127,14 @@ func open(config Config, log *slog.Logger, h hooks) (_ *Core, err error) {
 			return nil, err
 		}
 	}
+	if c.canary, err = openCanary(c.tree); err != nil {
+		c.stand("no canary, which would prove that the kernel enforces: %v", err)
+	}
+	for path := range c.pinned() {
+		c.pins.saw(path)
+	}
+	c.pins.saw(c.pins.abi())
+	c.looked = time.Now()
 	c.start()
 	return c, nil
 }
@@ -200,22 +222,38 @@ func (c *Core) stand(format string, args ...any) {
 // tested there, and takes over in one step. On an error nothing has changed.
 // Unless it is confirmed within a time, the kernel takes it back; 0 = it is for good.
 func (c *Core) Apply(b []byte, within time.Duration) (*proto.Status, error) {
+	return c.apply(b, within, "core")
+}
+
+func (c *Core) apply(b []byte, within time.Duration, by string) (_ *proto.Status, err error) {
 	if err := checkTrial(within); err != nil {
 		return nil, err
 	}
 	g, err := openImage(b, c.trusted)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	begun := false
+	defer func() {
+		if err != nil && !begun {
+			c.peerRecord(by, auditRefused, g, "apply: %v", err)
+		}
+	}()
 	if err != nil {
 		return nil, err
 	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
 	c.settle()
 	if c.active == nil || c.active.digest != g.digest || c.active.signer != g.signer || c.active.flags != activeFlags(c.active.image) || c.fallback != nil {
 		if err := c.mayChange(g); err != nil {
 			return nil, err
 		}
+		if err := c.record(by, auditApply, g, "%s", untilConfirmed(within)); err != nil {
+			return nil, err
+		}
+		begun = true
 		c.keepClaims(g)
-		if err := c.install(g, change{durable: true, within: within}); err != nil {
+		err := c.install(g, change{durable: true, within: within})
+		c.outcome(by, g, err)
+		if err != nil {
 			return nil, err
 		}
 	}
@@ -247,12 +285,14 @@ func (c *Core) admissible(g *generation) error {
 
 // Rollback goes back to the previous image; the present one becomes the previous.
 // What waits to be confirmed is taken back at once.
-func (c *Core) Rollback() (*proto.Status, error) {
+func (c *Core) Rollback() (*proto.Status, error) { return c.rollback("core") }
+
+func (c *Core) rollback(by string) (*proto.Status, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.settle()
 	if c.fallback != nil {
-		if err := c.fallBack("it was rolled back"); err != nil {
+		if err := c.fallBack(by, "it was rolled back"); err != nil {
 			return nil, err
 		}
 		return c.status(), nil
@@ -267,8 +307,13 @@ func (c *Core) Rollback() (*proto.Status, error) {
 	if g.expired(time.Now()) {
 		return nil, proto.Refuse("apply a newer policy", "previous image has expired")
 	}
+	if err := c.record(by, auditRollback, g, ""); err != nil {
+		return nil, err
+	}
 	c.keepClaims(g)
-	if err := c.install(g, change{durable: true}); err != nil {
+	err = c.install(g, change{durable: true})
+	c.outcome(by, g, err)
+	if err != nil {
 		return nil, err
 	}
 	return c.status(), nil
@@ -303,6 +348,9 @@ func (c *Core) install(g *generation, how change) (err error) {
 	}
 	undo = append(undo, func() { _ = emptySlot(c.objects, g.slot); g.close() })
 	if err := g.fill(c.objects); err != nil {
+		return err
+	}
+	if err := g.freeze(); err != nil {
 		return err
 	}
 
@@ -440,14 +488,14 @@ func (c *Core) Status() *proto.Status {
 }
 
 func (c *Core) status() *proto.Status {
-	s := &proto.Status{State: proto.StateIdle, Previous: c.previous, Links: c.links.status(), Limits: c.limits,
+	s := &proto.Status{State: proto.StateIdle, Previous: c.previous, Links: c.links.status(), Limits: append(c.limits[:len(c.limits):len(c.limits)], c.foreign...),
 		Problems: append([]string(nil), c.standing...)}
 	if c.active != nil {
 		s.Active, s.State, s.Claims = c.active.describe(), proto.StateEnforcing, len(c.active.selectors.claims)
 		if c.active.flags&abi.ActiveObserve != 0 {
 			s.State = proto.StateObserving
 		}
-		state, err := readState(c.objects)
+		state, err := kernelState(c.objects)
 		switch {
 		case err != nil:
 			s.Problems = append(s.Problems, err.Error())
@@ -460,6 +508,7 @@ func (c *Core) status() *proto.Status {
 			s.Problems = append(s.Problems, fmt.Sprintf("%d of %d programs are attached", len(s.Links), len(attachOrder)))
 		}
 	}
+	c.attend("canary", c.prove())
 	taps, problems := c.devices.status()
 	s.Links, s.Problems = append(s.Links, taps...), append(s.Problems, problems...)
 	for _, l := range s.Links {
@@ -488,6 +537,12 @@ func (c *Core) Close() error {
 	if c.donated != nil {
 		c.donated.Close()
 	}
+	if c.stop != nil {
+		_ = c.record("core", auditStop, c.active, "")
+	}
+	c.canary.close()
+	c.journal.close()
+	c.canary, c.journal = nil, nil
 	if c.objects != nil {
 		if c.links != nil && len(c.links.open) == 0 {
 			err = c.pins.clear(c.objects.spec)
@@ -521,9 +576,11 @@ func Detach(config Config) error {
 	if err != nil {
 		return fmt.Errorf("read programs: %w", err)
 	}
-	p := pins{config.BPFFS}
-	if _, err := p.check(spec); err != nil {
+	p := pins{dir: config.BPFFS}
+	committed, err := p.check(spec)
+	if err != nil {
 		return err
 	}
-	return p.clear(spec)
+	unrecorded := detachRecord(config.StateDir, p, committed)
+	return errors.Join(p.clear(spec), removeCanary(config.CgroupRoot), unrecorded)
 }

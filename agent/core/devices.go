@@ -104,6 +104,7 @@ type boundary struct {
 	open    map[hook]attachment
 	names   map[int]string // what devices were last called
 	problem string         // of the last time
+	taken   []string       // links that somebody detached, since they were last asked for
 	deaf    error          // why the watch ended
 }
 
@@ -220,6 +221,9 @@ func (b *boundary) follow() error {
 		wanted, missing := b.choose(all)
 		for h, a := range b.open {
 			if _, keep := wanted[h.device]; !keep || errors.Is(h.leadsTo(a, b.specs[h.program]), errAway) {
+				if keep { // its device is here
+					b.taken = append(b.taken, b.label(h))
+				}
 				b.detach(h)
 			}
 		}
@@ -352,6 +356,7 @@ func (b *boundary) note(h hook, l link.Link) error {
 		return fmt.Errorf("read link %s: %w", b.label(h), err)
 	}
 	b.open[h] = attachment{Link: l, program: info.Program}
+	b.pins.saw(b.pins.links(h.String()))
 	return nil
 }
 

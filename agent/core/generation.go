@@ -31,8 +31,10 @@ type generation struct {
 	selectors *selectors        // claims included
 	clock     bootClock         // its windows were converted with this one
 	tables    map[string]*ebpf.Map
-	since     time.Time // when it came into force
-	bindings  int       // cgroups with a workload's identity when it was filled
+	ids       map[string]ebpf.MapID // of the tables
+	known     abi.Query             // a question that the loaded programs answered with allow; zero = there is none
+	since     time.Time             // when it came into force
+	bindings  int                   // cgroups with a workload's identity when it was filled
 }
 
 // openImage decodes and verifies what somebody wants to be in force. Where a key is
@@ -90,7 +92,7 @@ func (g *generation) fill(o *objects) (err error) {
 	if g.clock, err = readBootClock(); err != nil {
 		return err
 	}
-	g.tables = map[string]*ebpf.Map{}
+	g.tables, g.ids = map[string]*ebpf.Map{}, map[string]ebpf.MapID{}
 	img := g.image
 	subjects, facts := subjectEntries(img)
 	rules, lists := ruleEntries(img)
@@ -124,6 +126,25 @@ func addTable[K, V any](g *generation, o *objects, name string, size int, keys [
 	g.tables[name] = m
 	if err := putAll(m, keys, values); err != nil {
 		return fmt.Errorf("fill table %s: %w", name, err)
+	}
+	info, err := m.Info()
+	if err != nil {
+		return fmt.Errorf("read table %s: %w", name, err)
+	}
+	g.ids[name], _ = info.ID()
+	return nil
+}
+
+// freeze lets nobody write the tables any more, but for the paths: the agent adds to
+// them.
+func (g *generation) freeze() error {
+	for _, name := range tableNames {
+		if name == "paths" {
+			continue
+		}
+		if err := g.tables[name].Freeze(); err != nil {
+			return fmt.Errorf("freeze table %s: %w", name, err)
+		}
 	}
 	return nil
 }

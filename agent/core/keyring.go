@@ -200,8 +200,10 @@ func (c *Core) writeKey(epoch int, want keyEntry, k *keyring.Key) error {
 	case !want.valid && had.print == [32]byte{}: // whatever a former core left
 	case !want.valid:
 		c.log.Info("tag key wiped", "epoch", epoch)
+		_ = c.record("core", auditKeys, nil, "key of epoch %d wiped", epoch)
 	case had.print != want.print:
 		c.log.Info("tag key loaded", "epoch", epoch, "fingerprint", k.Fingerprint())
+		_ = c.record("core", auditKeys, nil, "key of epoch %d loaded, fingerprint %s", epoch, k.Fingerprint())
 	}
 	return nil
 }
@@ -221,5 +223,6 @@ func (c *Core) sendWith(k *keyring.Key) error {
 		return err
 	}
 	c.log.Info("tag key changes", "sending", k.Epoch)
+	_ = c.record("core", auditKeys, nil, "sending with the key of epoch %d", k.Epoch)
 	return nil
 }

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"runtime"
 	"strings"
+	"sync/atomic"
 
 	"github.com/cilium/ebpf"
 
@@ -18,7 +19,8 @@ import (
 // there.
 type objects struct {
 	*ebpf.Collection
-	spec *ebpf.CollectionSpec
+	spec  *ebpf.CollectionSpec
+	state atomic.Pointer[abi.State] // what was last written; nil = nothing yet
 }
 
 // readSpec reads the compiled programs and makes them those of one tree.

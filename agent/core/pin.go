@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"sync"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
@@ -20,12 +21,16 @@ import (
 //	DIR/maps/NAME    every map but the compiler's own
 //	DIR/links/NAME   every attached program
 //	DIR/links/NAME_N the same, of the device with index N
+//	DIR/audit        where the audit log ends
 //	DIR/abi          identityCard; pinned last, so that pins without it are what
 //	                 an interrupted start left behind
 //
 // Whoever can write here decides what is enforced, so the directory must be
 // root's alone, and anything unexpected in it is refused, never mended.
-type pins struct{ dir string }
+type pins struct {
+	dir  string
+	seen *sync.Map // path: the inode that was last known to be right; nil = nobody looks
+}
 
 func (p pins) maps(name string) string  { return filepath.Join(p.dir, "maps", name) }
 func (p pins) links(name string) string { return filepath.Join(p.dir, "links", name) }
@@ -44,7 +49,7 @@ func (p pins) check(spec *ebpf.CollectionSpec) (committed bool, err error) {
 	if err := checkBPFFS(p.dir); err != nil {
 		return false, err
 	}
-	known := map[string][]string{p.dir: {"maps", "links", "abi"}, p.maps(""): keptMaps(spec), p.links(""): nil}
+	known := map[string][]string{p.dir: {"maps", "links", "abi", "audit"}, p.maps(""): keptMaps(spec), p.links(""): nil}
 	for _, name := range attachOrder {
 		known[p.links("")] = append(known[p.links("")], name, filepath.Base(p.aside(name)))
 	}
@@ -242,14 +247,21 @@ func (p pins) adoptDevices(spec *ebpf.CollectionSpec) (_ map[hook]link.Link, err
 
 // pinMaps makes the directory and pins the maps.
 func (p pins) pinMaps(o *objects) error {
-	for _, dir := range []string{p.dir, p.maps(""), p.links("")} {
-		if err := os.Mkdir(dir, 0o700); err != nil {
-			return fmt.Errorf("pin maps: %w", err)
-		}
+	if err := p.makeDirectories(); err != nil {
+		return fmt.Errorf("pin maps: %w", err)
 	}
 	for _, name := range keptMaps(o.spec) {
 		if err := o.Maps[name].Pin(p.maps(name)); err != nil {
 			return fmt.Errorf("pin map %s: %w", name, err)
+		}
+	}
+	return nil
+}
+
+func (p pins) makeDirectories() error {
+	for _, dir := range []string{p.dir, p.maps(""), p.links("")} {
+		if err := os.Mkdir(dir, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+			return err
 		}
 	}
 	return nil
@@ -268,6 +280,7 @@ func (p pins) commit(spec *ebpf.CollectionSpec, t *tree) error {
 	if err := m.Pin(p.abi()); err != nil {
 		return fmt.Errorf("pin abi map: %w", err)
 	}
+	p.saw(p.abi())
 	return nil
 }
 
@@ -275,7 +288,7 @@ func (p pins) commit(spec *ebpf.CollectionSpec, t *tree) error {
 // directory. Programs that nobody else holds are detached by it. `abi` goes
 // before all else: what an interruption leaves is then known to be unfinished.
 func (p pins) clear(spec *ebpf.CollectionSpec) error {
-	paths := []string{p.abi()}
+	paths := []string{p.abi(), p.audit()}
 	for _, h := range p.hooks() {
 		paths = append(paths, p.links(h.String()))
 	}

@@ -89,6 +89,7 @@ var checks = []struct {
 	{"programs", "pins", "load every program and map", "use a kernel that has it (6.1 or later)", (*trial).load},
 	{"attach", "programs", "attach every program to a scratch cgroup and detach it", "look for another program that does not share the hook", (*trial).attach},
 	{"ring buffer", "programs", "map the events ring into memory", "use a kernel with BPF_MAP_TYPE_RINGBUF", (*trial).ring},
+	{"guard", "", "read the kernel's security modules and its lockdown", "keep root in the host's namespaces to those who may end enforcement", (*trial).guard},
 	{"self-test", "programs", "ask the loaded decision a question", "use a kernel with BPF_PROG_RUN for syscall programs", (*trial).judge},
 }
 
@@ -258,7 +259,7 @@ func (t *trial) pins() (err error) {
 	if t.spec, err = readSpec(t.tree); err != nil {
 		return err
 	}
-	p := pins{t.config.BPFFS}
+	p := pins{dir: t.config.BPFFS}
 	if t.committed, err = p.check(t.spec); err != nil || !t.committed {
 		return err
 	}

@@ -134,3 +134,27 @@ func TestLoadNamesProgram(t *testing.T) {
 		t.Errorf("got %v", err)
 	}
 }
+
+// beside are the limits of a machine beside the one that every machine has.
+func beside(limits []string) (others []string) {
+	for _, l := range limits {
+		if !strings.HasPrefix(l, "root is not kept from what enforces") {
+			others = append(others, l)
+		}
+	}
+	return others
+}
+
+// That root is not kept from anything is no secret, nor how far the kernel is locked
+// down. (I09)
+func TestI09RootIsALimit(t *testing.T) {
+	m := newMachine(t)
+	for _, c := range Preflight(m.config) {
+		if c.Name == "guard" && (!c.OK || !strings.Contains(c.Limit, "kernel lockdown: ")) {
+			t.Errorf("%+v", c)
+		}
+	}
+	if limits := m.start().Status().Limits; len(beside(limits)) != len(limits)-1 {
+		t.Errorf("limits %q", limits)
+	}
+}

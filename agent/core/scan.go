@@ -19,6 +19,7 @@ type scanner struct {
 	tree      *tree
 	slot      uint32
 	selectors *selectors
+	wrong     []string // cgroups that were bound to something else
 }
 
 // scan binds all cgroups at and below a path in the scanner's slot, until one
@@ -118,6 +119,9 @@ func (s *scanner) bind(c cgroup, identity, flags uint32) (bool, error) {
 	if !fresh && b.Identity[s.slot] == identity && b.Flags == flags {
 		return false, nil
 	}
+	if !fresh {
+		s.wrong = append(s.wrong, c.path)
+	}
 	b.Identity[s.slot], b.Flags = identity, flags
 	how := ebpf.UpdateExist
 	if fresh {
@@ -189,7 +193,16 @@ func (s *scanner) rewrite(name string, change func(b *abi.Binding, active uint32
 	return nil
 }
 
+// readState is the state as this core last wrote it. Programs only read it, so that
+// what else stands there is somebody else's doing, and must not become ours.
 func readState(o *objects) (abi.State, error) {
+	if s := o.state.Load(); s != nil {
+		return *s, nil
+	}
+	return kernelState(o)
+}
+
+func kernelState(o *objects) (abi.State, error) {
 	var s abi.State
 	if err := o.Maps["state"].Lookup(uint32(0), &s); err != nil {
 		return s, fmt.Errorf("read state: %w", err)
@@ -201,5 +214,6 @@ func writeState(o *objects, s abi.State) error {
 	if err := o.Maps["state"].Put(uint32(0), &s); err != nil {
 		return fmt.Errorf("write state: %w", err)
 	}
+	o.state.Store(&s)
 	return nil
 }

@@ -206,6 +206,9 @@ func (t *selftest) judge(batch []image.Query) error {
 		if want := t.index.Decide(q); got != want {
 			return t.wrong(q, want, got)
 		}
+		if got.Verdict == abi.Allow {
+			t.gen.known = asked[i]
+		}
 	}
 	return nil
 }

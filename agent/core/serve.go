@@ -94,11 +94,12 @@ func (c *Core) turnAway(conn *net.UnixConn, r *proto.Refused) {
 // serveOne answers one connection. It trusts nothing that arrives: whoever is at
 // the other end may be in an attacker's hands.
 func (c *Core) serveOne(conn *net.UnixConn) error {
-	if err := c.checkPeer(conn); err != nil {
+	by, err := c.checkPeer(conn)
+	if err != nil {
 		c.turnAway(conn, proto.Refuse("", "%w", err))
 		return err
 	}
-	s := session{core: c}
+	s := session{core: c, by: by}
 	for {
 		if err := awaitFrame(conn); err != nil {
 			if errors.Is(err, io.EOF) {
@@ -154,32 +155,33 @@ func awaitFrame(conn *net.UnixConn) error {
 	return err
 }
 
-// checkPeer asks the kernel who opened the connection.
-func (c *Core) checkPeer(conn *net.UnixConn) error {
+// checkPeer asks the kernel who opened the connection, and says it in words.
+func (c *Core) checkPeer(conn *net.UnixConn) (by string, err error) {
 	raw, err := conn.SyscallConn()
 	if err != nil {
-		return err
+		return "", err
 	}
 	var peer *unix.Ucred
 	var optErr error
 	if err := raw.Control(func(fd uintptr) {
 		peer, optErr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
 	}); err != nil {
-		return err
+		return "", err
 	}
 	if optErr != nil {
-		return fmt.Errorf("read peer credentials: %w", optErr)
+		return "", fmt.Errorf("read peer credentials: %w", optErr)
 	}
 	if peer.Uid != 0 && peer.Uid != c.config.AgentUID {
-		return fmt.Errorf("user %d may not talk to the core", peer.Uid)
+		return "", fmt.Errorf("user %d may not talk to the core", peer.Uid)
 	}
-	return nil
+	return fmt.Sprintf("user %d, process %d", peer.Uid, peer.Pid), nil
 }
 
 // session is the state of one connection: nothing but hello is answered before
 // hello, and hello only once.
 type session struct {
 	core    *Core
+	by      string // who is at the other end
 	greeted bool
 	claimed map[string]bool // paths bound on this connection
 }
@@ -196,7 +198,7 @@ func (s *session) handle(q proto.Request, files []*os.File) (r proto.Response, a
 	case q.Op == proto.OpForget:
 		err = s.core.forget(s.claimed)
 	default:
-		r, answer, mine, err = s.core.answer(q, files)
+		r, answer, mine, err = s.core.answer(q, files, s.by)
 	}
 	if err == nil && q.Op == proto.OpBind {
 		if s.claimed == nil {
@@ -236,20 +238,21 @@ func wellFormed(q proto.Request, files int) bool {
 		wantFiles = 1
 	case proto.OpPreview:
 		wantFiles = 1
-	case proto.OpStatus, proto.OpConfirm, proto.OpRollback, proto.OpImage, proto.OpForget:
+	case proto.OpStatus, proto.OpConfirm, proto.OpRollback, proto.OpImage, proto.OpForget, proto.OpAudit:
 	default:
 		return false
 	}
 	return q == want && files == wantFiles
 }
 
-func (c *Core) answer(q proto.Request, files []*os.File) (r proto.Response, answer []*os.File, mine bool, err error) {
+func (c *Core) answer(q proto.Request, files []*os.File, by string) (r proto.Response, answer []*os.File, mine bool, err error) {
 	switch q.Op {
 	case proto.OpHello:
 		if q.Version != proto.Version {
 			return r, nil, false, proto.Refuse("install core and agent of one version",
 				"the agent speaks protocol %d, the core %d", q.Version, proto.Version)
 		}
+		c.greeted(by)
 		r.Hello = &proto.Hello{Version: proto.Version, ABI: abi.Version, CgroupRoot: c.tree.dir}
 		return r, c.donated.Files(), false, nil
 	case proto.OpStatus:
@@ -257,7 +260,7 @@ func (c *Core) answer(q proto.Request, files []*os.File) (r proto.Response, answ
 	case proto.OpApply:
 		var image []byte
 		if image, err = readImage(files[0]); err == nil {
-			r.Status, err = c.Apply(image, time.Duration(q.Within)*time.Millisecond)
+			r.Status, err = c.apply(image, time.Duration(q.Within)*time.Millisecond, by)
 		}
 	case proto.OpPreview:
 		var image []byte
@@ -265,13 +268,17 @@ func (c *Core) answer(q proto.Request, files []*os.File) (r proto.Response, answ
 			r.Preview, err = c.Preview(image)
 		}
 	case proto.OpConfirm:
-		r.Status, err = c.Confirm()
+		r.Status, err = c.confirm(by)
 	case proto.OpRollback:
-		r.Status, err = c.Rollback()
+		r.Status, err = c.rollback(by)
 	case proto.OpImage:
 		var f *os.File
 		if f, err = c.Image(); err == nil {
 			return r, []*os.File{f}, true, nil
+		}
+	case proto.OpAudit:
+		if r.Audit, answer, err = c.Audit(); err == nil {
+			return r, answer, true, nil
 		}
 	case proto.OpBind:
 		err = c.Bind(q.Path, q.Identity)

@@ -45,6 +45,7 @@ func (c *Core) upkeep() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.settle()
+	c.watch()
 	c.attend("clock", c.setWall())
 	c.attend("keyring", c.upkeepKeys())
 	c.upkeepImage()
@@ -74,8 +75,14 @@ func (c *Core) attend(part string, err error) {
 	}
 	if text != "" && text != c.troubles[part] {
 		c.log.Error("degraded", "problem", text)
+		if part != "drift" && c.troubles[part] == "" { // drift tells more, and itself
+			_ = c.record("core", auditProblem, c.active, "%s", text)
+		}
 	}
 	if text == "" {
+		if c.troubles[part] != "" {
+			_ = c.record("core", auditHealthy, c.active, "no more %s", c.troubles[part])
+		}
 		delete(c.troubles, part)
 		return
 	}

@@ -26,6 +26,7 @@
 #define DEMARC_ID_UNMANAGED 1
 #define DEMARC_ID_KERNEL 2
 #define DEMARC_ID_PENDING 3
+#define DEMARC_ID_CANARY 4 /* may do nothing, too */
 #define DEMARC_ID_FIRST 16
 #define DEMARC_ID_MAX 0xffffff
 

@@ -53,6 +53,8 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer, getenv fu
 		err = preflight(args, stdout, stderr)
 	case "detach":
 		err = detach(args, stderr)
+	case core.CanaryCommand: // the core's own child
+		err = core.Canary()
 	case "version":
 		fmt.Fprintln(stdout, "demarc-core", version)
 	case "help":

@@ -123,16 +123,25 @@ func (o *flowsOptions) query(flags *pflag.FlagSet) (url.Values, error) {
 		if value == "" {
 			continue
 		}
-		at, err := time.Parse(time.RFC3339Nano, value)
-		if d, bad := time.ParseDuration(value); bad == nil {
-			at, err = now.Add(-d), nil
-		}
+		at, err := moment(name, value, now)
 		if err != nil {
-			return nil, usagef("--%s: %q is no time like 2026-01-31T12:00:00Z and no duration like 10m", name, value)
+			return nil, err
 		}
 		v.Set(name, at.Format(time.RFC3339Nano))
 	}
 	return v, nil
+}
+
+// moment is the time that a flag names, itself or as how long ago it was.
+func moment(flag, value string, now time.Time) (time.Time, error) {
+	if d, err := time.ParseDuration(value); err == nil {
+		return now.Add(-d), nil
+	}
+	at, err := time.Parse(time.RFC3339Nano, value)
+	if err != nil {
+		return at, usagef("--%s: %q is no time like 2026-01-31T12:00:00Z and no duration like 10m", flag, value)
+	}
+	return at, nil
 }
 
 func flowsRun(ctx context.Context, env *environment, o *flowsOptions, query url.Values) error {

@@ -35,7 +35,7 @@ Exit codes: 0 good, 1 failed or refused, 2 usage, 3 agent not running,
 	root.AddCommand(
 		newApplyCommand(env), newConfirmCommand(env), newRollbackCommand(env), newStatusCommand(env), newFlowsCommand(env),
 		newIdentitiesCommand(env), newZonesCommand(env), newImageCommand(env), newPolicyCommand(env),
-		newKeysCommand(env), newPreflightCommand(env), newProbeCommand(env), newProbeCallerCommand(env),
+		newKeysCommand(env), newPreflightCommand(env), newAuditCommand(env), newProbeCommand(env), newProbeCallerCommand(env),
 		newVersionCommand(env),
 	)
 	root.InitDefaultHelpCmd()

@@ -51,6 +51,7 @@ const (
 	Unmanaged ID = 1        // every local process that no workload selects
 	Kernel    ID = 2        // sockets of the kernel itself
 	Pending   ID = 3        // a workload whose metadata is not known yet: may do nothing
+	Canary    ID = 4        // a socket of the core that shows that nobody's packets leave
 	FirstID   ID = 16       // below are reserved
 	MaxID     ID = 0xffffff // 24 bits
 )

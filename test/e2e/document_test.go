@@ -1,6 +1,7 @@
 package e2e_test
 
 import (
+	"encoding/binary"
 	"encoding/json"
 	"fmt"
 	"net/netip"
@@ -10,6 +11,8 @@ import (
 	"time"
 
 	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
+	"golang.org/x/sys/unix"
 
 	"github.com/demarc/demarc/agent/api"
 	"github.com/demarc/demarc/policy/image"
@@ -82,6 +85,48 @@ func pinned(t testing.TB, node *netlab.Node, name string) *ebpf.Map {
 	}
 	t.Cleanup(func() { m.Close() })
 	return m
+}
+
+// editor changes entries of maps that are frozen: only programs can. It writes what a
+// run is given, or deletes the key where there is no value.
+func editor(t testing.TB, m *ebpf.Map, deletes bool) func(entry ...any) {
+	t.Helper()
+	room := func(size uint32) int16 { return int16(size+7) / 8 * 8 }
+	key, value := room(m.KeySize()), room(m.ValueSize())
+	var code asm.Instructions
+	copied := func(from, to, size int16) {
+		for i := int16(0); i < size; i += 8 {
+			code = append(code, asm.LoadMem(asm.R0, asm.R1, from+i, asm.DWord), asm.StoreMem(asm.RFP, to+i, asm.R0, asm.DWord))
+		}
+	}
+	copied(0, -key, key)
+	call := asm.FnMapDeleteElem
+	if !deletes {
+		call = asm.FnMapUpdateElem
+		copied(key, -key-value, value)
+	}
+	code = append(code,
+		asm.LoadMapPtr(asm.R1, m.FD()), asm.Mov.Reg(asm.R2, asm.RFP), asm.Add.Imm(asm.R2, int32(-key)),
+		asm.Mov.Reg(asm.R3, asm.RFP), asm.Add.Imm(asm.R3, int32(-key-value)), asm.Mov.Imm(asm.R4, 0),
+		call.Call(), asm.Return())
+	p, err := ebpf.NewProgram(&ebpf.ProgramSpec{Type: ebpf.Syscall, Flags: unix.BPF_F_SLEEPABLE, License: "GPL", Instructions: code})
+	if err != nil {
+		t.Fatalf("load editor: %v", err)
+	}
+	t.Cleanup(func() { p.Close() })
+	return func(entry ...any) {
+		var b []byte
+		for i, part := range entry {
+			var err error
+			if b, err = binary.Append(b, binary.NativeEndian, part); err != nil {
+				t.Fatal(err)
+			}
+			b = append(b, make([]byte, []int16{key, key + value}[i]-int16(len(b)))...)
+		}
+		if failed, err := p.Run(&ebpf.RunOptions{Context: b}); err != nil || failed != 0 {
+			t.Fatalf("edit map: %d, %v", int32(failed), err)
+		}
+	}
 }
 
 // decoded is the image of a policy.

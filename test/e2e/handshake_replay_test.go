@@ -229,7 +229,7 @@ func TestE03ReplayWhilePending(t *testing.T) {
 // forgotten it does not come to life again.
 func TestE03ReplayedDatagram(t *testing.T) {
 	w, client, server := connected(t)
-	flows := pinned(t, w.listener, "flows")
+	forget := editor(t, pinned(t, w.listener, "flows"), true)
 	for i, to := range w.both(7000) {
 		w.tap.frames()
 		if r := client.datagrams(to, 1); r.Answered != 1 {
@@ -270,9 +270,7 @@ func TestE03ReplayedDatagram(t *testing.T) {
 		}
 		w.cable.send(tcpFrame{frame: tagged}) // as for TCP, who can repeat can repeat within a flow
 		eventually(t, timeToAnswer, "a datagram of a flow that lives", func() bool { return server.served("udp", 7000).Count == 2*i+2 })
-		if err := flows.Delete(tuple); err != nil {
-			t.Fatalf("forget the flow: %v", err)
-		}
+		forget(tuple)
 		before := w.denied(abi.TagReplayed)
 		w.cable.send(tcpFrame{frame: tagged})
 		eventually(t, timeToAnswer, "a replayed datagram", func() bool { return w.denied(abi.TagReplayed) > before })
@@ -289,21 +287,19 @@ func TestE03FullMemory(t *testing.T) {
 	replays := pinned(t, w.listener, "replays")
 	// struct demarc_replay_bucket: 40 bits of a MAC, and when it was admitted in
 	// steps of 2^32 ns, of which it counts for 37.
-	keys, buckets := make([]uint32, replays.MaxEntries()), make([][8]uint64, replays.MaxEntries())
+	write := editor(t, replays, false)
 	fill := func(ago uint64) {
 		var boot unix.Timespec
 		if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &boot); err != nil {
 			t.Fatal(err)
 		}
 		stamp := uint64(boot.Nano())>>32 - ago
-		for i := range keys {
-			keys[i] = uint32(i)
-			for j := range buckets[i] {
-				buckets[i][j] = uint64(i*8+j+1)<<24 | stamp&0xffffff
+		for i := range replays.MaxEntries() {
+			var bucket [8]uint64
+			for j := range bucket {
+				bucket[j] = (uint64(i)*8+uint64(j)+1)<<24 | stamp&0xffffff
 			}
-		}
-		if _, err := replays.BatchUpdate(keys, buckets, nil); err != nil {
-			t.Fatalf("fill the memory: %v", err)
+			write(i, bucket)
 		}
 	}
 	fill(0)

@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/netip"
 	"slices"
+	"syscall"
 	"testing"
 	"time"
 
@@ -77,6 +78,9 @@ func TestJ11X15SwapMidPacket(t *testing.T) {
 		slots[s.Active.Version == 2] = uint32(s.Active.Slot)
 	}
 	t.Logf("the core swapped %d times in %s: %.0f/s", byCore, time.Since(start), byCore/time.Since(start).Seconds())
+	// Nobody puts the state back meanwhile.
+	e.node.Core.Signal(syscall.SIGSTOP)
+	defer e.node.Core.Signal(syscall.SIGCONT)
 	flips := flip(t, pinned(t, e.node, "state"), slots, epochs, 12*time.Second)
 	t.Logf("%d swaps in the kernel", flips)
 

@@ -60,11 +60,10 @@ func TestYoungConnections(t *testing.T) {
 	w.control()
 
 	m, all := w.young()
+	write := editor(t, m, false)
 	for i := range all {
 		all[i] = youngPlace{Cookie: 1<<62 + uint64(i)}
-		if err := m.Put(uint32(i), all[i]); err != nil {
-			t.Fatal(err)
-		}
+		write(uint32(i), all[i])
 	}
 	w.p.Echoed("t", "those from before go on")
 	w.control()

@@ -227,7 +227,7 @@ func Describe(f flow.Flow) string {
 		f.Protocol, f.Source.Label(), f.Source.Place(), f.Destination.Label(), f.Destination.Place(), f.Crossing, f.Proof)
 }
 
-// Counts are the kernel's exact counts of verdicts.
+// Counts are the kernel's exact counts of verdicts, but for those of the canary.
 func (n *Node) Counts() map[abi.CountKey]uint64 {
 	n.lab.t.Helper()
 	m, err := openMap(n.link.descriptors.Counts)
@@ -238,6 +238,9 @@ func (n *Node) Counts() map[abi.CountKey]uint64 {
 	var cpus []uint64
 	walk := m.Iterate()
 	for walk.Next(&key, &cpus) {
+		if key.Subject == uint32(image.Canary) {
+			continue
+		}
 		counts[key] = 0
 		for _, c := range cpus {
 			counts[key] += c

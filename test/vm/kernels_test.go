@@ -76,7 +76,7 @@ func testKernel(t *testing.T, programs, series string) *machine {
 	check(t, json.Unmarshal([]byte(m.run("demarc", "preflight", "-o", "json")), &checks), "read preflight")
 	var limited []string
 	for _, c := range checks {
-		if c.Limit != "" {
+		if c.Limit != "" && c.Name != "guard" {
 			limited = append(limited, c.Limit)
 		}
 	}
@@ -204,7 +204,12 @@ func (m *machine) healthy() {
 	m.t.Helper()
 	var s api.Status
 	check(m.t, json.Unmarshal([]byte(m.run("demarc", "status", "-o", "json")), &s), "read status")
-	got := api.Status{State: s.State, Problems: s.Problems, Limits: s.Limits}
+	got := api.Status{State: s.State, Problems: s.Problems}
+	for _, l := range s.Limits {
+		if !strings.HasPrefix(l, "root is not kept from") { // as on every machine
+			got.Limits = append(got.Limits, l)
+		}
+	}
 	if diff := cmp.Diff(api.Status{State: proto.StateEnforcing, Limits: limits[m.series]}, got); diff != "" {
 		m.t.Errorf("status of %s (-want +got):\n%s", m.ns.Name, diff)
 	}

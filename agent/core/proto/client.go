@@ -95,6 +95,20 @@ func (c *Client) Image() (*os.File, error) {
 	return files[0], nil
 }
 
+// Audit returns where the audit log ends, and its files, the oldest first. The caller
+// closes them.
+func (c *Client) Audit() (*Audit, []*os.File, error) {
+	r, files, err := c.ask(Request{Op: OpAudit}, nil)
+	if err != nil {
+		return nil, nil, err
+	}
+	if r.Audit == nil || len(files) == 0 {
+		CloseFiles(files)
+		return nil, nil, fmt.Errorf("audit: the core sent %d files", len(files))
+	}
+	return r.Audit, files, nil
+}
+
 // Bind claims that a cgroup path below the managed root belongs to a workload.
 func (c *Client) Bind(path string, id uint32) error {
 	return c.done(Request{Op: OpBind, Path: path, Identity: id})

@@ -33,6 +33,7 @@ const (
 	OpBind     Op = "bind"     // claim that a cgroup path belongs to a workload
 	OpUnbind   Op = "unbind"   // withdraw a claim
 	OpForget   Op = "forget"   // withdraw every claim that was not made on this connection
+	OpAudit    Op = "audit"    // answer: Audit, and the files of the log, the oldest first
 )
 
 // Request is one question.
@@ -51,6 +52,13 @@ type Response struct {
 	Hello   *Hello   `json:"hello,omitempty"`
 	Status  *Status  `json:"status,omitempty"`
 	Preview *Preview `json:"preview,omitempty"`
+	Audit   *Audit   `json:"audit,omitempty"`
+}
+
+// Audit is where the audit log ends.
+type Audit struct {
+	Seq  uint64 `json:"seq"`  // of the last record; 0 = there is none
+	Hash string `json:"hash"` // hex, of its line
 }
 
 // Hello says what the core is. Its frame carries Descriptors in their order.
