@@ -3,6 +3,7 @@ package core
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -13,6 +14,7 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
 
 	"github.com/demarc/demarc/agent/core/proto"
 )
@@ -68,7 +70,7 @@ func TestDevicesAfterDrop(t *testing.T) {
 	m := newMachine(t)
 	plug(t, hostSide(t, "pod"))
 	client := m.daemon(t)
-	s, err := client.Apply(memfd(t, shop(t, nil)))
+	s, err := client.Apply(memfd(t, shop(t, nil)), 0)
 	must(t, err)
 	if s.State != proto.StateEnforcing {
 		t.Fatalf("status %+v", s)
@@ -93,4 +95,57 @@ func TestDevicesAfterDrop(t *testing.T) {
 	if len(pins) != 2 {
 		t.Errorf("pins %s", strings.Join(pins, ", "))
 	}
+}
+
+// Each capability that the core keeps is one that it cannot do without: the first
+// policy is refused, and nothing stays of it.
+func TestKeptCapabilitiesAreNeeded(t *testing.T) {
+	var all uint64
+	for _, c := range keptCapabilities {
+		all |= 1 << c
+	}
+	m := newMachine(t)
+	c := m.start()
+	for _, tt := range []struct {
+		name    string
+		without int
+		want    string
+	}{
+		{"bad without CAP_BPF", unix.CAP_BPF, "make table rules: "},
+		{"bad without CAP_NET_ADMIN", unix.CAP_NET_ADMIN, "attach "},
+		{"OK with those that are kept", -1, ""},
+	} {
+		keep := all
+		if tt.without >= 0 {
+			keep &^= 1 << tt.without
+		}
+		var err error
+		holding(t, keep, func() { _, err = c.Apply(shop(t, nil), 0) })
+		if (err == nil) != (tt.want == "") || err != nil && (!strings.HasPrefix(err.Error(), tt.want) || !errors.Is(err, unix.EPERM)) {
+			t.Errorf("%s: %v, want %q", tt.name, err, tt.want)
+		}
+		if attached(t, m) > 0 != (tt.want == "") {
+			t.Errorf("%s: %d programs are attached", tt.name, attached(t, m))
+		}
+	}
+}
+
+// holding runs something on a thread of its own with these capabilities.
+func holding(t *testing.T, capabilities uint64, do func()) {
+	t.Helper()
+	done := make(chan error)
+	go func() {
+		runtime.LockOSThread() // and never unlocked: the thread ends with its capabilities
+		header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+		data := [2]unix.CapUserData{
+			{Effective: uint32(capabilities), Permitted: uint32(capabilities)},
+			{Effective: uint32(capabilities >> 32), Permitted: uint32(capabilities >> 32)},
+		}
+		err := unix.Capset(&header, &data[0])
+		if err == nil {
+			do()
+		}
+		done <- err
+	}()
+	must(t, <-done)
 }
