@@ -11,11 +11,12 @@ import (
 	"strings"
 	"unsafe"
 
-	seccomp "github.com/elastic/go-seccomp-bpf"
 	"github.com/landlock-lsm/go-landlock/landlock"
 	ll "github.com/landlock-lsm/go-landlock/landlock/syscall"
 	"golang.org/x/sys/unix"
 	"kernel.org/pub/linux/libs/security/libcap/psx"
+
+	"github.com/demarc/demarc/agent/core/calls"
 )
 
 // Confine gives up, for good and on every thread, whatever the agent has no use
@@ -42,7 +43,7 @@ func (a *Agent) Confine(allowRoot bool) error {
 	if limit := landlockLimit(); limit != "" {
 		a.service.limits = append(a.service.limits, limit)
 	}
-	if err := limitCalls(); err != nil {
+	if err := calls.Limit(ownCalls, ownRules); err != nil {
 		return fmt.Errorf("limit system calls: %w", err)
 	}
 	return nil
@@ -133,50 +134,19 @@ func landlockLimit() string {
 	return ""
 }
 
-// calls are the system calls of a running agent. Every other one ends it: whoever
-// makes it is not the agent. The service manager starts it again, and enforcement
-// goes on meanwhile.
-var calls = seccomp.Policy{
-	DefaultAction: seccomp.ActionKillProcess,
-	Syscalls: []seccomp.SyscallGroup{
-		{Action: seccomp.ActionAllow, Names: []string{
-			// The Go runtime, and what it is linked with where tests look for races.
-			"futex", "epoll_pwait", "nanosleep", "clock_nanosleep", "clock_gettime", "sched_yield", "sched_getaffinity", "gettid", "getpid", "tgkill",
-			"rt_sigaction", "rt_sigprocmask", "rt_sigreturn", "sigaltstack", "restart_syscall", "setitimer", "timer_create", "timer_settime",
-			"timer_delete", "madvise", "munmap", "mincore", "exit", "exit_group", "getrandom", "epoll_create1", "epoll_ctl", "eventfd2", "pipe2",
-			"uname", "rseq", "set_robust_list",
-			// Descriptors.
-			"read", "write", "pread64", "pwrite64", "close", "fcntl", "fstat", "lseek",
-			// Files, as far as Landlock lets it.
-			"openat", "newfstatat", "readlinkat", "statfs", "getdents64", "unlinkat", "mkdirat", "flock", "fchmod", "fchmodat", "memfd_create",
-			"geteuid", "getuid",
-			// Sockets.
-			"bind", "connect", "listen", "accept4", "sendto", "recvfrom", "sendmsg", "recvmsg", "getsockname", "getpeername", "getsockopt",
-			"setsockopt", "shutdown",
-		}, NamesWithCondtions: []seccomp.NameWithConditions{
-			// Threads, no processes; no memory that can be executed.
-			{Name: "clone", Conditions: when(0, seccomp.BitsSet, unix.CLONE_THREAD)},
-			{Name: "mmap", Conditions: when(2, seccomp.BitsNotSet, unix.PROT_EXEC)},
-			{Name: "mprotect", Conditions: when(2, seccomp.BitsNotSet, unix.PROT_EXEC)},
-			{Name: "socket", Conditions: when(0, seccomp.Equal, unix.AF_UNIX)},
-			{Name: "socket", Conditions: when(0, seccomp.Equal, unix.AF_INET)},
-			{Name: "socket", Conditions: when(0, seccomp.Equal, unix.AF_INET6)},
-			// The maps that it was given can be read, and nothing else.
-			{Name: "bpf", Conditions: when(0, seccomp.Equal, unix.BPF_MAP_LOOKUP_ELEM)},
-			{Name: "bpf", Conditions: when(0, seccomp.Equal, unix.BPF_MAP_LOOKUP_BATCH)},
-			{Name: "bpf", Conditions: when(0, seccomp.Equal, unix.BPF_MAP_GET_NEXT_KEY)},
-			{Name: "bpf", Conditions: when(0, seccomp.Equal, unix.BPF_OBJ_GET_INFO_BY_FD)},
-		}},
-		// Libraries try these, and do without.
-		{Action: seccomp.ActionErrno | seccomp.Action(unix.ENOSYS), Names: []string{"clone3"}},
-		{Action: seccomp.ActionErrno, Names: []string{"bpf"}},
-	},
+// ownCalls and ownRules are what a running agent does beside what every Go program
+// may. Whatever else is called ends it; the service manager starts it again, and
+// enforcement goes on meanwhile.
+var ownCalls = []uint32{
+	unix.SYS_UNLINKAT, unix.SYS_MKDIRAT, unix.SYS_FLOCK, unix.SYS_FCHMOD, unix.SYS_FCHMODAT,
+	unix.SYS_RSEQ, unix.SYS_SET_ROBUST_LIST, // of the C library, where tests look for races
 }
 
-func when(argument uint32, operation seccomp.Operation, value uint64) seccomp.ArgumentConditions {
-	return seccomp.ArgumentConditions{{Argument: argument, Operation: operation, Value: value}}
-}
-
-func limitCalls() error {
-	return seccomp.LoadFilter(seccomp.Filter{NoNewPrivs: true, Flag: seccomp.FilterFlagTSync, Policy: calls})
+var ownRules = []calls.Rule{
+	{Call: unix.SYS_SOCKET, Mask: ^uint32(0), Values: []uint32{unix.AF_UNIX, unix.AF_INET, unix.AF_INET6}, Else: unix.SECCOMP_RET_KILL_PROCESS},
+	// The maps that it was given can be read, and nothing else. Libraries try more, and
+	// do without.
+	{Call: unix.SYS_BPF, Mask: ^uint32(0), Values: []uint32{
+		unix.BPF_MAP_LOOKUP_ELEM, unix.BPF_MAP_LOOKUP_BATCH, unix.BPF_MAP_GET_NEXT_KEY, unix.BPF_OBJ_GET_INFO_BY_FD,
+	}, Else: unix.SECCOMP_RET_ERRNO | uint32(unix.EPERM)},
 }

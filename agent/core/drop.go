@@ -9,6 +9,8 @@ import (
 	"syscall"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/demarc/demarc/agent/core/calls"
 )
 
 // keptCapabilities are the privileges of a running core, and what for. All else is
@@ -51,7 +53,7 @@ func DropPrivileges() error {
 	if err := unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{}); err != nil {
 		return fmt.Errorf("forbid core dumps: %w", err)
 	}
-	if err := limitCalls(); err != nil {
+	if err := calls.Limit(ownCalls, ownRules); err != nil {
 		return fmt.Errorf("limit system calls: %w", err)
 	}
 	return nil
