@@ -26,7 +26,12 @@ type Agent struct {
 // New prepares an agent. It reads the inventory, whose errors the user should mend
 // before anything starts, and starts nothing yet.
 func New(c *Config, log *zap.Logger) (*Agent, error) {
-	dial := func(ctx context.Context) (core, error) { return proto.Dial(ctx, c.Core) }
+	dial := func(ctx context.Context) (core, error) {
+		if err := safePlace(c.Core); err != nil {
+			return nil, err
+		}
+		return proto.Dial(ctx, c.Core)
+	}
 	return build(c, log, newLink(dial, openMaps, log))
 }
 

@@ -29,6 +29,13 @@ func (c *Core) Listen() (*net.UnixListener, error) {
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return nil, fmt.Errorf("make run_dir: %w", err)
 	}
+	var stat unix.Stat_t
+	if err := unix.Stat(filepath.Dir(path), &stat); err != nil {
+		return nil, fmt.Errorf("look at run_dir: %w", err)
+	}
+	if stat.Uid != 0 || stat.Mode&0o022 != 0 {
+		return nil, proto.Refuse("chown root and chmod go-w it", "others than root may put another socket into run_dir %s", filepath.Dir(path))
+	}
 	// Of a core that was killed: the lock says that no other one runs.
 	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("remove old socket: %w", err)

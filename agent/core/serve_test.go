@@ -356,3 +356,33 @@ func FuzzSession(f *testing.F) {
 		}
 	})
 }
+
+// Where others than root could put another socket, there is none.
+func TestJ12RunDir(t *testing.T) {
+	m := newMachine(t)
+	c := m.start()
+	dir := m.config.RunDir
+	must(t, os.Mkdir(dir, 0o755))
+	for _, tt := range []struct {
+		name string
+		mode os.FileMode
+		uid  int
+		ok   bool
+	}{
+		{"bad writable by all", 0o777, 0, false},
+		{"bad writable by all, though sticky", 0o777 | os.ModeSticky, 0, false},
+		{"bad writable by a group", 0o775, 0, false},
+		{"bad of another user", 0o755, 4242, false},
+		{"OK", 0o755, 0, true},
+	} {
+		must(t, os.Chown(dir, tt.uid, 0))
+		must(t, os.Chmod(dir, tt.mode))
+		l, err := c.Listen()
+		if err == nil {
+			l.Close()
+		}
+		if tt.ok != (err == nil) || err != nil && !refusedWith(err, "others than root may put another socket into run_dir "+dir) {
+			t.Errorf("%s: %v", tt.name, err)
+		}
+	}
+}
