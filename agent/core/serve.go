@@ -47,7 +47,7 @@ func (c *Core) Listen() (*net.UnixListener, error) {
 		return nil, fmt.Errorf("listen: %w", err)
 	}
 	if uid := int(c.config.AgentUID); uid != 0 {
-		if err := errors.Join(os.Chown(path, uid, 0), os.Chmod(path, 0o660)); err != nil {
+		if err := errors.Join(os.Chmod(path, 0o660), os.Chown(path, uid, 0)); err != nil {
 			l.Close()
 			return nil, fmt.Errorf("give socket to the agent: %w", err)
 		}
