@@ -49,6 +49,8 @@ func alphabet(t *testing.T, image []byte) []legal {
 		{"apply without image", proto.Request{Op: proto.OpApply}, nil, `malformed "apply" request`},
 		{"apply of nothing", proto.Request{Op: proto.OpApply}, func(t *testing.T) *os.File { return memfd(t, nil) }, "verify image: "},
 		{"apply for a negative time", proto.Request{Op: proto.OpApply, Within: -1}, good, `malformed "apply" request`},
+		{"preview", proto.Request{Op: proto.OpPreview}, good, ""},
+		{"preview of nothing", proto.Request{Op: proto.OpPreview}, nil, `malformed "preview" request`},
 		{"confirm", proto.Request{Op: proto.OpConfirm}, nil, "no change waits to be confirmed"},
 		{"rollback", proto.Request{Op: proto.OpRollback}, nil, "there is no previous image"},
 		{"image", proto.Request{Op: proto.OpImage}, nil, ""},
