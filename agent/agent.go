@@ -17,20 +17,28 @@ import (
 
 // Agent is a configured agent. Make one with New.
 type Agent struct {
-	log   *zap.Logger
-	tasks []Task
+	config  *Config
+	log     *zap.Logger
+	service *service
+	tasks   []Task
 }
 
 // New prepares an agent. It reads the inventory, whose errors the user should mend
 // before anything starts, and starts nothing yet.
 func New(c *Config, log *zap.Logger) (*Agent, error) {
-	dial := func(ctx context.Context) (core, error) { return proto.Dial(ctx, c.Core) }
+	dial := func(ctx context.Context) (core, error) {
+		if err := safePlace(c.Core); err != nil {
+			return nil, err
+		}
+		return proto.Dial(ctx, c.Core)
+	}
 	return build(c, log, newLink(dial, openMaps, log))
 }
 
 func build(c *Config, log *zap.Logger, l *link) (*Agent, error) {
-	a := &Agent{log: log, tasks: []Task{l}}
-	s := &service{node: c.Node, link: l, cgroups: &cgroups{}, log: log}
+	a := &Agent{config: c, log: log, tasks: []Task{l}}
+	a.service = &service{node: c.Node, link: l, cgroups: &cgroups{}, log: log}
+	s := a.service
 	if c.Inventory != "" {
 		file := identity.NewFile(c.Inventory)
 		if err := file.Load(); err != nil {

@@ -17,8 +17,8 @@ func TestParseConfig(t *testing.T) {
 		name, src string
 		want      Config
 	}{
-		{"OK only comments", "# nothing\n", Config{Node: host, Server: "/run/demarc/agent.sock", Core: "/run/demarc/core.sock"}},
-		{"OK empty", "", Config{Node: host, Server: "/run/demarc/agent.sock", Core: "/run/demarc/core.sock"}},
+		{"OK only comments", "# nothing\n", Config{Node: host, Server: "/run/demarc-agent/agent.sock", Core: "/run/demarc/core.sock"}},
+		{"OK empty", "", Config{Node: host, Server: "/run/demarc-agent/agent.sock", Core: "/run/demarc/core.sock"}},
 		{"OK all", `
 node: n1
 server: unix:///run/n1/agent.sock
@@ -48,7 +48,7 @@ func TestParseConfigRefuses(t *testing.T) {
 	for _, c := range []struct{ name, src, want string }{
 		{"bad key", "sever: x\n", "a.yaml:1:1: unknown field \"sever\"\nhint: check the spelling; unknown keys are never ignored"},
 		{"bad nested key", "metrics:\n  port: 1\n", "a.yaml:2:3: unknown field \"port\"\nhint: check the spelling; unknown keys are never ignored"},
-		{"bad server", "server: tcp://1.2.3.4\n", "a.yaml:1:9: server \"tcp://1.2.3.4\": want unix:///PATH\nhint: for example unix:///run/demarc/agent.sock"},
+		{"bad server", "server: tcp://1.2.3.4\n", "a.yaml:1:9: server \"tcp://1.2.3.4\": want unix:///PATH\nhint: for example unix:///run/demarc-agent/agent.sock"},
 		{"bad core", "core: core.sock\n", "a.yaml:1:7: server \"core.sock\": want unix:///PATH\nhint: for example unix:///run/demarc/core.sock"},
 		{"bad same socket", "server: /a\ncore: /a\n", "a.yaml:1:9: server and core are the same socket\nhint: the agent and the core each need a socket of their own"},
 		{"bad node", "node: \"a b\"\n", "a.yaml:1:7: node name \"a b\" is no name\nhint: use at most 253 printable ASCII characters"},

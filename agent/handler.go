@@ -37,6 +37,7 @@ type service struct {
 	link    *link
 	binder  *binder // nil without an inventory
 	cgroups *cgroups
+	limits  []string // what the agent's own confinement lacks
 	log     *zap.Logger
 }
 
@@ -93,7 +94,7 @@ func (s *service) fresh() {
 
 func (s *service) status() *api.Status {
 	s.fresh()
-	out := &api.Status{Node: s.node, Version: version.String(), State: api.StateUnknown}
+	out := &api.Status{Node: s.node, Version: version.String(), State: api.StateUnknown, Limits: slices.Clone(s.limits)}
 	received := s.link.store.Counts()
 	s.link.look(func(v view, k kernel) {
 		out.Core = api.Core{Connected: v.Connected, Since: v.Since, Problem: v.Problem, Root: v.Root, Status: v.Status}
@@ -112,7 +113,7 @@ func (s *service) status() *api.Status {
 		}
 		out.State = v.Status.State
 		out.Problems = append(out.Problems, v.Status.Problems...)
-		out.Limits, out.Unconfirmed = slices.Clone(v.Status.Limits), v.Status.Unconfirmed
+		out.Limits, out.Unconfirmed = append(out.Limits, v.Status.Limits...), v.Status.Unconfirmed
 		if g := v.Status.Active; g != nil {
 			out.Policy = &api.Policy{Name: g.Name, Version: g.Version, Digest: g.Digest, Mode: g.Mode, Since: g.Since}
 			if v.Names != nil {

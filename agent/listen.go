@@ -29,6 +29,9 @@ func listen(path string) (*socket, error) {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return nil, fmt.Errorf("make socket directory: %w", err)
 	}
+	if err := safePlace(path); err != nil {
+		return nil, err
+	}
 	// Of two agents that start at once one must see the other's socket.
 	lock, err := os.Open(dir)
 	if err != nil {
@@ -67,6 +70,23 @@ func listen(path string) (*socket, error) {
 		return nil, fmt.Errorf("listen on %s: %w", path, err)
 	}
 	return &socket{unixListener, path, info}, nil
+}
+
+// safePlace says whether nobody but root and the agent can put another socket where
+// one is expected.
+func safePlace(path string) error {
+	dir := filepath.Dir(path)
+	var stat unix.Stat_t
+	if err := unix.Stat(dir, &stat); err != nil {
+		return fmt.Errorf("look at %s: %w", dir, err)
+	}
+	if stat.Uid != 0 && int(stat.Uid) != os.Geteuid() {
+		return fmt.Errorf("%s belongs to user %d, who could put another socket in the place of %s", dir, stat.Uid, filepath.Base(path))
+	}
+	if stat.Mode&0o002 != 0 && stat.Mode&unix.S_ISVTX == 0 {
+		return fmt.Errorf("everybody may write to %s, and put another socket in the place of %s: chmod o-w it", dir, filepath.Base(path))
+	}
+	return nil
 }
 
 func clearStale(path string) error {

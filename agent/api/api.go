@@ -32,7 +32,7 @@ const (
 )
 
 // DefaultServer is where the agent listens unless told otherwise.
-const DefaultServer = "unix:///run/demarc/agent.sock"
+const DefaultServer = "unix:///run/demarc-agent/agent.sock"
 
 // Error is an answer that says no.
 type Error struct {

@@ -9,7 +9,7 @@ import (
 )
 
 // setCapabilities makes the effective and the permitted set of all threads this
-// one, and empties the inheritable set. It is the one use of unsafe here.
+// one, and empties the inheritable set.
 func setCapabilities(keep uint64) error {
 	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
 	var data [2]unix.CapUserData

@@ -122,16 +122,19 @@ type mount struct {
 }
 
 // cgroup2Mounts lists mounts of the type, whole hierarchies first.
-func cgroup2Mounts(file string) ([]mount, error) {
+func cgroup2Mounts(file string) ([]mount, error) { return mountsOf(file, "cgroup2") }
+
+// mountsOf lists mounts of a type, whole ones first.
+func mountsOf(file, kind string) ([]mount, error) {
 	text, err := os.ReadFile(file)
 	if err != nil {
-		return nil, fmt.Errorf("find cgroup2: %w", err)
+		return nil, fmt.Errorf("find %s: %w", kind, err)
 	}
 	var whole, partial []mount
 	for line := range strings.Lines(string(text)) {
 		left, right, ok := strings.Cut(line, " - ")
 		fields := strings.Fields(left)
-		if !ok || len(fields) < 5 || !strings.HasPrefix(right, "cgroup2 ") {
+		if !ok || len(fields) < 5 || !strings.HasPrefix(right, kind+" ") {
 			continue
 		}
 		m := mount{root: unescape(fields[3]), point: unescape(fields[4])}

@@ -46,6 +46,19 @@ func (c *Core) donate() (*proto.Descriptors, error) {
 	return &d, nil
 }
 
+// donation looks for a way to write the maps that are handed out: the kernel lets
+// whoever pins a map, which takes no right to write it, open it again for writing.
+func (t *trial) donation() error {
+	all, err := mountsOf("/proc/self/mountinfo", "bpf")
+	for _, m := range all {
+		var stat unix.Stat_t
+		if unix.Lstat(m.point, &stat) == nil && stat.Mode&0o022 != 0 {
+			t.limits = append(t.limits, fmt.Sprintf("others than root may write to the BPF file system %s: a process of the agent's user could make its maps writable there", m.point))
+		}
+	}
+	return err
+}
+
 // Image returns the image in force in a file that nobody can change. The caller
 // closes it.
 func (c *Core) Image() (*os.File, error) {
@@ -80,7 +93,11 @@ func readImage(f *os.File) ([]byte, error) {
 		return nil, fmt.Errorf("read image: %w", err)
 	}
 	if stat.Mode&unix.S_IFMT != unix.S_IFREG {
-		return nil, proto.Refuse("send a file or a memfd", "read image: the descriptor is not a regular file")
+		return nil, proto.Refuse("send a memfd", "read image: the descriptor is not a regular file")
+	}
+	// Who made a file system may keep its readers waiting; memory answers.
+	if _, err := unix.FcntlInt(f.Fd(), unix.F_GET_SEALS, 0); err != nil {
+		return nil, proto.Refuse("send a memfd", "read image: the descriptor is not of a file in memory")
 	}
 	if stat.Size > envelope.MaxSize {
 		return nil, proto.Refuse("", "read image: %d bytes, at most %d", stat.Size, envelope.MaxSize)

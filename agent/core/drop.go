@@ -9,6 +9,8 @@ import (
 	"syscall"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/demarc/demarc/agent/core/calls"
 )
 
 // keptCapabilities are the privileges of a running core, and what for. All else is
@@ -20,8 +22,8 @@ var keptCapabilities = []int{
 }
 
 // DropPrivileges leaves a started core with the few capabilities that it needs to
-// apply policies, unable to gain any by execve, and closed to ptrace and core
-// dumps of others: its memory holds the tag keys.
+// apply policies, unable to gain any by execve, closed to ptrace and core dumps of
+// others, since tag keys pass through its memory, and with few system calls.
 func DropPrivileges() error {
 	var keep uint64
 	for _, c := range keptCapabilities {
@@ -47,6 +49,12 @@ func DropPrivileges() error {
 	}
 	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
 		return fmt.Errorf("set not dumpable: %w", err)
+	}
+	if err := unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{}); err != nil {
+		return fmt.Errorf("forbid core dumps: %w", err)
+	}
+	if err := calls.Limit(ownCalls, ownRules); err != nil {
+		return fmt.Errorf("limit system calls: %w", err)
 	}
 	return nil
 }

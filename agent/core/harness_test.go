@@ -19,6 +19,12 @@ import (
 	"github.com/demarc/demarc/policy/policytest"
 )
 
+func init() {
+	// Tests give threads away that have lost their rights. The main thread, which
+	// /proc/self is about, must not be one of them.
+	runtime.LockOSThread()
+}
+
 // TestMain begins anew in a network namespace of the tests' own, so that no core
 // ever meets a device of the machine.
 func TestMain(m *testing.M) {

@@ -84,6 +84,7 @@ var checks = []struct {
 	{"cgroup namespace", "cgroup2", "compare /proc/self/ns/cgroup with the initial one", "run in the host's cgroup namespace (cgroup: host)", (*trial).namespace},
 	{"btf", "", "read the kernel's type information", "use a kernel with CONFIG_DEBUG_INFO_BTF", (*trial).btf},
 	{"pins", "cgroup2", "compare what is pinned below bpffs with what this version would pin", "", (*trial).pins},
+	{"read-only maps", "", "look for BPF file systems that others than root may write to", "chmod 0700 them", (*trial).donation},
 	{"devices", "", "look for places for programs at devices, and for the devices that are named",
 		`use a kernel with tcx (6.6 or later), or set "devices" to []`, (*trial).devices},
 	{"programs", "pins", "load every program and map", "use a kernel that has it (6.1 or later)", (*trial).load},

@@ -19,7 +19,7 @@ import (
 )
 
 const (
-	maxConnections = 4
+	maxConnections = 4                // of root, and as many of the agent
 	frameTimeout   = 10 * time.Second // for a frame that has begun, in either direction
 )
 
@@ -28,6 +28,13 @@ func (c *Core) Listen() (*net.UnixListener, error) {
 	path := c.config.Socket()
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return nil, fmt.Errorf("make run_dir: %w", err)
+	}
+	var stat unix.Stat_t
+	if err := unix.Stat(filepath.Dir(path), &stat); err != nil {
+		return nil, fmt.Errorf("look at run_dir: %w", err)
+	}
+	if stat.Uid != 0 || stat.Mode&0o022 != 0 {
+		return nil, proto.Refuse("chown root and chmod go-w it", "others than root may put another socket into run_dir %s", filepath.Dir(path))
 	}
 	// Of a core that was killed: the lock says that no other one runs.
 	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -40,7 +47,7 @@ func (c *Core) Listen() (*net.UnixListener, error) {
 		return nil, fmt.Errorf("listen: %w", err)
 	}
 	if uid := int(c.config.AgentUID); uid != 0 {
-		if err := errors.Join(os.Chown(path, uid, 0), os.Chmod(path, 0o660)); err != nil {
+		if err := errors.Join(os.Chmod(path, 0o660), os.Chown(path, uid, 0)); err != nil {
 			l.Close()
 			return nil, fmt.Errorf("give socket to the agent: %w", err)
 		}
@@ -53,10 +60,19 @@ func (c *Core) Serve(ctx context.Context, l *net.UnixListener) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	var all sync.WaitGroup
-	defer all.Wait()
+	defer func() { // what others sent may be slow to close, which must not keep the core from ending
+		done := make(chan struct{})
+		go func() { all.Wait(); close(done) }()
+		select {
+		case <-done:
+		case <-time.After(frameTimeout):
+		}
+	}()
 	stop := context.AfterFunc(ctx, func() { l.Close() })
 	defer stop()
-	places := make(chan struct{}, maxConnections)
+	// The agent, who may be in an attacker's hands, takes no place of root's. As many
+	// again may wait to be turned away.
+	places := map[bool]chan struct{}{true: make(chan struct{}, 2*maxConnections), false: make(chan struct{}, 2*maxConnections)}
 	for {
 		conn, err := l.AcceptUnix()
 		if ctx.Err() != nil {
@@ -68,37 +84,51 @@ func (c *Core) Serve(ctx context.Context, l *net.UnixListener) error {
 		if err != nil {
 			return fmt.Errorf("accept: %w", err)
 		}
+		root, by, err := c.checkPeer(conn)
+		place := places[root]
 		select {
-		case places <- struct{}{}:
+		case place <- struct{}{}:
 		default:
-			c.turnAway(conn, proto.Refuse("close one", "there are %d connections already", maxConnections))
+			go conn.Close() // which is slow if it holds a descriptor that is slow to close
 			continue
 		}
+		if err == nil && len(place) > maxConnections {
+			err = proto.Refuse("close one", "there are %d connections already", maxConnections)
+		}
 		all.Go(func() {
-			defer func() { <-places }()
+			defer func() { <-place }()
 			defer conn.Close()
 			defer context.AfterFunc(ctx, func() { conn.Close() })()
-			if err := c.serveOne(conn); err != nil && ctx.Err() == nil {
+			if err != nil {
+				c.turnAway(conn, err)
+			} else {
+				err = c.serveOne(conn, by)
+			}
+			if err != nil && ctx.Err() == nil {
 				c.log.Warn("connection ended", "problem", err)
 			}
 		})
 	}
 }
 
-func (c *Core) turnAway(conn *net.UnixConn, r *proto.Refused) {
+func (c *Core) turnAway(conn *net.UnixConn, why error) {
 	_ = conn.SetDeadline(time.Now().Add(time.Second))
-	_ = proto.WriteFrame(conn, proto.Response{Error: r.Message, Hint: r.Hint})
-	conn.Close()
+	_ = proto.WriteFrame(conn, refusal(why))
+}
+
+// refusal is the answer that says no.
+func refusal(why error) proto.Response {
+	r := proto.Response{Error: why.Error()}
+	var refused *proto.Refused
+	if errors.As(why, &refused) {
+		r.Hint = refused.Hint
+	}
+	return r
 }
 
 // serveOne answers one connection. It trusts nothing that arrives: whoever is at
 // the other end may be in an attacker's hands.
-func (c *Core) serveOne(conn *net.UnixConn) error {
-	by, err := c.checkPeer(conn)
-	if err != nil {
-		c.turnAway(conn, proto.Refuse("", "%w", err))
-		return err
-	}
+func (c *Core) serveOne(conn *net.UnixConn, by string) error {
 	s := session{core: c, by: by}
 	for {
 		if err := awaitFrame(conn); err != nil {
@@ -116,7 +146,7 @@ func (c *Core) serveOne(conn *net.UnixConn) error {
 			if errors.Is(err, io.EOF) {
 				return nil
 			}
-			c.turnAway(conn, proto.Refuse("", "%w", err))
+			c.turnAway(conn, err)
 			return err
 		}
 		r, answer, mine := s.handle(q, files)
@@ -155,26 +185,27 @@ func awaitFrame(conn *net.UnixConn) error {
 	return err
 }
 
-// checkPeer asks the kernel who opened the connection, and says it in words.
-func (c *Core) checkPeer(conn *net.UnixConn) (by string, err error) {
+// checkPeer asks the kernel who opened the connection: root, the agent, or somebody
+// who may not; and says it in words.
+func (c *Core) checkPeer(conn *net.UnixConn) (root bool, by string, err error) {
 	raw, err := conn.SyscallConn()
 	if err != nil {
-		return "", err
+		return false, "", err
 	}
 	var peer *unix.Ucred
 	var optErr error
 	if err := raw.Control(func(fd uintptr) {
 		peer, optErr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
 	}); err != nil {
-		return "", err
+		return false, "", err
 	}
 	if optErr != nil {
-		return "", fmt.Errorf("read peer credentials: %w", optErr)
+		return false, "", fmt.Errorf("read peer credentials: %w", optErr)
 	}
 	if peer.Uid != 0 && peer.Uid != c.config.AgentUID {
-		return "", fmt.Errorf("user %d may not talk to the core", peer.Uid)
+		return false, "", fmt.Errorf("user %d may not talk to the core", peer.Uid)
 	}
-	return fmt.Sprintf("user %d, process %d", peer.Uid, peer.Pid), nil
+	return peer.Uid == 0, fmt.Sprintf("user %d, process %d", peer.Uid, peer.Pid), nil
 }
 
 // session is the state of one connection: nothing but hello is answered before
@@ -207,12 +238,7 @@ func (s *session) handle(q proto.Request, files []*os.File) (r proto.Response, a
 		s.claimed[q.Path] = true
 	}
 	if err != nil {
-		r, answer = proto.Response{Error: err.Error()}, nil
-		var refused *proto.Refused
-		if errors.As(err, &refused) {
-			r.Hint = refused.Hint
-		}
-		return r, nil, false
+		return refusal(err), nil, false
 	}
 	s.greeted = true
 	return r, answer, mine

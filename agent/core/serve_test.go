@@ -155,31 +155,25 @@ func TestDescriptorsAreReadOnly(t *testing.T) {
 	must(t, err)
 	defer d.Close()
 	for _, tt := range []struct {
-		file       *os.File
-		key, value []byte
-	}{
-		{d.Counts, make([]byte, 16), nil},
-		{d.Rings, make([]byte, 4), nil},
-		{d.Faults, make([]byte, 4), nil},
-		{d.Bindings, make([]byte, 8), make([]byte, 32)},
-		{d.State, make([]byte, 4), make([]byte, 48)},
-	} {
+		file   *os.File
+		perCPU bool
+	}{{d.Counts, true}, {d.Rings, true}, {d.Faults, true}, {d.Bindings, false}, {d.State, false}} {
 		fd, err := unix.Dup(int(tt.file.Fd()))
 		must(t, err)
 		m, err := ebpf.NewMapFromFD(fd)
 		must(t, err)
 		defer m.Close()
-		value := any(tt.value)
-		if tt.value == nil { // per CPU
+		key, value := make([]byte, m.KeySize()), any(make([]byte, m.ValueSize()))
+		if tt.perCPU {
 			value = make([][]byte, ebpf.MustPossibleCPU())
 			for i := range value.([][]byte) {
 				value.([][]byte)[i] = make([]byte, m.ValueSize())
 			}
 		}
-		if err := m.Put(tt.key, value); !errors.Is(err, unix.EPERM) {
+		if err := m.Put(key, value); !errors.Is(err, unix.EPERM) {
 			t.Errorf("%v can be written: %v", m, err)
 		}
-		if err := m.Delete(tt.key); !errors.Is(err, unix.EPERM) && !errors.Is(err, unix.EINVAL) {
+		if err := m.Delete(key); !errors.Is(err, unix.EPERM) && !errors.Is(err, unix.EINVAL) {
 			t.Errorf("%v can be deleted from: %v", m, err)
 		}
 	}
@@ -361,4 +355,34 @@ func FuzzSession(f *testing.F) {
 			}
 		}
 	})
+}
+
+// Where others than root could put another socket, there is none.
+func TestJ12RunDir(t *testing.T) {
+	m := newMachine(t)
+	c := m.start()
+	dir := m.config.RunDir
+	must(t, os.Mkdir(dir, 0o755))
+	for _, tt := range []struct {
+		name string
+		mode os.FileMode
+		uid  int
+		ok   bool
+	}{
+		{"bad writable by all", 0o777, 0, false},
+		{"bad writable by all, though sticky", 0o777 | os.ModeSticky, 0, false},
+		{"bad writable by a group", 0o775, 0, false},
+		{"bad of another user", 0o755, 4242, false},
+		{"OK", 0o755, 0, true},
+	} {
+		must(t, os.Chown(dir, tt.uid, 0))
+		must(t, os.Chmod(dir, tt.mode))
+		l, err := c.Listen()
+		if err == nil {
+			l.Close()
+		}
+		if tt.ok != (err == nil) || err != nil && !refusedWith(err, "others than root may put another socket into run_dir "+dir) {
+			t.Errorf("%s: %v", tt.name, err)
+		}
+	}
 }

@@ -29,15 +29,20 @@ const (
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
 	defer stop()
-	os.Exit(run(ctx, os.Args[1:], os.Stdout, os.Stderr))
+	os.Exit(run(ctx, os.Args[1:], os.Stdout, os.Stderr, (*agent.Agent).Confine))
 }
 
+// confine gives up what the agent has no use for; tests, which go on afterwards, do
+// without.
+type confine func(a *agent.Agent, allowRoot bool) error
+
 // run is the program as a function of its arguments.
-func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
+func run(ctx context.Context, args []string, stdout, stderr io.Writer, c confine) int {
 	flags := flag.NewFlagSet("demarc-agent", flag.ContinueOnError)
 	flags.SetOutput(stderr)
 	config := flags.String("config", "/etc/demarc/agent.yaml", "configuration `file`")
 	check := flags.Bool("check", false, "check the configuration and the inventory, and exit")
+	allowRoot := flags.Bool("allow-root", false, "run as root, though without its capabilities")
 	showVersion := flags.Bool("version", false, "print the version, and exit")
 	switch err := flags.Parse(args); {
 	case errors.Is(err, flag.ErrHelp):
@@ -52,14 +57,14 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		fmt.Fprintln(stdout, "demarc-agent", version.String())
 		return exitGood
 	}
-	if err := serve(ctx, *config, *check, stderr); err != nil {
+	if err := serve(ctx, *config, *check, stderr, func(a *agent.Agent) error { return c(a, *allowRoot) }); err != nil {
 		fmt.Fprintf(stderr, "demarc-agent: %s\n", err)
 		return exitFailed
 	}
 	return exitGood
 }
 
-func serve(ctx context.Context, file string, checkOnly bool, stderr io.Writer) error {
+func serve(ctx context.Context, file string, checkOnly bool, stderr io.Writer, confine func(*agent.Agent) error) error {
 	config, err := agent.ReadConfig(file)
 	if err != nil {
 		return err
@@ -70,6 +75,9 @@ func serve(ctx context.Context, file string, checkOnly bool, stderr io.Writer) e
 		return err
 	}
 	log.Info("starting", zap.String("version", version.String()), zap.String("node", config.Node), zap.String("server", config.Server))
+	if err := confine(a); err != nil {
+		return err
+	}
 	notify := func(state string) {
 		if _, err := daemon.SdNotify(false, state); err != nil {
 			log.Warn("notify systemd", zap.Error(err))

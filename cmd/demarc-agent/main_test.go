@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"go.uber.org/goleak"
+
+	"github.com/demarc/demarc/agent"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -41,6 +43,8 @@ func write(t *testing.T, path, content string) string {
 	return path
 }
 
+func unconfined(*agent.Agent, bool) error { return nil }
+
 func TestBadInputStartsNothing(t *testing.T) {
 	dir := t.TempDir()
 	server := "server: unix://" + dir + "/agent.sock\n"
@@ -64,7 +68,7 @@ func TestBadInputStartsNothing(t *testing.T) {
 		{"OK help", []string{"--help"}, exitGood, "Usage of demarc-agent:\n"},
 	} {
 		var stdout, stderr bytes.Buffer
-		if code := run(t.Context(), c.args, &stdout, &stderr); code != c.code {
+		if code := run(t.Context(), c.args, &stdout, &stderr, unconfined); code != c.code {
 			t.Errorf("%s: exit code %d, want %d", c.name, code, c.code)
 		}
 		if !strings.HasPrefix(stderr.String(), c.stderr) || c.stderr == "" && stderr.Len() > 0 {
@@ -82,7 +86,7 @@ func TestRunsWithoutCoreAndLeavesNothing(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	var stderr output
 	done := make(chan int)
-	go func() { done <- run(ctx, []string{"--config", config}, &bytes.Buffer{}, &stderr) }()
+	go func() { done <- run(ctx, []string{"--config", config}, &bytes.Buffer{}, &stderr, unconfined) }()
 	for deadline := time.Now().Add(10 * time.Second); !strings.Contains(stderr.String(), "ready"); time.Sleep(5 * time.Millisecond) {
 		if time.Now().After(deadline) {
 			t.Fatalf("not ready: %s", &stderr)

@@ -56,9 +56,9 @@ func (c *Client) Hello() (*Hello, *Descriptors, error) {
 // Status asks what is in force.
 func (c *Client) Status() (*Status, error) { return c.status(Request{Op: OpStatus}, nil) }
 
-// Apply hands over an encoded image: a regular file or a memfd, read from its
-// start. Unless it is confirmed within a time, in whole milliseconds, the kernel
-// takes it back; 0 = it is for good.
+// Apply hands over an encoded image: a memfd, read from its start. Unless it is
+// confirmed within a time, in whole milliseconds, the kernel takes it back; 0 = it
+// is for good.
 func (c *Client) Apply(image *os.File, within time.Duration) (*Status, error) {
 	return c.status(Request{Op: OpApply, Within: within.Milliseconds()}, image)
 }

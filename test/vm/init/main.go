@@ -32,14 +32,14 @@ func main() {
 }
 
 // mounts are made in this order.
-var mounts = []struct{ kind, at string }{
-	{"devtmpfs", "/dev"},
-	{"proc", "/proc"},
-	{"sysfs", "/sys"},
-	{"tmpfs", "/tmp"},
-	{"tmpfs", "/run"},
-	{"cgroup2", "/sys/fs/cgroup"},
-	{"bpf", "/sys/fs/bpf"},
+var mounts = []struct{ kind, at, options string }{
+	{"devtmpfs", "/dev", ""},
+	{"proc", "/proc", ""},
+	{"sysfs", "/sys", ""},
+	{"tmpfs", "/tmp", ""},
+	{"tmpfs", "/run", ""},
+	{"cgroup2", "/sys/fs/cgroup", ""},
+	{"bpf", "/sys/fs/bpf", "mode=0700"}, // as systemd does
 }
 
 func prepare() error {
@@ -47,7 +47,7 @@ func prepare() error {
 		if err := os.MkdirAll(m.at, 0o755); err != nil {
 			return err
 		}
-		err := unix.Mount(m.kind, m.at, m.kind, 0, "")
+		err := unix.Mount(m.kind, m.at, m.kind, 0, m.options)
 		if err != nil && !(m.kind == "devtmpfs" && errors.Is(err, unix.EBUSY)) { // the kernel may have been first
 			return fmt.Errorf("mount %s: %w", m.at, err)
 		}
