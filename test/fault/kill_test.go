@@ -1,0 +1,222 @@
+package fault
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/demarc/demarc/agent/core/proto"
+	"github.com/demarc/demarc/test/netlab"
+)
+
+// The core is killed before each of its calls in turn, or before a sample of
+// them, in every phase of its life, and nobody whose traffic is declared notices,
+// and nothing else passes. (X1, I01)
+
+// A start that adopts.
+func TestX1KillRestart(t *testing.T) {
+	s := newScene(t)
+	s.traffic()
+	s.killStarts(s.node.CoreProgram, 3)
+	s.quiet()
+	s.report()
+}
+
+// A start of another build, which puts its programs in the place of those that
+// run, up and down. The one that was killed or the one before may start after it.
+func TestX1KillUpgrade(t *testing.T) {
+	s := newScene(t)
+	s.traffic()
+	s.killStarts(build(t, otherPrograms), 3)
+	s.quiet()
+	s.report()
+}
+
+// killStarts kills starts of a build over what the node's own attached, and the
+// other way round.
+func (s *scene) killStarts(other string, sample int) {
+	s.t.Helper()
+	s.node.KillCore()
+	calls := s.rehearse(other)
+	running, other := other, s.node.CoreProgram
+	for i, n := range spread(len(calls), points(s.t, sample)) {
+		when := fmt.Sprintf("killed before call %d of %d, %s", n, len(calls), calls[n-1])
+		s.node.CoreProgram = other
+		s.killStart(n)
+		if i%2 == 0 {
+			running, other = other, running
+		}
+		s.node.CoreProgram = running
+		s.recover(when, s.version)
+		s.node.KillCore()
+		s.check(when)
+	}
+	s.node.StartCore()
+}
+
+// rehearse lists the calls of a start that nothing disturbs.
+func (s *scene) rehearse(program string) []string {
+	s.t.Helper()
+	usual := s.node.CoreProgram
+	defer func() { s.node.CoreProgram = usual }()
+	s.node.CoreProgram = program
+	core := s.supervise(Machine{}, record)
+	client := s.ready(core)
+	if client == nil {
+		s.t.Fatalf("the core does not start under a supervisor; it said:\n%s", core.Output())
+	}
+	defer client.Close()
+	calls := core.Calls()
+	core.Kill()
+	return calls
+}
+
+// killStart kills a start before its n-th call, or at its end if there is none.
+func (s *scene) killStart(n int) {
+	s.t.Helper()
+	core := s.supervise(Machine{}, killAt(n))
+	if client := s.ready(core); client != nil {
+		client.Close()
+		core.Kill()
+	}
+	core.Gone(s.t, time.Minute)
+}
+
+// The first start on a machine: either nothing is in force or everything, and a
+// start that was killed is never taken for one that was finished.
+func TestX1KillFirstStart(t *testing.T) {
+	s := newScene(t)
+	s.node.Detach()
+	calls := s.rehearse(s.node.CoreProgram)
+	s.detach()
+	for _, n := range spread(len(calls), points(t, 3)) {
+		when := fmt.Sprintf("killed before call %d of %d, %s", n, len(calls), calls[n-1])
+		s.killStart(n)
+		if _, err := os.Lstat(filepath.Join(s.node.Dir(), "bpf", "demarc", "abi")); err == nil {
+			missing := map[string]bool{}
+			for _, pin := range s.pins {
+				missing[pin] = true
+			}
+			for _, pin := range listing(t, s.node) {
+				delete(missing, pin)
+			}
+			if len(missing) > 0 {
+				t.Errorf("%s: called finished without %v", when, missing)
+			}
+		}
+		s.recover(when, s.version)
+		s.wire.Forget()
+		s.door.Forget()
+		s.traffic()
+		s.await(10)
+		s.quiet()
+		s.node.Detach()
+	}
+	s.report()
+}
+
+// detach ends enforcement while no core runs.
+func (s *scene) detach() {
+	s.t.Helper()
+	if out, status := s.node.Run("demarc-core", "detach", "--config", s.node.CoreConfig(), "--yes"); status != 0 {
+		s.t.Fatalf("detach: %d: %s", status, out)
+	}
+}
+
+// await waits until the wire has seen that many packets of declared traffic.
+func (s *scene) await(packets int) {
+	s.t.Helper()
+	for range packets {
+		s.wire.Forget()
+		s.wire.Await(func(p netlab.Packet) bool { return p.Sent && p.Dst.Port() == 7000 && p.Proto == unix.IPPROTO_TCP })
+	}
+}
+
+// A change of policy: afterwards the old or the new one is in force, and the new
+// one if the core said so.
+func TestX1KillApply(t *testing.T) {
+	s := newScene(t)
+	s.traffic()
+	s.killChanges(func(client *proto.Client) (*proto.Status, error) {
+		return client.Apply(s.image(s.version + 1))
+	})
+	s.quiet()
+	s.report()
+}
+
+// A way back, to the policy before.
+func TestX1KillRollback(t *testing.T) {
+	s := newScene(t)
+	s.version++
+	s.node.Apply(policy(s.version))
+	s.traffic()
+	s.killChanges((*proto.Client).Rollback)
+	s.quiet()
+	s.report()
+}
+
+func (s *scene) killChanges(change func(*proto.Client) (*proto.Status, error)) {
+	s.t.Helper()
+	s.node.KillCore()
+	calls, _ := s.killChange(0, change)
+	s.recover("after a rehearsal", s.version, s.version-1, s.version+1)
+	s.settle()
+	for _, n := range spread(len(calls), points(s.t, 3)) {
+		when := fmt.Sprintf("killed before call %d of %d, %s", n, len(calls), calls[n-1])
+		before := s.version
+		_, acknowledged := s.killChange(n, change)
+		versions := []int{before, s.version - 1, s.version, s.version + 1}
+		if acknowledged != 0 {
+			versions = []int{acknowledged}
+		}
+		s.recover(when, versions...)
+		s.settle()
+		s.check(when)
+	}
+	s.node.StartCore()
+}
+
+// killChange kills a core before the n-th call of a change, or afterwards. It
+// returns the calls, and the version that the core said was in force; 0 = it said
+// nothing.
+func (s *scene) killChange(n int, change func(*proto.Client) (*proto.Status, error)) (calls []string, version int) {
+	s.t.Helper()
+	core := s.supervise(Machine{}, record)
+	client := s.ready(core)
+	if client == nil {
+		s.t.Fatalf("the core does not start; it said:\n%s", core.Output())
+	}
+	defer client.Close()
+	core.Decide(killAt(n))
+	status, err := change(client)
+	calls = core.Calls()
+	switch {
+	case err == nil:
+		version = int(status.Active.Version)
+	case !gone(err):
+		s.t.Fatalf("change refused: %v", err)
+	}
+	core.Kill()
+	core.Gone(s.t, time.Minute)
+	return calls, version
+}
+
+// settle notes what is in force and ends the core.
+func (s *scene) settle() {
+	s.t.Helper()
+	s.version = int(s.node.Status().Active.Version)
+	s.node.KillCore()
+}
+
+// report says how long it took to be healthy again, and how much traffic there was.
+func (s *scene) report() {
+	s.t.Helper()
+	s.t.Logf("slowest start after a fault: %s; traffic: %+v", s.slowest.Round(time.Millisecond), s.total)
+	if s.total.Denied == 0 {
+		s.t.Error("nothing was proved")
+	}
+}
