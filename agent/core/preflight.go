@@ -52,12 +52,14 @@ type trial struct {
 	noTCX     bool               // the kernel has no place for programs at devices
 	limits    []string           // what is not enforced, though a start is not refused
 	objects   *objects
+	answers   *refusals // nil = the machine does not let us
 }
 
 func (t *trial) close() {
 	closeAll(t.maps)
 	closeAll(t.links)
 	closeAll(t.taps)
+	t.answers.close()
 	if t.objects != nil {
 		t.objects.Close()
 	}
@@ -85,6 +87,7 @@ var checks = []struct {
 		`use a kernel with tcx (6.6 or later), or set "devices" to []`, (*trial).devices},
 	{"programs", "pins", "load every program and map", "use a kernel that has it (6.1 or later)", (*trial).load},
 	{"attach", "programs", "attach every program to a scratch cgroup and detach it", "look for another program that does not share the hook", (*trial).attach},
+	{"refusals", "programs", "make the raw sockets that tell callers they are refused", "grant CAP_NET_RAW", (*trial).refusals},
 	{"ring buffer", "programs", "map the events ring into memory", "use a kernel with BPF_MAP_TYPE_RINGBUF", (*trial).ring},
 	{"self-test", "programs", "ask the loaded decision a question", "use a kernel with BPF_PROG_RUN for syscall programs", (*trial).judge},
 }
@@ -176,7 +179,8 @@ func (t *trial) state() error {
 	if stat.Mode&unix.S_IFMT != unix.S_IFDIR || stat.Uid != 0 || stat.Mode&0o022 != 0 {
 		return fmt.Errorf("%s can be written by others than root (mode %#o, owner %d)", dir, stat.Mode&0o7777, stat.Uid)
 	}
-	f, err := os.CreateTemp(dir, "preflight-")
+	// Always the same name: what a killed start leaves, the next one removes.
+	f, err := os.OpenFile(filepath.Join(dir, "preflight"), os.O_WRONLY|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
 	if err != nil {
 		return err
 	}
@@ -261,11 +265,15 @@ func (t *trial) load() (err error) {
 	return err
 }
 
-// attach tries every hook where nobody is: in a cgroup of its own.
+// attach tries every hook where nobody is: in a cgroup of its own, which a try
+// that was killed may have left. Of starts there is one at a time.
 func (t *trial) attach() (err error) {
-	dir := filepath.Join(t.tree.dir, fmt.Sprintf("demarc-preflight-%d", os.Getpid()))
-	if err := os.Mkdir(dir, 0o755); err != nil {
-		return err
+	dir := filepath.Join(t.tree.dir, "demarc-start")
+	if t.dry {
+		dir = filepath.Join(t.tree.dir, fmt.Sprintf("demarc-preflight-%d", os.Getpid()))
+	}
+	if err := os.Mkdir(dir, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
+		return proto.Refuse("mount cgroup2 so that root can make cgroups", "%w", err)
 	}
 	defer func() { err = errors.Join(err, os.Remove(dir)) }()
 	for _, name := range attachOrder {
@@ -273,9 +281,18 @@ func (t *trial) attach() (err error) {
 		if err != nil {
 			return fmt.Errorf("%s: %w", name, err)
 		}
-		if err := l.Close(); err != nil {
+		// A kernel without links has nothing to ask, and nothing to pin.
+		_, err = l.Info()
+		if err = errors.Join(err, l.Close()); err != nil {
 			return fmt.Errorf("%s: %w", name, err)
 		}
+	}
+	return nil
+}
+
+func (t *trial) refusals() (err error) {
+	if t.answers, err = openRefusals(t.objects); err != nil {
+		t.limits = append(t.limits, fmt.Sprintf("no quick refusals: %v; refused callers wait until they give up", err))
 	}
 	return nil
 }

@@ -188,7 +188,7 @@ func (p *prober) connect(to string) {
 
 // denied tries to connect and to send. Both must be refused at once.
 func (p *prober) denied(to string) {
-	c, err := dial("tcp", to, 100*time.Millisecond)
+	c, err := dial("tcp", to, patience)
 	if err == nil {
 		c.Close()
 	}

@@ -215,11 +215,12 @@ func (s *scene) recover(when string, versions ...int) {
 // listing is everything that the node has pinned.
 func listing(t testing.TB, node *netlab.Node) (all []string) {
 	t.Helper()
-	root := filepath.Join(node.Dir(), "bpf")
+	root := filepath.Join(node.Dir(), "bpf", "demarc")
 	err := filepath.WalkDir(root, func(path string, _ fs.DirEntry, err error) error {
-		if path != root {
-			all = append(all, strings.TrimPrefix(path, root))
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil
 		}
+		all = append(all, strings.TrimPrefix(path, filepath.Dir(root)))
 		return err
 	})
 	if err != nil {
