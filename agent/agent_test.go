@@ -51,14 +51,14 @@ func TestApplyAndRollback(t *testing.T) {
 	core := newStandIn()
 	r := start(t, core, nil)
 	first := compile(t, source)
-	s, err := r.client.Apply(t.Context(), first)
+	s, err := r.client.Apply(t.Context(), first, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
 	if p := s.Policy; s.State != proto.StateEnforcing || p == nil || p.Name != "shop" || p.Version != 1 || p.Workloads != 2 || p.Crossings != 1 {
 		t.Errorf("after apply: %+v", s)
 	}
-	if _, err := r.client.Apply(t.Context(), compile(t, strings.Replace(source, "version: 1", "version: 2", 1))); err != nil {
+	if _, err := r.client.Apply(t.Context(), compile(t, strings.Replace(source, "version: 1", "version: 2", 1)), 0); err != nil {
 		t.Fatal(err)
 	}
 	if s, err = r.client.Rollback(t.Context()); err != nil || s.Policy.Version != 1 {
@@ -75,7 +75,7 @@ func TestApplyAndRollback(t *testing.T) {
 	}{
 		{"bad rollback", func() error { _, err := r.client.Rollback(t.Context()); return err },
 			api.Error{Message: "there is no previous policy", Hint: "apply another one first", Code: http.StatusUnprocessableEntity}},
-		{"bad image", func() error { _, err := r.client.Apply(t.Context(), []byte("x")); return err },
+		{"bad image", func() error { _, err := r.client.Apply(t.Context(), []byte("x"), 0); return err },
 			api.Error{Message: "decode image: 1 bytes are too few", Hint: "build the image again with: demarc policy build FILE -o IMAGE", Code: http.StatusUnprocessableEntity}},
 		{"bad core away", func() error {
 			core.stop()
@@ -119,7 +119,7 @@ func TestFlowsHaveNames(t *testing.T) {
 	core := newStandIn()
 	r := start(t, core, nil)
 	img := compile(t, source)
-	if _, err := r.client.Apply(t.Context(), img); err != nil {
+	if _, err := r.client.Apply(t.Context(), img, 0); err != nil {
 		t.Fatal(err)
 	}
 	id := ids(t, img)
@@ -198,7 +198,7 @@ func TestListsNameWhatIsBound(t *testing.T) {
 		}
 	}
 	img := compile(t, source)
-	if _, err := r.client.Apply(t.Context(), img); err != nil {
+	if _, err := r.client.Apply(t.Context(), img, 0); err != nil {
 		t.Fatal(err)
 	}
 	id := ids(t, img)
@@ -254,7 +254,7 @@ func TestBinderFollowsInventoryImageAndCore(t *testing.T) {
 	}
 	img := compile(t, source)
 	api := ids(t, img)["api"]
-	if _, err := r.client.Apply(t.Context(), img); err != nil {
+	if _, err := r.client.Apply(t.Context(), img, 0); err != nil {
 		t.Fatal(err)
 	}
 	claims("image came", map[string]uint32{"/lab/api-1": api})
@@ -277,7 +277,7 @@ func TestBinderFollowsInventoryImageAndCore(t *testing.T) {
 	put("workloads: [{namespace: shop, name: api-2, labels: {app: api}, cgroup: /lab/api-2}]")
 	renamed := strings.NewReplacer("version: 1", "version: 2", "api:", "backend:", "workload/api", "workload/backend").Replace(source)
 	next := compile(t, renamed)
-	if _, err := r.client.Apply(t.Context(), next); err != nil {
+	if _, err := r.client.Apply(t.Context(), next, 0); err != nil {
 		t.Fatal(err)
 	}
 	claims("identity changed", map[string]uint32{"/lab/api-2": ids(t, next)["backend"]})

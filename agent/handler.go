@@ -47,6 +47,7 @@ func (s *service) routes() http.Handler {
 	mux.HandleFunc("GET "+api.PathFlows, s.flows)
 	mux.HandleFunc("GET "+api.PathPolicy, s.image)
 	mux.Handle("POST "+api.PathPolicy, changing(s.apply))
+	mux.Handle("POST "+api.PathConfirm, changing(s.confirm))
 	mux.Handle("POST "+api.PathRollback, changing(s.rollback))
 	mux.Handle("/", answer(func(r *http.Request) (any, error) {
 		return nil, &api.Error{Code: http.StatusNotFound, Message: fmt.Sprintf("there is no %s %.100q here", r.Method, r.URL.Path), Hint: "use the demarc command of the same version"}
@@ -107,7 +108,7 @@ func (s *service) status() *api.Status {
 		}
 		out.State = v.Status.State
 		out.Problems = append(out.Problems, v.Status.Problems...)
-		out.Limits = slices.Clone(v.Status.Limits)
+		out.Limits, out.Unconfirmed = slices.Clone(v.Status.Limits), v.Status.Unconfirmed
 		if g := v.Status.Active; g != nil {
 			out.Policy = &api.Policy{Name: g.Name, Version: g.Version, Digest: g.Digest, Mode: g.Mode, Since: g.Since}
 			if v.Names != nil {
@@ -280,6 +281,13 @@ func (s *service) image(w http.ResponseWriter, r *http.Request) {
 // apply hands an image to the core. The agent checks it first only to name what is
 // wrong with a bad file; the core believes nothing of that.
 func (s *service) apply(w http.ResponseWriter, r *http.Request) (any, error) {
+	var within time.Duration
+	if text := r.URL.Query().Get("within"); text != "" {
+		var err error
+		if within, err = time.ParseDuration(text); err != nil || within < 0 {
+			return nil, &api.Error{Code: http.StatusBadRequest, Message: fmt.Sprintf("within: %.40q is not a time", text), Hint: "give one like 60s"}
+		}
+	}
 	rc := http.NewResponseController(w)
 	_ = rc.SetReadDeadline(time.Now().Add(bodyTimeout))
 	b, err := io.ReadAll(http.MaxBytesReader(w, r.Body, image.MaxSize))
@@ -302,9 +310,18 @@ func (s *service) apply(w http.ResponseWriter, r *http.Request) (any, error) {
 		return nil, err
 	}
 	defer f.Close()
-	s.log.Info("apply", zap.String("name", img.Name), zap.Uint64("version", img.Version), zap.Uint32("uid", uid(r)))
-	if err := s.link.change(func(c core) (*proto.Status, error) { return c.Apply(f) }); err != nil {
+	s.log.Info("apply", zap.String("name", img.Name), zap.Uint64("version", img.Version), zap.Duration("within", within), zap.Uint32("uid", uid(r)))
+	if err := s.link.change(func(c core) (*proto.Status, error) { return c.Apply(f, within) }); err != nil {
 		s.log.Warn("apply refused", zap.Error(err))
+		return nil, err
+	}
+	return s.status(), nil
+}
+
+func (s *service) confirm(_ http.ResponseWriter, r *http.Request) (any, error) {
+	s.log.Info("confirm", zap.Uint32("uid", uid(r)))
+	if err := s.link.change(core.Confirm); err != nil {
+		s.log.Warn("confirmation refused", zap.Error(err))
 		return nil, err
 	}
 	return s.status(), nil

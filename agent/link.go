@@ -25,7 +25,8 @@ import (
 type core interface {
 	Hello() (*proto.Hello, *proto.Descriptors, error)
 	Status() (*proto.Status, error)
-	Apply(image *os.File) (*proto.Status, error)
+	Apply(image *os.File, within time.Duration) (*proto.Status, error)
+	Confirm() (*proto.Status, error)
 	Rollback() (*proto.Status, error)
 	Image() (*os.File, error)
 	Bind(path string, id uint32) error

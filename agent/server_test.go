@@ -98,7 +98,7 @@ func TestChangesNeedTheRightUser(t *testing.T) {
 		if _, err := c.Status(t.Context()); err != nil {
 			t.Errorf("read: %v", err)
 		}
-		_, err = c.Apply(t.Context(), []byte("x"))
+		_, err = c.Apply(t.Context(), []byte("x"), 0)
 		fmt.Println("apply:", err, errors.Is(err, api.ErrPermission))
 		_, err = c.Rollback(t.Context())
 		fmt.Println("rollback:", err, errors.Is(err, api.ErrPermission))

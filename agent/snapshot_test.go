@@ -15,7 +15,7 @@ func TestSnapshotUsesDeclaredNamesOnly(t *testing.T) {
 	core := newStandIn()
 	r := start(t, core, nil)
 	img := compile(t, source)
-	if _, err := r.client.Apply(t.Context(), img); err != nil {
+	if _, err := r.client.Apply(t.Context(), img, 0); err != nil {
 		t.Fatal(err)
 	}
 	id := ids(t, img)

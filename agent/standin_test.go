@@ -165,7 +165,9 @@ func (s *standIn) status() *proto.Status {
 		Active: &proto.Generation{Epoch: s.epoch, Name: img.Name, Version: img.Version, Digest: hex.EncodeToString(sum[:]), Mode: "enforce", Since: time.Unix(1000, 0).UTC()}}
 }
 
-func (c *connection) Apply(f *os.File) (*proto.Status, error) {
+func (c *connection) Confirm() (*proto.Status, error) { return nil, proto.Refuse("", "nothing waits") }
+
+func (c *connection) Apply(f *os.File, _ time.Duration) (*proto.Status, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if err := c.ask(); err != nil {

@@ -24,38 +24,50 @@ static __always_inline bool replay_live(__u64 entry, __u64 fresh)
 	return entry && ((fresh - entry) & REPLAY_STAMP) <= DEMARC_REPLAY_STEPS;
 }
 
-static __always_inline struct demarc_replay_bucket *replay_bucket(__u64 mac, bool second)
+static __always_inline __u32 replay_index(__u64 mac, bool second)
 {
-	__u32 index = (second ? mac >> 18 : mac) & (DEMARC_REPLAY_BUCKETS - 1);
-
-	return bpf_map_lookup_elem(&replays, &index);
+	return (second ? mac >> 18 : mac) & (DEMARC_REPLAY_BUCKETS - 1);
 }
 
-/* Looks through a bucket. Returns true if the tag is there; says where there is
- * room, and how many entries are. */
-static __always_inline bool replay_found(struct demarc_replay_bucket *bucket, __u64 fresh, __u32 *room, __u32 *live)
+/* What a bucket holds, in one number, and verified once: whoever tracks each entry
+ * in the callers as well has half a million states to go through. */
+#define REPLAY_FOUND 0x80000000U
+#define REPLAY_NONE 0x40000000U /* no such bucket */
+#define REPLAY_LIVE(look) (((look) >> 8) & 0xff)
+#define REPLAY_ROOM(look) ((look) & (DEMARC_REPLAY_ENTRIES - 1)) /* of any, if it is not full */
+
+GLOBAL int replay_look(__u32 index, __u64 fresh)
 {
-	*live = 0;
+	struct demarc_replay_bucket *bucket = bpf_map_lookup_elem(&replays, &index);
+	__u32 live = 0, room = 0;
+
+	if (!bucket)
+		return REPLAY_NONE;
 #pragma unroll
 	for (__u32 i = 0; i < DEMARC_REPLAY_ENTRIES; i++) {
 		__u64 entry = *(volatile __u64 *)&bucket->entry[i];
 
 		if (!replay_live(entry, fresh)) {
-			*room = i;
+			room = i;
 			continue;
 		}
 		if (!((entry ^ fresh) & ~REPLAY_STAMP))
-			return true;
-		*live += 1;
+			return REPLAY_FOUND;
+		live++;
 	}
-	return false;
+	return live << 8 | room;
 }
 
 /* Takes a place that looked free. Returns true if nobody was faster. */
-static __always_inline bool replay_take(struct demarc_replay_bucket *bucket, __u32 room, __u64 fresh)
+static __always_inline bool replay_take(__u32 index, __u32 room, __u64 fresh)
 {
-	__u64 *place = &bucket->entry[room & (DEMARC_REPLAY_ENTRIES - 1)], old = *(volatile __u64 *)place;
+	struct demarc_replay_bucket *bucket = bpf_map_lookup_elem(&replays, &index);
+	__u64 *place, old;
 
+	if (!bucket)
+		return false;
+	place = &bucket->entry[room & (DEMARC_REPLAY_ENTRIES - 1)];
+	old = *(volatile __u64 *)place;
 	return !replay_live(old, fresh) && __sync_val_compare_and_swap(place, old, fresh) == old;
 }
 
@@ -63,19 +75,18 @@ static __always_inline bool replay_take(struct demarc_replay_bucket *bucket, __u
  * remember that it was. */
 GLOBAL int spend(__u64 mac, __u64 now)
 {
-	struct demarc_replay_bucket *first = replay_bucket(mac, false), *second = replay_bucket(mac, true);
+	__u32 first = replay_index(mac, false), second = replay_index(mac, true);
 	__u64 fresh = replay_entry(mac, now);
 
-	if (!first || !second)
-		return DEMARC_MAP_FULL;
 	for (int i = 0; i < REPLAY_TRIES; i++) {
-		__u32 room = 0, room2 = 0, live, live2;
+		__u32 look = replay_look(first, fresh), look2 = replay_look(second, fresh);
 
-		if (replay_found(first, fresh, &room, &live) || replay_found(second, fresh, &room2, &live2))
+		if ((look | look2) & REPLAY_FOUND)
 			return DEMARC_TAG_REPLAYED;
-		if (live == DEMARC_REPLAY_ENTRIES && live2 == DEMARC_REPLAY_ENTRIES)
+		if ((look | look2) & REPLAY_NONE || REPLAY_LIVE(look) + REPLAY_LIVE(look2) == 2 * DEMARC_REPLAY_ENTRIES)
 			break;
-		if (live <= live2 ? replay_take(first, room, fresh) : replay_take(second, room2, fresh))
+		if (REPLAY_LIVE(look) <= REPLAY_LIVE(look2) ? replay_take(first, REPLAY_ROOM(look), fresh) :
+							      replay_take(second, REPLAY_ROOM(look2), fresh))
 			return 0;
 	}
 	fault(DEMARC_FAULT_REPLAY_FULL);
@@ -86,7 +97,8 @@ GLOBAL int spend(__u64 mac, __u64 now)
 GLOBAL int unspend(__u64 mac)
 {
 	for (int second = 0; second < 2; second++) {
-		struct demarc_replay_bucket *bucket = replay_bucket(mac, second);
+		__u32 index = replay_index(mac, second);
+		struct demarc_replay_bucket *bucket = bpf_map_lookup_elem(&replays, &index);
 
 		if (!bucket)
 			return 0;

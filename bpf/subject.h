@@ -6,13 +6,21 @@
 const volatile __u64 managed_root;	  /* cgroup id of the managed root */
 const volatile __u32 root_path_length; /* bytes of its path below the hierarchy's root; 0 for that root itself */
 
-/* Read once for each verdict, so that one verdict sees one generation. */
+/* Read once for each verdict, so that one verdict sees one generation. A change
+ * that nobody confirmed ends here, whoever else is dead by then. The deadline is
+ * read first: the core writes it last. */
 static __always_inline __u64 active_word(void)
 {
 	__u32 zero = 0;
 	struct demarc_state *s = bpf_map_lookup_elem(&state, &zero);
+	__u64 deadline;
 
-	return s ? *(volatile __u64 *)&s->active : 0;
+	if (!s)
+		return 0;
+	deadline = *(volatile __u64 *)&s->deadline;
+	if (deadline && bpf_ktime_get_boot_ns() >= deadline)
+		return *(volatile __u64 *)&s->fallback;
+	return *(volatile __u64 *)&s->active;
 }
 
 static __always_inline struct demarc_binding *binding_of(__u64 cgroup)

@@ -18,7 +18,8 @@ const (
 	PathFlows      = "/v1/flows"           // GET: lines of Line
 	PathIdentities = "/v1/identities"      // GET: []Identity
 	PathZones      = "/v1/zones"           // GET: []Zone
-	PathPolicy     = "/v1/policy"          // GET: the active image; POST: apply the image in the body, Status
+	PathPolicy     = "/v1/policy"          // GET: the active image; POST: apply the image in the body, Status; ?within=60s: unless it is confirmed
+	PathConfirm    = "/v1/policy/confirm"  // POST: Status
 	PathRollback   = "/v1/policy/rollback" // POST: Status
 )
 
@@ -36,15 +37,17 @@ func (e *Error) Error() string { return e.Message }
 
 // Status is what the agent knows of itself and of the core.
 type Status struct {
-	Node      string      `json:"node"`
-	Version   string      `json:"version"`
-	State     proto.State `json:"state"` // of enforcement, as the core found it just now; "unknown" while the core is away
-	Core      Core        `json:"core"`
-	Policy    *Policy     `json:"policy,omitempty"`
-	Rings     []Ring      `json:"rings"`
-	Inventory *Inventory  `json:"inventory,omitempty"`
-	Problems  []string    `json:"problems,omitempty"`
-	Limits    []string    `json:"limits,omitempty"` // what this host's kernel cannot do; no problem by itself
+	Node    string      `json:"node"`
+	Version string      `json:"version"`
+	State   proto.State `json:"state"` // of enforcement, as the core found it just now; "unknown" while the core is away
+	Core    Core        `json:"core"`
+	Policy  *Policy     `json:"policy,omitempty"`
+	// Unconfirmed is set while the policy is in force for a time only.
+	Unconfirmed *proto.Unconfirmed `json:"unconfirmed,omitempty"`
+	Rings       []Ring             `json:"rings"`
+	Inventory   *Inventory         `json:"inventory,omitempty"`
+	Problems    []string           `json:"problems,omitempty"`
+	Limits      []string           `json:"limits,omitempty"` // what this host's kernel cannot do; no problem by itself
 }
 
 // StateUnknown is the state while the core does not answer.

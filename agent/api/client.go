@@ -76,9 +76,19 @@ func (c *Client) Zones(ctx context.Context) ([]Zone, error) {
 	return getJSON[[]Zone](ctx, c, PathZones)
 }
 
-// Apply puts an encoded image in force.
-func (c *Client) Apply(ctx context.Context, img []byte) (*Status, error) {
-	return doJSON[*Status](ctx, c, http.MethodPost, PathPolicy, bytes.NewReader(img))
+// Apply puts an encoded image in force. Unless it is confirmed within a time, the
+// kernel takes it back; 0 = it is for good.
+func (c *Client) Apply(ctx context.Context, img []byte, within time.Duration) (*Status, error) {
+	path := PathPolicy
+	if within != 0 {
+		path += "?" + url.Values{"within": {within.String()}}.Encode()
+	}
+	return doJSON[*Status](ctx, c, http.MethodPost, path, bytes.NewReader(img))
+}
+
+// Confirm keeps the change that waits for it.
+func (c *Client) Confirm(ctx context.Context) (*Status, error) {
+	return doJSON[*Status](ctx, c, http.MethodPost, PathConfirm, nil)
 }
 
 // Rollback goes back to the previous image.

@@ -35,7 +35,7 @@ func TestI15AttachAllOrNothing(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			_, err = c.Apply(b)
+			_, err = c.Apply(b, 0)
 			if !errors.Is(err, errInjected) || !strings.HasPrefix(err.Error(), "attach "+name+": ") {
 				t.Errorf("got %v", err)
 			}
@@ -51,7 +51,7 @@ func TestI15AttachAllOrNothing(t *testing.T) {
 				t.Errorf("status %+v", s)
 			}
 			c.links.attaching = nil
-			if s, err := c.Apply(b); err != nil || s.State != proto.StateEnforcing {
+			if s, err := c.Apply(b, 0); err != nil || s.State != proto.StateEnforcing {
 				t.Errorf("apply without the fault: %+v, %v", s, err)
 			}
 			c.Close()
@@ -73,7 +73,7 @@ func TestInterruptedStart(t *testing.T) {
 	m := newMachine(t)
 	b := shop(t, nil)
 	c := m.start()
-	if _, err := c.Apply(b); err != nil {
+	if _, err := c.Apply(b, 0); err != nil {
 		t.Fatal(err)
 	}
 	c.Close()
@@ -97,7 +97,7 @@ func TestAdoptOtherPrograms(t *testing.T) {
 	m := newMachine(t)
 	b := shop(t, nil)
 	c := m.start()
-	if _, err := c.Apply(b); err != nil {
+	if _, err := c.Apply(b, 0); err != nil {
 		t.Fatal(err)
 	}
 	// As if another build had attached these.

@@ -1,6 +1,7 @@
 package core
 
 import (
+	"errors"
 	"strings"
 
 	"github.com/cilium/ebpf"
@@ -30,12 +31,39 @@ func (c *Core) Bind(path string, id uint32) error {
 	if len(g.selectors.claims) >= maxClaims {
 		return proto.Refuse("unbind paths that are gone", "bind %s: %d paths are bound already", path, maxClaims)
 	}
-	// The trie comes first: a cgroup made from now on is bound at its birth.
-	if err := g.tables["paths"].Put(selectorKey(key), id); err != nil {
+	if err := g.bind(key, id); err != nil {
 		return proto.Refuse("", "bind %s: %w", path, err)
 	}
-	g.selectors.claims[key] = id
+	// What an unconfirmed change would return to knows the path too, if its image
+	// leaves it to the agent.
+	if f := c.fallback; f != nil && f != g && f.checkClaim(path, id) == nil {
+		if err := f.bind(key, id); err != nil {
+			return proto.Refuse("", "bind %s: %w", path, err)
+		}
+	}
 	return c.rebind(path)
+}
+
+// bind writes a claim. The trie comes first: a cgroup made from now on is bound at
+// its birth.
+func (g *generation) bind(key string, id uint32) error {
+	err := g.tables["paths"].Put(selectorKey(key), id)
+	if err == nil {
+		g.selectors.claims[key] = id
+	}
+	return err
+}
+
+// unbind takes a claim back. One that is not there is fine.
+func (g *generation) unbind(key string) error {
+	if g.selectors.claims[key] == 0 {
+		return nil
+	}
+	err := g.tables["paths"].Delete(selectorKey(key))
+	if err == nil {
+		delete(g.selectors.claims, key)
+	}
+	return err
 }
 
 // Unbind withdraws a claim. A path that is not bound is fine.
@@ -46,10 +74,11 @@ func (c *Core) Unbind(path string) error {
 	if c.active == nil || c.active.selectors.claims[key] == 0 {
 		return nil
 	}
-	if err := c.active.tables["paths"].Delete(selectorKey(key)); err != nil {
-		return proto.Refuse("", "unbind %s: %w", path, err)
+	for _, g := range c.decisive() {
+		if err := g.unbind(key); err != nil {
+			return proto.Refuse("", "unbind %s: %w", path, err)
+		}
 	}
-	delete(c.active.selectors.claims, key)
 	return c.rebind(path)
 }
 
@@ -76,21 +105,37 @@ func (c *Core) forget(but map[string]bool) error {
 // rebind names the cgroups below a path again. If that changed anything, cached
 // verdicts are of no use any more: the epoch grows.
 func (c *Core) rebind(path string) error {
-	g := c.active
-	s := scanner{objects: c.objects, tree: c.tree, slot: g.slot, selectors: g.selectors}
-	_, changed, err := s.scan(path)
-	if changed {
-		state, stateErr := readState(c.objects)
-		if stateErr != nil {
-			return stateErr
+	var errs []error
+	anything := false
+	for _, g := range c.decisive() {
+		s := scanner{objects: c.objects, tree: c.tree, slot: g.slot, selectors: g.selectors}
+		_, changed, err := s.scan(path)
+		anything, errs = anything || changed, append(errs, err)
+	}
+	if anything {
+		state, err := readState(c.objects)
+		if err != nil {
+			return err
 		}
-		g.epoch++
-		state.Active = abi.MakeActive(g.slot, activeFlags(g.image), g.epoch)
-		if stateErr := writeState(c.objects, state); stateErr != nil {
-			return stateErr
+		c.active.epoch = state.NextEpoch()
+		state.Active = c.active.word()
+		if state.Deadline != 0 {
+			state.Fallback = abi.MakeActive(abi.ActiveSlot(state.Fallback), abi.ActiveFlags(state.Fallback), c.active.epoch+1)
+		}
+		if err := writeState(c.objects, state); err != nil {
+			return err
 		}
 	}
-	return err
+	return errors.Join(errs...)
+}
+
+// decisive are the generations that packets are judged by, or will be when nobody
+// confirms the one in force.
+func (c *Core) decisive() []*generation {
+	if c.fallback == nil || c.fallback == c.active {
+		return []*generation{c.active}
+	}
+	return []*generation{c.active, c.fallback}
 }
 
 // checkClaim says whether the agent may say so.

@@ -17,7 +17,7 @@ func TestBind(t *testing.T) {
 	m.mkdir("/lab/pod-1/c1")
 	c := m.start()
 	b := shop(t, nil)
-	if _, err := c.Apply(b); err != nil {
+	if _, err := c.Apply(b, 0); err != nil {
 		t.Fatal(err)
 	}
 	pod := id(t, b, "pod")
@@ -49,7 +49,7 @@ func TestBind(t *testing.T) {
 	if diff := cmp.Diff([]uint32{1, pod, pod, pod, pod, pod}, look()); diff != "" {
 		t.Errorf("after restart (-want +got):\n%s", diff)
 	}
-	if _, err := c.Apply(shop(t, version(8))); err != nil {
+	if _, err := c.Apply(shop(t, version(8)), 0); err != nil {
 		t.Fatal(err)
 	}
 	if diff := cmp.Diff([]uint32{1, pod, pod, pod, pod, pod}, look()); diff != "" {
@@ -64,7 +64,7 @@ func TestBind(t *testing.T) {
 	if _, err := c.Apply(shop(t, func(p *policy.Policy) {
 		p.Version = 9
 		p.Workloads[1].Match = []policy.Selector{{Kind: image.SelectCgroup, Path: "/lab/pod-2"}}
-	})); err != nil {
+	}), 0); err != nil {
 		t.Fatal(err)
 	}
 	bastion := id(t, b, "bastion")
@@ -89,7 +89,7 @@ func TestBindRefuses(t *testing.T) {
 		p.Workloads = append(p.Workloads, policy.Workload{Name: "zbox", Zone: "app",
 			Match: []policy.Selector{{Kind: image.SelectContainer, Name: "box"}}})
 	})
-	if _, err := c.Apply(b); err != nil {
+	if _, err := c.Apply(b, 0); err != nil {
 		t.Fatal(err)
 	}
 	pod, box := id(t, b, "pod"), id(t, b, "zbox")

@@ -41,6 +41,7 @@ type Core struct {
 
 	mu       sync.Mutex
 	active   *generation       // what this core put in force; nil = nothing
+	fallback *generation       // what comes back unless active is confirmed; active itself if nothing was before; nil = confirmed
 	previous *proto.Generation // what rollback returns to; nil = nothing
 	retired  int               // slot that packets may still be judged in; -1 = none
 	standing []string          // problems that last until the core is started again
@@ -138,6 +139,9 @@ func (c *Core) begin() error {
 // resume puts the stored image in force. If it cannot be read, the one before it
 // is better than none.
 func (c *Core) resume(committed bool) error {
+	if err := c.abandon(); err != nil {
+		return err
+	}
 	g, err := c.stored(c.store.active())
 	previous, badPrevious := c.stored(c.store.previous())
 	if badPrevious != nil {
@@ -163,7 +167,7 @@ func (c *Core) resume(committed bool) error {
 	if committed {
 		c.recoverClaims(g)
 	}
-	return c.install(g, false)
+	return c.install(g, false, 0)
 }
 
 func (c *Core) stored(file string) (*generation, error) {
@@ -185,19 +189,27 @@ func (c *Core) stand(format string, args ...any) {
 
 // Apply puts an image in force: it is verified, written beside what is in force,
 // tested there, and takes over in one step. On an error nothing has changed.
-func (c *Core) Apply(b []byte) (*proto.Status, error) {
+// Unless it is confirmed within a time, the kernel takes it back; 0 = it is for good.
+func (c *Core) Apply(b []byte, within time.Duration) (*proto.Status, error) {
+	if err := checkTrial(within); err != nil {
+		return nil, err
+	}
 	g, err := openImage(b)
 	if err != nil {
 		return nil, err
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.active == nil || c.active.digest != g.digest {
+	c.settle()
+	if c.fallback != nil {
+		return nil, proto.Refuse("`demarc confirm` keeps it, `demarc rollback` takes it back", "version %d waits to be confirmed", c.active.image.Version)
+	}
+	if c.active == nil || c.active.digest != g.digest || c.active.flags != activeFlags(c.active.image) {
 		if err := c.admissible(g); err != nil {
 			return nil, err
 		}
 		c.keepClaims(g)
-		if err := c.install(g, true); err != nil {
+		if err := c.install(g, true, within); err != nil {
 			return nil, err
 		}
 	}
@@ -228,9 +240,17 @@ func (c *Core) admissible(g *generation) error {
 }
 
 // Rollback goes back to the previous image; the present one becomes the previous.
+// What waits to be confirmed is taken back at once.
 func (c *Core) Rollback() (*proto.Status, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	c.settle()
+	if c.fallback != nil {
+		if err := c.fallBack("it was rolled back"); err != nil {
+			return nil, err
+		}
+		return c.status(), nil
+	}
 	g, err := c.stored(c.store.previous())
 	if err != nil {
 		return nil, err
@@ -242,7 +262,7 @@ func (c *Core) Rollback() (*proto.Status, error) {
 		return nil, proto.Refuse("apply a newer policy", "previous image has expired")
 	}
 	c.keepClaims(g)
-	if err := c.install(g, true); err != nil {
+	if err := c.install(g, true, 0); err != nil {
 		return nil, err
 	}
 	return c.status(), nil
@@ -250,8 +270,9 @@ func (c *Core) Rollback() (*proto.Status, error) {
 
 // install puts a verified generation in force, and on disk if it is not from
 // there. Each step is undone if a later one fails; what was in force stays in its
-// slot until the next time, because packets may still be judged there.
-func (c *Core) install(g *generation, durable bool) (err error) {
+// slot until the next time, because packets may still be judged there, or return
+// there: within a time, if it is not 0, somebody has to confirm the change.
+func (c *Core) install(g *generation, durable bool, within time.Duration) (err error) {
 	before, err := readState(c.objects)
 	if err != nil {
 		return err
@@ -301,9 +322,12 @@ func (c *Core) install(g *generation, durable bool) (err error) {
 		}
 	}
 
-	g.epoch = abi.ActiveEpoch(before.Active) + 1
-	state.Active = abi.MakeActive(g.slot, activeFlags(g.image), g.epoch)
-	state.Filling = 1 << g.slot
+	g.epoch, g.flags = before.NextEpoch(), activeFlags(g.image)
+	state.Active, state.Filling, state.Deadline = g.word(), 1<<g.slot, 0
+	if within > 0 {
+		state.Fallback, state.Deadline = g.fallbackWord(before), g.clock.now()+uint64(within)
+		state.Filling |= 1 << abi.ActiveSlot(state.Fallback)
+	}
 	if err := writeState(c.objects, state); err != nil {
 		return err
 	}
@@ -321,12 +345,12 @@ func (c *Core) install(g *generation, durable bool) (err error) {
 			return err
 		}
 	}
-	if durable {
+	if durable && within == 0 {
 		if err := c.store.commit(); err != nil {
 			return err
 		}
 	}
-	c.succeed(g, before, on, durable)
+	c.succeed(g, before, on, durable, within > 0)
 	if first {
 		c.adoptListeners()
 	}
@@ -347,7 +371,7 @@ func (c *Core) freeSlot(s abi.State, on bool) uint32 {
 func (c *Core) restore(before abi.State) {
 	now, err := readState(c.objects)
 	if err == nil && now.Active != before.Active {
-		epoch := abi.ActiveEpoch(now.Active) + 1
+		epoch := now.NextEpoch()
 		before.Active = abi.MakeActive(abi.ActiveSlot(before.Active), abi.ActiveFlags(before.Active), epoch)
 		if c.active != nil {
 			c.active.epoch = epoch
@@ -360,7 +384,7 @@ func (c *Core) restore(before abi.State) {
 
 // succeed notes what is in force and frees what was retired before. Failing to
 // free it costs memory until the next time, nothing else.
-func (c *Core) succeed(g *generation, before abi.State, on, durable bool) {
+func (c *Core) succeed(g *generation, before abi.State, on, durable, trial bool) {
 	g.since = time.Now()
 	retired := -1
 	if on {
@@ -373,17 +397,19 @@ func (c *Core) succeed(g *generation, before abi.State, on, durable bool) {
 			}
 		}
 	}
-	if durable {
-		c.previous, c.standing = nil, nil
-	}
-	if c.active != nil {
-		c.active.close()
-		if durable {
-			c.previous = c.active.describe()
-			c.previous.Slot, c.previous.Epoch = 0, 0
-		}
-	}
+	former := c.active
 	c.active, c.retired = g, retired
+	switch {
+	case trial && former == nil:
+		c.fallback = g
+	case trial:
+		c.fallback = former
+	case durable:
+		c.standing = nil
+		c.keep(former)
+	case former != nil:
+		former.close()
+	}
 	c.log.Info("policy in force", "policy", g.image.Name, "version", g.image.Version, "slot", g.slot, "epoch", g.epoch,
 		"crossings", len(g.image.Crossings), "bindings", g.bindings)
 }
@@ -392,6 +418,7 @@ func (c *Core) succeed(g *generation, before abi.State, on, durable bool) {
 func (c *Core) Status() *proto.Status {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	c.settle()
 	return c.status()
 }
 
@@ -400,14 +427,17 @@ func (c *Core) status() *proto.Status {
 		Problems: append([]string(nil), c.standing...)}
 	if c.active != nil {
 		s.Active, s.State, s.Claims = c.active.describe(), proto.StateEnforcing, len(c.active.selectors.claims)
-		if s.Active.Mode == "observe" {
+		if c.active.flags&abi.ActiveObserve != 0 {
 			s.State = proto.StateObserving
 		}
-		word := abi.MakeActive(c.active.slot, activeFlags(c.active.image), c.active.epoch)
-		if state, err := readState(c.objects); err != nil {
+		state, err := readState(c.objects)
+		switch {
+		case err != nil:
 			s.Problems = append(s.Problems, err.Error())
-		} else if state.Active != word {
-			s.Problems = append(s.Problems, fmt.Sprintf("the kernel's state is %#x, not %#x: somebody else wrote it", state.Active, word))
+		case state.Active != c.active.word() || (state.Deadline != 0) != (c.fallback != nil):
+			s.Problems = append(s.Problems, fmt.Sprintf("the kernel's state is %#x, not %#x: somebody else wrote it", state.Active, c.active.word()))
+		case c.fallback != nil:
+			s.Unconfirmed = c.unconfirmed(state)
 		}
 		if len(s.Links) != len(attachOrder) {
 			s.Problems = append(s.Problems, fmt.Sprintf("%d of %d programs are attached", len(s.Links), len(attachOrder)))
@@ -450,8 +480,10 @@ func (c *Core) Close() error {
 		}
 		c.devices.close()
 		c.answers.close()
-		if c.active != nil {
-			c.active.close()
+		for _, g := range []*generation{c.active, c.fallback} {
+			if g != nil {
+				g.close()
+			}
 		}
 		c.objects.Close()
 	}

@@ -32,7 +32,7 @@ func TestApply(t *testing.T) {
 	}
 
 	b := shop(t, nil)
-	status, err := c.Apply(b)
+	status, err := c.Apply(b, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -63,7 +63,7 @@ func TestApply(t *testing.T) {
 func TestApplyRefuses(t *testing.T) {
 	m := newMachine(t)
 	c := m.start()
-	if _, err := c.Apply(shop(t, version(7))); err != nil {
+	if _, err := c.Apply(shop(t, version(7)), 0); err != nil {
 		t.Fatal(err)
 	}
 	cut := shop(t, version(8))
@@ -84,7 +84,7 @@ func TestApplyRefuses(t *testing.T) {
 	before := c.Status()
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			_, err := c.Apply(tt.image)
+			_, err := c.Apply(tt.image, 0)
 			if err == nil || !strings.HasPrefix(err.Error(), tt.want) {
 				t.Errorf("got %v, want %s", err, tt.want)
 			}
@@ -107,7 +107,7 @@ func TestApplyRefusesExpired(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := c.Apply(b); err == nil || !strings.HasPrefix(err.Error(), "image expired at ") {
+	if _, err := c.Apply(b, 0); err == nil || !strings.HasPrefix(err.Error(), "image expired at ") {
 		t.Errorf("got %v", err)
 	}
 	if got := c.Status().State; got != proto.StateIdle {
@@ -119,11 +119,11 @@ func TestApplyTwiceChangesNothing(t *testing.T) {
 	m := newMachine(t)
 	c := m.start()
 	b := shop(t, nil)
-	first, err := c.Apply(b)
+	first, err := c.Apply(b, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
-	again, err := c.Apply(b)
+	again, err := c.Apply(b, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -141,7 +141,7 @@ func TestRollback(t *testing.T) {
 		t.Errorf("rollback of nothing: %v", err)
 	}
 	for _, v := range []uint64{7, 8} {
-		if _, err := c.Apply(shop(t, version(v))); err != nil {
+		if _, err := c.Apply(shop(t, version(v)), 0); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -154,10 +154,10 @@ func TestRollback(t *testing.T) {
 			t.Errorf("rollback %d: active %+v, previous %+v", i, s.Active, s.Previous)
 		}
 	}
-	if _, err := c.Apply(shop(t, func(p *policy.Policy) { p.Crossings[0].Purpose = "x" })); err == nil {
+	if _, err := c.Apply(shop(t, func(p *policy.Policy) { p.Crossings[0].Purpose = "x" }), 0); err == nil {
 		t.Error("version 7 was accepted with other content")
 	}
-	if s, err := c.Apply(shop(t, version(9))); err != nil || s.Active.Version != 9 || s.Previous.Version != 7 {
+	if s, err := c.Apply(shop(t, version(9)), 0); err != nil || s.Active.Version != 9 || s.Previous.Version != 7 {
 		t.Errorf("apply after rollback: %+v, %v", s, err)
 	}
 }
@@ -168,7 +168,7 @@ func TestRestartAdopts(t *testing.T) {
 	m := newMachine(t)
 	c := m.start()
 	b := shop(t, nil)
-	if _, err := c.Apply(b); err != nil {
+	if _, err := c.Apply(b, 0); err != nil {
 		t.Fatal(err)
 	}
 	before := linkIDs(t, c)
@@ -224,7 +224,7 @@ func TestCloseAndDetach(t *testing.T) {
 	absent(t, m.config.BPFFS)
 
 	c = m.start()
-	if _, err := c.Apply(shop(t, nil)); err != nil {
+	if _, err := c.Apply(shop(t, nil), 0); err != nil {
 		t.Fatal(err)
 	}
 	c.Close()
@@ -273,7 +273,7 @@ func TestStoredImageBroken(t *testing.T) {
 			m := newMachine(t)
 			c := m.start()
 			for _, v := range []uint64{7, 8} {
-				if _, err := c.Apply(shop(t, version(v))); err != nil {
+				if _, err := c.Apply(shop(t, version(v)), 0); err != nil {
 					t.Fatal(err)
 				}
 			}
@@ -331,7 +331,7 @@ func spoil(t *testing.T, file string, content []byte) {
 func TestApplyDiskRefuses(t *testing.T) {
 	m := newMachine(t)
 	c := m.start()
-	if _, err := c.Apply(shop(t, version(7))); err != nil {
+	if _, err := c.Apply(shop(t, version(7)), 0); err != nil {
 		t.Fatal(err)
 	}
 	before := c.Status()
@@ -339,7 +339,7 @@ func TestApplyDiskRefuses(t *testing.T) {
 		if err := os.MkdirAll(filepath.Join(file, "in the way"), 0o700); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := c.Apply(shop(t, version(8))); err == nil {
+		if _, err := c.Apply(shop(t, version(8)), 0); err == nil {
 			t.Errorf("%s is a directory and apply worked", file)
 		}
 		after := c.Status()
@@ -350,7 +350,7 @@ func TestApplyDiskRefuses(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if _, err := c.Apply(shop(t, version(8))); err != nil {
+	if _, err := c.Apply(shop(t, version(8)), 0); err != nil {
 		t.Errorf("the disk is well again: %v", err)
 	}
 }
@@ -361,7 +361,7 @@ func TestApplyDiskRefuses(t *testing.T) {
 func TestI05StatusIsProved(t *testing.T) {
 	m := newMachine(t)
 	c := m.start()
-	if _, err := c.Apply(shop(t, nil)); err != nil {
+	if _, err := c.Apply(shop(t, nil), 0); err != nil {
 		t.Fatal(err)
 	}
 	// Links that nothing refers to would be closed now.
@@ -418,7 +418,7 @@ func BenchmarkApply10kx100k(b *testing.B) {
 		if err != nil {
 			b.Fatal(err)
 		}
-		if _, err := c.Apply(encoded); err != nil {
+		if _, err := c.Apply(encoded, 0); err != nil {
 			b.Fatal(err)
 		}
 	}

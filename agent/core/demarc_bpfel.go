@@ -164,6 +164,8 @@ type demarcDemarcState struct {
 	Filling  uint64
 	TagEpoch uint64
 	Wall     uint64
+	Fallback uint64
+	Deadline uint64
 }
 
 type demarcDemarcTuple struct {

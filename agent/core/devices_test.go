@@ -179,7 +179,7 @@ func (m *machine) enforce(devices Devices) *Core {
 	m.t.Helper()
 	m.config.Devices = devices
 	c := m.start()
-	if _, err := c.Apply(shop(m.t.(*testing.T), nil)); err != nil {
+	if _, err := c.Apply(shop(m.t.(*testing.T), nil), 0); err != nil {
 		m.t.Fatal(err)
 	}
 	return c
@@ -211,7 +211,7 @@ func TestDevicesAuto(t *testing.T) {
 	m.config.Devices = Devices{Auto: true}
 	c := m.start()
 	at(t, 0)
-	s, err := c.Apply(shop(t, nil))
+	s, err := c.Apply(shop(t, nil), 0)
 	must(t, err)
 	at(t, 0, "up4", "up6", "bridge", "host", "hostport")
 	want := []string{"tc_door host", "tc_door hostport", "tc_egress bridge", "tc_egress host", "tc_egress hostport", "tc_egress up4", "tc_egress up6",
@@ -256,7 +256,7 @@ func TestDevicesAllOrNothing(t *testing.T) {
 			}})
 			must(t, err)
 			defer c.Close()
-			if _, err := c.Apply(b); !errors.Is(err, errInjected) || err.Error() != "attach "+name+": injected" {
+			if _, err := c.Apply(b, 0); !errors.Is(err, errInjected) || err.Error() != "attach "+name+": injected" {
 				t.Errorf("got %v", err)
 			}
 			at(t, 0)
@@ -575,7 +575,7 @@ func TestKernelLacksTCX(t *testing.T) {
 			}
 			must(t, err)
 			defer c.Close()
-			s, err := c.Apply(shop(t, nil))
+			s, err := c.Apply(shop(t, nil), 0)
 			must(t, err)
 			if diff := cmp.Diff(tt.limits, s.Limits); diff != "" || s.State != proto.StateEnforcing {
 				t.Errorf("state %v, limits (-want +got):\n%s", s.State, diff)

@@ -68,7 +68,7 @@ func TestDevicesAfterDrop(t *testing.T) {
 	m := newMachine(t)
 	plug(t, hostSide(t, "pod"))
 	client := m.daemon(t)
-	s, err := client.Apply(memfd(t, shop(t, nil)))
+	s, err := client.Apply(memfd(t, shop(t, nil)), 0)
 	must(t, err)
 	if s.State != proto.StateEnforcing {
 		t.Fatalf("status %+v", s)

@@ -21,6 +21,7 @@ const maxClaims = 1 << 14
 type generation struct {
 	slot      uint32
 	epoch     uint32 // under which it came into force; 0 = not yet
+	flags     uint32 // of the word that put it there
 	bytes     []byte // the encoded image
 	image     *image.Image
 	digest    [sha256.Size]byte

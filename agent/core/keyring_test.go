@@ -325,7 +325,7 @@ func TestKeysRefuseStart(t *testing.T) {
 // A core that starts takes out keys that a former one left in the kernel.
 func TestKeysAreRenewedAtStart(t *testing.T) {
 	b := newKeyBench(t, ringCase{epoch: 1, key: 0xa1}, ringCase{epoch: 5, key: 0xa5, send: 3600})
-	_, err := b.Apply(shop(t, nil))
+	_, err := b.Apply(shop(t, nil), 0)
 	must(t, err)
 	config := b.config
 	b.Close()

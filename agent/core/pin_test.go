@@ -105,7 +105,7 @@ func TestI16BadPins(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			m := newMachine(t)
 			c := m.start()
-			if _, err := c.Apply(shop(t, nil)); err != nil {
+			if _, err := c.Apply(shop(t, nil), 0); err != nil {
 				t.Fatal(err)
 			}
 			tt.do(t, c)

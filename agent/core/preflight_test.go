@@ -22,7 +22,7 @@ func TestPreflightPasses(t *testing.T) {
 	absent(t, m.config.StateDir)
 	// Beside an enforcing core too, which it must not disturb.
 	c := m.start()
-	if _, err := c.Apply(shop(t, nil)); err != nil {
+	if _, err := c.Apply(shop(t, nil), 0); err != nil {
 		t.Fatal(err)
 	}
 	before := c.Status()
@@ -105,7 +105,7 @@ func TestKernelLacksFeature(t *testing.T) {
 		t.Errorf("%d programs are attached", n)
 	}
 	c := m.start()
-	if _, err := c.Apply(shop(t, nil)); err != nil {
+	if _, err := c.Apply(shop(t, nil), 0); err != nil {
 		t.Fatal(err)
 	}
 	c.Close()

@@ -75,7 +75,7 @@ func TestScanAgreesWithKernel(t *testing.T) {
 				p.Workloads[i].Match = match
 			}
 		}
-	})); err != nil {
+	}), 0); err != nil {
 		t.Fatal(err)
 	}
 	names := []string{"x.slice", "y.slice", ".slice", "slice", "lab", "bastion", "bastio", "bastions", "postgres", "web", "nginx.service",
@@ -121,14 +121,14 @@ func TestRemovedCgroupKeepsIdentity(t *testing.T) {
 	m.mkdir("/lab/postgres")
 	c := m.start()
 	b := shop(t, nil)
-	if _, err := c.Apply(b); err != nil {
+	if _, err := c.Apply(b, 0); err != nil {
 		t.Fatal(err)
 	}
 	gone, err := cgroupID(m.config.CgroupRoot + "/lab/postgres")
 	must(t, err)
 	removeCgroup(t, m.config.CgroupRoot+"/lab/postgres")
 	for v := uint64(8); v < 14; v++ { // through all slots
-		if _, err := c.Apply(shop(t, version(v))); err != nil {
+		if _, err := c.Apply(shop(t, version(v)), 0); err != nil {
 			t.Fatal(err)
 		}
 		var kept abi.Binding

@@ -229,8 +229,12 @@ func wellFormed(q proto.Request, files int) bool {
 	case proto.OpUnbind:
 		want.Path = q.Path
 	case proto.OpApply:
+		// What does not fit a time.Duration would come out as another time.
+		if want.Within = q.Within; q.Within < 0 || q.Within > maxTrial.Milliseconds() {
+			return false
+		}
 		wantFiles = 1
-	case proto.OpStatus, proto.OpRollback, proto.OpImage, proto.OpForget:
+	case proto.OpStatus, proto.OpConfirm, proto.OpRollback, proto.OpImage, proto.OpForget:
 	default:
 		return false
 	}
@@ -251,8 +255,10 @@ func (c *Core) answer(q proto.Request, files []*os.File) (r proto.Response, answ
 	case proto.OpApply:
 		var image []byte
 		if image, err = readImage(files[0]); err == nil {
-			r.Status, err = c.Apply(image)
+			r.Status, err = c.Apply(image, time.Duration(q.Within)*time.Millisecond)
 		}
+	case proto.OpConfirm:
+		r.Status, err = c.Confirm()
 	case proto.OpRollback:
 		r.Status, err = c.Rollback()
 	case proto.OpImage:

@@ -76,7 +76,7 @@ func TestConversation(t *testing.T) {
 		t.Errorf("image of nothing: %v", err)
 	}
 	b := shop(t, nil)
-	status, err := client.Apply(memfd(t, b))
+	status, err := client.Apply(memfd(t, b), 0)
 	must(t, err)
 	if status.State != proto.StateEnforcing {
 		t.Errorf("status %+v", status)
@@ -98,7 +98,7 @@ func TestConversation(t *testing.T) {
 	if _, err := client.Rollback(); !refusedWith(err, "there is no previous image") {
 		t.Errorf("rollback: %v", err)
 	}
-	if _, err := client.Apply(memfd(t, b[:100])); err == nil || !strings.HasPrefix(err.Error(), "verify image: ") {
+	if _, err := client.Apply(memfd(t, b[:100]), 0); err == nil || !strings.HasPrefix(err.Error(), "verify image: ") {
 		t.Errorf("half an image: %v", err)
 	}
 	again, err := client.Status()
@@ -121,7 +121,7 @@ func TestForget(t *testing.T) {
 	must(t, err)
 	defer d.Close()
 	b := shop(t, nil)
-	_, err = before.Apply(memfd(t, b))
+	_, err = before.Apply(memfd(t, b), 0)
 	must(t, err)
 	pod := id(t, b, "pod")
 	must(t, before.Bind("/lab/stays", pod))
@@ -278,13 +278,13 @@ func TestDescriptorsOfRequests(t *testing.T) {
 	must(t, err)
 	d.Close()
 	for _, f := range []*os.File{dev, r} {
-		if _, err := client.Apply(f); !refusedWith(err, "read image: the descriptor is not a regular file") {
+		if _, err := client.Apply(f, 0); !refusedWith(err, "read image: the descriptor is not a regular file") {
 			t.Errorf("%s: %v", f.Name(), err)
 		}
 	}
 	big := memfd(t, nil)
 	must(t, big.Truncate(1<<40))
-	if _, err := client.Apply(big); err == nil || !strings.HasPrefix(err.Error(), "read image: 1099511627776 bytes") {
+	if _, err := client.Apply(big, 0); err == nil || !strings.HasPrefix(err.Error(), "read image: 1099511627776 bytes") {
 		t.Errorf("a terabyte: %v", err)
 	}
 }

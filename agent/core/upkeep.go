@@ -44,6 +44,7 @@ func (c *Core) run(ctx context.Context) {
 func (c *Core) upkeep() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	c.settle()
 	c.attend("clock", c.setWall())
 	c.attend("keyring", c.upkeepKeys())
 }

@@ -26,7 +26,7 @@ func TestWallFollowsClock(t *testing.T) {
 	if off := wallOff(t, c); off > wallTolerance {
 		t.Errorf("at the start the time is off by %v", off)
 	}
-	_, err := c.Apply(shop(t, nil))
+	_, err := c.Apply(shop(t, nil), 0)
 	must(t, err)
 	for _, step := range []time.Duration{time.Hour, 2 * wallTolerance, -2 * wallTolerance} {
 		before, err := readState(c.objects)
@@ -112,7 +112,7 @@ func TestWallDuringApply(t *testing.T) {
 		}
 	}()
 	for v := uint64(7); v < 27; v++ {
-		s, err := c.Apply(shop(t, version(v)))
+		s, err := c.Apply(shop(t, version(v)), 0)
 		must(t, err)
 		state, err := readState(c.objects)
 		must(t, err)

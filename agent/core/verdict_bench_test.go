@@ -30,7 +30,7 @@ func BenchmarkVerdict(b *testing.B) {
 			if err != nil {
 				b.Fatal(err)
 			}
-			if _, err := c.Apply(encoded); err != nil {
+			if _, err := c.Apply(encoded, 0); err != nil {
 				b.Fatal(err)
 			}
 			crossing := img.Crossings[3] // between two workloads, one TCP port

@@ -279,7 +279,20 @@ type State struct {
 	Filling  uint64
 	TagEpoch uint64 // epoch whose key tags what we send
 	Wall     uint64 // Unix time minus CLOCK_BOOTTIME, ns
+	Fallback uint64 // takes the place of Active at Deadline; its epoch is the later one
+	Deadline uint64 // CLOCK_BOOTTIME, ns; 0 = Active is confirmed
 }
+
+// InForce is the word that programs read at a time, ns of CLOCK_BOOTTIME.
+func (s *State) InForce(now uint64) uint64 {
+	if s.Deadline != 0 && now >= s.Deadline {
+		return s.Fallback
+	}
+	return s.Active
+}
+
+// NextEpoch is one that no verdict was ever kept under.
+func (s *State) NextEpoch() uint32 { return max(ActiveEpoch(s.Active), ActiveEpoch(s.Fallback)) + 1 }
 
 const (
 	ActiveOn        = 1

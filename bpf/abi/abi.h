@@ -224,6 +224,8 @@ struct demarc_state {
 	__u64 filling; /* bit per slot: cgroup_mkdir binds for these slots too */
 	__u64 tag_epoch; /* epoch whose key tags what we send */
 	__u64 wall;	 /* Unix time minus CLOCK_BOOTTIME, ns: tags are bound to the time; 0 = not known */
+	__u64 fallback;	 /* DEMARC_ACTIVE(): takes the place of `active` at `deadline`; its epoch is the later one */
+	__u64 deadline;	 /* CLOCK_BOOTTIME, ns; 0 = `active` is confirmed */
 };
 
 /* Layout of demarc_state.active. The epoch grows with every change of meaning

@@ -1,14 +1,18 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"fmt"
 	"io"
+	"strings"
+	"time"
 
 	"github.com/spf13/cobra"
 
 	"github.com/demarc/demarc/agent/api"
+	"github.com/demarc/demarc/agent/core/proto"
 	"github.com/demarc/demarc/policy"
 	"github.com/demarc/demarc/policy/image"
 )
@@ -16,7 +20,13 @@ import (
 type applyOptions struct {
 	file   string
 	output string
+	within time.Duration
+	now    bool
 }
+
+// trialDefault is how long a change waits for its confirmation when a person makes
+// it.
+const trialDefault = time.Minute
 
 func newApplyCommand(env *environment) *cobra.Command {
 	var o applyOptions
@@ -25,13 +35,28 @@ func newApplyCommand(env *environment) *cobra.Command {
 		Short: "Put a policy in force",
 		Long: `Put a policy in force: a policy file, which is checked and built first, or an
 image that "demarc policy build" made. "-" reads from standard input. What cannot
-be applied changes nothing.`,
+be applied changes nothing.
+
+With --confirm-within the kernel itself takes the change back when the time is
+over, whatever has become of demarc by then, unless "demarc confirm" came before.
+On a terminal that is the default, with one minute, and the command asks; --now
+applies for good. In scripts a change is for good unless --confirm-within is given.`,
+		Example: `  demarc apply shop.yaml
+  demarc apply shop.img --confirm-within 5m && ./smoke-test && demarc confirm`,
 		Args: oneArgument("file"),
 		RunE: func(c *cobra.Command, args []string) error {
 			o.file = args[0]
+			if o.now && c.Flags().Changed("confirm-within") {
+				return usagef("--now and --confirm-within exclude each other")
+			}
+			if c.Flags().Changed("confirm-within") && o.within <= 0 {
+				return usagef("--confirm-within: %v is no time to confirm anything in; use --now to apply for good", o.within)
+			}
 			return applyRun(c.Context(), env, o)
 		},
 	}
+	c.Flags().DurationVar(&o.within, "confirm-within", 0, "take the change back after this time unless it is confirmed")
+	c.Flags().BoolVar(&o.now, "now", false, "apply for good, without a question")
 	outputFlag(c, &o.output, "text", "json")
 	return c
 }
@@ -46,11 +71,92 @@ func applyRun(ctx context.Context, env *environment, o applyOptions) error {
 	if err != nil {
 		return err
 	}
-	s, err := client.Apply(ctx, img)
+	asks := env.Interactive && o.output == "text" && o.file != "-" && !o.now
+	if asks && o.within == 0 {
+		o.within = trialDefault
+	}
+	s, err := client.Apply(ctx, img, o.within)
 	if err != nil {
 		return fmt.Errorf("apply %s: %w", o.file, err)
 	}
-	return printChange(env, o.output, "applied", s)
+	if err := printChange(env, o.output, "applied", s); err != nil || s.Unconfirmed == nil {
+		return err
+	}
+	if !asks {
+		if o.output == "text" {
+			fmt.Fprintf(env.Stderr, "unconfirmed: %s; `demarc confirm` keeps it\n", comesBack(s.Unconfirmed))
+		}
+		return nil
+	}
+	return ask(ctx, env, client, s.Unconfirmed)
+}
+
+// comesBack says what happens without a confirmation.
+func comesBack(u *proto.Unconfirmed) string {
+	what := "it only observes"
+	if f := u.Fallback; f != nil {
+		what = fmt.Sprintf("version %d comes back", f.Version)
+	}
+	return fmt.Sprintf("%s at %s", what, u.Until.Local().Format(time.TimeOnly))
+}
+
+// ask lets a person decide. Somebody whom the change has cut off cannot answer, and
+// the kernel does not wait for it.
+func ask(ctx context.Context, env *environment, client *api.Client, u *proto.Unconfirmed) error {
+	fmt.Fprintf(env.Stdout, "Without your word %s. Keep the change? [y/N] ", comesBack(u))
+	answers := make(chan string, 1)
+	go func() {
+		line, _ := bufio.NewReader(env.Stdin).ReadString('\n')
+		answers <- strings.ToLower(strings.TrimSpace(line))
+	}()
+	timeout := time.NewTimer(time.Until(u.Until))
+	defer timeout.Stop()
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-timeout.C:
+		return fmt.Errorf("not confirmed: %s", comesBack(u))
+	case answer := <-answers:
+		if answer == "y" || answer == "yes" {
+			return confirmRun(ctx, env, changeOptions{output: "text"})
+		}
+	}
+	s, err := client.Rollback(ctx)
+	if err != nil {
+		return fmt.Errorf("take the change back: %w", err)
+	}
+	if err := printChange(env, "text", "took the change back, in force is", s); err != nil {
+		return err
+	}
+	return exitError{code: exitFailed}
+}
+
+// changeOptions are those of commands that change what is in force.
+type changeOptions struct{ output string }
+
+func newConfirmCommand(env *environment) *cobra.Command {
+	var o changeOptions
+	c := &cobra.Command{
+		Use:   "confirm",
+		Short: "Keep the change that was applied with --confirm-within",
+		Args:  noArguments,
+		RunE:  func(c *cobra.Command, _ []string) error { return confirmRun(c.Context(), env, o) },
+	}
+	outputFlag(c, &o.output, "text", "json")
+	return c
+}
+
+func confirmRun(ctx context.Context, env *environment, o changeOptions) error {
+	client, err := env.client()
+	if err != nil {
+		return err
+	}
+	defer client.Close()
+	s, err := client.Confirm(ctx)
+	if err != nil {
+		return fmt.Errorf("confirm: %w", err)
+	}
+	return printChange(env, o.output, "confirmed", s)
 }
 
 // imageMagic starts every image; no YAML file does.
@@ -84,21 +190,21 @@ func readInput(env *environment, file string) ([]byte, error) {
 	return b, nil
 }
 
-type rollbackOptions struct{ output string }
-
 func newRollbackCommand(env *environment) *cobra.Command {
-	var o rollbackOptions
+	var o changeOptions
 	c := &cobra.Command{
 		Use:   "rollback",
 		Short: "Put the previous policy in force again",
-		Args:  noArguments,
-		RunE:  func(c *cobra.Command, _ []string) error { return rollbackRun(c.Context(), env, o) },
+		Long: `Put the previous policy in force again; the present one becomes the previous. A
+change that waits to be confirmed is taken back at once.`,
+		Args: noArguments,
+		RunE: func(c *cobra.Command, _ []string) error { return rollbackRun(c.Context(), env, o) },
 	}
 	outputFlag(c, &o.output, "text", "json")
 	return c
 }
 
-func rollbackRun(ctx context.Context, env *environment, o rollbackOptions) error {
+func rollbackRun(ctx context.Context, env *environment, o changeOptions) error {
 	client, err := env.client()
 	if err != nil {
 		return err

@@ -14,11 +14,12 @@ import (
 
 // environment is everything that the command takes from outside its arguments.
 type environment struct {
-	Stdin      io.Reader
-	Stdout     io.Writer
-	Stderr     io.Writer
-	Getenv     func(string) string
-	IsTerminal bool // Stdout is one, so that people read it
+	Stdin       io.Reader
+	Stdout      io.Writer
+	Stderr      io.Writer
+	Getenv      func(string) string
+	IsTerminal  bool // Stdout is one, so that people read it
+	Interactive bool // Stdin is one too, so that people can be asked
 
 	server string // --server
 }
@@ -27,7 +28,8 @@ type environment struct {
 func systemEnvironment() *environment {
 	return &environment{
 		Stdin: os.Stdin, Stdout: os.Stdout, Stderr: os.Stderr, Getenv: os.Getenv,
-		IsTerminal: term.IsTerminal(int(os.Stdout.Fd())),
+		IsTerminal:  term.IsTerminal(int(os.Stdout.Fd())),
+		Interactive: term.IsTerminal(int(os.Stdin.Fd())) && term.IsTerminal(int(os.Stdout.Fd())),
 	}
 }
 

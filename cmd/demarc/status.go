@@ -114,6 +114,9 @@ func printStatus(w io.Writer, s *api.Status) error {
 	} else {
 		p.row("Policy", "none")
 	}
+	if s.Unconfirmed != nil {
+		p.row("Unconfirmed", "%s, unless `demarc confirm` comes before", comesBack(s.Unconfirmed))
+	}
 	if st := s.Core.Status; st != nil && st.Previous != nil {
 		p.row("Rollback", "to %s version %d", st.Previous.Name, st.Previous.Version)
 	}

@@ -124,7 +124,7 @@ func (l *coreLink) apply(b []byte) (*proto.Status, error) {
 	if _, err := f.Write(b); err != nil {
 		return nil, err
 	}
-	return l.client.Apply(f)
+	return l.client.Apply(f, 0)
 }
 
 func (l *coreLink) learn(s *proto.Status) error {

@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"time"
 
@@ -305,6 +306,21 @@ func (n *Node) Demarc(args ...string) (stdout, stderr string, status int) {
 		n.lab.t.Fatalf("run demarc: %v", err)
 	}
 	return out.String(), problems.String(), c.ProcessState.ExitCode()
+}
+
+// DemarcAsked runs the command line on a terminal, where somebody types the answer.
+func (n *Node) DemarcAsked(answer string, args ...string) (screen string, status int) {
+	n.lab.t.Helper()
+	line := "exec '" + strings.Join(append([]string{n.lab.binary("demarc")}, args...), "' '") + "'"
+	c := exec.Command("script", "--quiet", "--return", "--command", line, "/dev/null")
+	c.Env = append(os.Environ(), "DEMARC_SERVER=unix://"+n.agentSocket())
+	c.Stdin = strings.NewReader(answer + "\n")
+	out, err := c.CombinedOutput()
+	var exit *exec.ExitError
+	if err != nil && !errors.As(err, &exit) {
+		n.lab.t.Fatalf("run demarc on a terminal: %v", err)
+	}
+	return string(out), c.ProcessState.ExitCode()
 }
 
 // Apply puts a policy in force, which has to work, and waits until it is enforced.

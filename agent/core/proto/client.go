@@ -57,10 +57,14 @@ func (c *Client) Hello() (*Hello, *Descriptors, error) {
 func (c *Client) Status() (*Status, error) { return c.status(Request{Op: OpStatus}, nil) }
 
 // Apply hands over an encoded image: a regular file or a memfd, read from its
-// start.
-func (c *Client) Apply(image *os.File) (*Status, error) {
-	return c.status(Request{Op: OpApply}, image)
+// start. Unless it is confirmed within a time, in whole milliseconds, the kernel
+// takes it back; 0 = it is for good.
+func (c *Client) Apply(image *os.File, within time.Duration) (*Status, error) {
+	return c.status(Request{Op: OpApply, Within: within.Milliseconds()}, image)
 }
+
+// Confirm keeps the change that waits for it.
+func (c *Client) Confirm() (*Status, error) { return c.status(Request{Op: OpConfirm}, nil) }
 
 // Rollback goes back to the previous image.
 func (c *Client) Rollback() (*Status, error) { return c.status(Request{Op: OpRollback}, nil) }

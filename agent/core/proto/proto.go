@@ -25,6 +25,7 @@ const (
 	OpHello    Op = "hello"    // answer: Welcome and Descriptors
 	OpStatus   Op = "status"   // answer: Status
 	OpApply    Op = "apply"    // with one descriptor, the image; answer: Status
+	OpConfirm  Op = "confirm"  // keep the change that waits for it; answer: Status
 	OpRollback Op = "rollback" // back to the previous image; answer: Status
 	OpImage    Op = "image"    // answer: one descriptor, the active image; refused if there is none
 	OpBind     Op = "bind"     // claim that a cgroup path belongs to a workload
@@ -38,6 +39,7 @@ type Request struct {
 	Version  int    `json:"version,omitempty"`  // OpHello
 	Path     string `json:"path,omitempty"`     // OpBind, OpUnbind: below the managed root, "/lab/api-1"
 	Identity uint32 `json:"identity,omitempty"` // OpBind
+	Within   int64  `json:"within,omitempty"`   // OpApply: ms until the kernel takes it back unless it is confirmed; 0 = for good
 }
 
 // Response is the answer. Error is empty on success; Hint says how to mend it.
@@ -100,11 +102,18 @@ const (
 
 // Status is what the core found when it was asked.
 type Status struct {
-	State    State       `json:"state"`
-	Problems []string    `json:"problems,omitempty"`
-	Limits   []string    `json:"limits,omitempty"` // what this machine cannot enforce, and was not asked to
-	Active   *Generation `json:"active,omitempty"`
-	Previous *Generation `json:"previous,omitempty"` // what rollback would return to; Slot and Epoch are 0
-	Links    []Link      `json:"links,omitempty"`
-	Claims   int         `json:"claims"` // paths bound by the agent
+	State       State        `json:"state"`
+	Problems    []string     `json:"problems,omitempty"`
+	Limits      []string     `json:"limits,omitempty"` // what this machine cannot enforce, and was not asked to
+	Active      *Generation  `json:"active,omitempty"`
+	Previous    *Generation  `json:"previous,omitempty"`    // what rollback would return to; Slot and Epoch are 0
+	Unconfirmed *Unconfirmed `json:"unconfirmed,omitempty"` // the change that waits to be confirmed
+	Links       []Link       `json:"links,omitempty"`
+	Claims      int          `json:"claims"` // paths bound by the agent
+}
+
+// Unconfirmed is a change that ends by itself.
+type Unconfirmed struct {
+	Until    time.Time   `json:"until"`
+	Fallback *Generation `json:"fallback,omitempty"` // what comes back then; none = the first policy, which is then only observed
 }
