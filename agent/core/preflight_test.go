@@ -43,11 +43,11 @@ func TestPreflightNames(t *testing.T) {
 		text   string
 	}{
 		{"bad no BPF file system", func(t *testing.T, m *machine) { m.config.BPFFS = filepath.Join(t.TempDir(), "demarc") },
-			[]string{"pins", "programs", "attach", "ring buffer", "self-test"}, "is not in a BPF file system"},
+			[]string{"pins", "programs", "attach", "refusals", "ring buffer", "self-test"}, "is not in a BPF file system"},
 		{"bad no cgroup2", func(t *testing.T, m *machine) { m.config.CgroupRoot = t.TempDir() },
-			[]string{"cgroup2", "cgroup namespace", "pins", "programs", "attach", "ring buffer", "self-test"}, "is not in a cgroup2 file system"},
+			[]string{"cgroup2", "cgroup namespace", "pins", "programs", "attach", "refusals", "ring buffer", "self-test"}, "is not in a cgroup2 file system"},
 		{"bad cgroup_root missing", func(t *testing.T, m *machine) { m.config.CgroupRoot += "/absent" },
-			[]string{"cgroup2", "cgroup namespace", "pins", "programs", "attach", "ring buffer", "self-test"}, "no such file"},
+			[]string{"cgroup2", "cgroup namespace", "pins", "programs", "attach", "refusals", "ring buffer", "self-test"}, "no such file"},
 		{"bad state_dir of others", func(t *testing.T, m *machine) {
 			must(t, os.Mkdir(m.config.StateDir, 0o700))
 			must(t, os.Chmod(m.config.StateDir, 0o777))

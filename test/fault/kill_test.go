@@ -142,7 +142,7 @@ func TestX1KillApply(t *testing.T) {
 	s := newScene(t)
 	s.traffic()
 	s.killChanges(func(client *proto.Client) (*proto.Status, error) {
-		return client.Apply(s.image(s.version + 1))
+		return client.Apply(s.image(s.version+1), 0)
 	})
 	s.quiet()
 	s.report()
