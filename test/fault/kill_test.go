@@ -43,7 +43,7 @@ func (s *scene) killStarts(other string, sample int) {
 	s.node.KillCore()
 	calls := s.rehearse(other)
 	running, other := other, s.node.CoreProgram
-	for i, n := range spread(len(calls), points(s.t, sample)) {
+	for i, n := range pick(calls, points(s.t, sample)) {
 		when := fmt.Sprintf("killed before call %d of %d, %s", n, len(calls), calls[n-1])
 		s.node.CoreProgram = other
 		s.killStart(n)
@@ -93,7 +93,7 @@ func TestX1KillFirstStart(t *testing.T) {
 	s.node.Detach()
 	calls := s.rehearse(s.node.CoreProgram)
 	s.detach()
-	for _, n := range spread(len(calls), points(t, 3)) {
+	for _, n := range pick(calls, points(t, 3)) {
 		when := fmt.Sprintf("killed before call %d of %d, %s", n, len(calls), calls[n-1])
 		s.killStart(n)
 		if _, err := os.Lstat(filepath.Join(s.node.Dir(), "bpf", "demarc", "abi")); err == nil {
@@ -136,16 +136,21 @@ func (s *scene) await(packets int) {
 	}
 }
 
+// change is what a client asks of a core that is then killed.
+type change struct {
+	prepare func(*proto.Client) (*proto.Status, error) // before, undisturbed; nil = nothing
+	ask     func(*proto.Client) (*proto.Status, error)
+	trial   bool // nobody confirms it: a start takes it back
+}
+
 // A change of policy: afterwards the old or the new one is in force, and the new
 // one if the core said so.
 func TestX1KillApply(t *testing.T) {
 	s := newScene(t)
 	s.traffic()
-	s.killChanges(func(client *proto.Client) (*proto.Status, error) {
+	s.killChanges(change{ask: func(client *proto.Client) (*proto.Status, error) {
 		return client.Apply(s.image(s.version+1), 0)
-	})
-	s.quiet()
-	s.report()
+	}})
 }
 
 // A way back, to the policy before.
@@ -154,36 +159,59 @@ func TestX1KillRollback(t *testing.T) {
 	s.version++
 	s.node.Apply(policy(s.version))
 	s.traffic()
-	s.killChanges((*proto.Client).Rollback)
-	s.quiet()
-	s.report()
+	s.killChanges(change{ask: (*proto.Client).Rollback})
 }
 
-func (s *scene) killChanges(change func(*proto.Client) (*proto.Status, error)) {
+// A change for a time: whoever starts takes it back.
+func TestX1KillTrial(t *testing.T) {
+	s := newScene(t)
+	s.traffic()
+	s.killChanges(change{trial: true, ask: func(client *proto.Client) (*proto.Status, error) {
+		return client.Apply(s.image(s.version+1), time.Hour)
+	}})
+}
+
+// A change that is made to last.
+func TestX1KillConfirm(t *testing.T) {
+	s := newScene(t)
+	s.traffic()
+	s.killChanges(change{ask: (*proto.Client).Confirm, prepare: func(client *proto.Client) (*proto.Status, error) {
+		return client.Apply(s.image(s.version+1), time.Hour)
+	}})
+}
+
+// killChanges kills cores in the middle of a change.
+func (s *scene) killChanges(c change) {
 	s.t.Helper()
 	s.node.KillCore()
-	calls, _ := s.killChange(0, change)
-	s.recover("after a rehearsal", s.version, s.version-1, s.version+1)
-	s.settle()
-	for _, n := range spread(len(calls), points(s.t, 3)) {
-		when := fmt.Sprintf("killed before call %d of %d, %s", n, len(calls), calls[n-1])
-		before := s.version
-		_, acknowledged := s.killChange(n, change)
-		versions := []int{before, s.version - 1, s.version, s.version + 1}
-		if acknowledged != 0 {
-			versions = []int{acknowledged}
+	calls, version := s.killChange(c, 0)
+	for _, n := range append([]int{0}, pick(calls, points(s.t, 3))...) {
+		when := "after a change that was not disturbed"
+		if n > 0 {
+			when = fmt.Sprintf("killed before call %d of %d, %s", n, len(calls), calls[n-1])
+			_, version = s.killChange(c, n)
 		}
-		s.recover(when, versions...)
-		s.settle()
+		switch {
+		case c.trial:
+			s.recover(when, s.version)
+		case version != 0:
+			s.recover(when, version)
+		default:
+			s.recover(when, s.version-1, s.version, s.version+1)
+		}
+		s.version = int(s.node.Status().Active.Version)
+		s.node.KillCore()
 		s.check(when)
 	}
 	s.node.StartCore()
+	s.quiet()
+	s.report()
 }
 
 // killChange kills a core before the n-th call of a change, or afterwards. It
 // returns the calls, and the version that the core said was in force; 0 = it said
 // nothing.
-func (s *scene) killChange(n int, change func(*proto.Client) (*proto.Status, error)) (calls []string, version int) {
+func (s *scene) killChange(c change, n int) (calls []string, version int) {
 	s.t.Helper()
 	core := s.supervise(Machine{}, record)
 	client := s.ready(core)
@@ -191,8 +219,13 @@ func (s *scene) killChange(n int, change func(*proto.Client) (*proto.Status, err
 		s.t.Fatalf("the core does not start; it said:\n%s", core.Output())
 	}
 	defer client.Close()
+	if c.prepare != nil {
+		if _, err := c.prepare(client); err != nil {
+			s.t.Fatal(err)
+		}
+	}
 	core.Decide(killAt(n))
-	status, err := change(client)
+	status, err := c.ask(client)
 	calls = core.Calls()
 	switch {
 	case err == nil:
@@ -203,13 +236,6 @@ func (s *scene) killChange(n int, change func(*proto.Client) (*proto.Status, err
 	core.Kill()
 	core.Gone(s.t, time.Minute)
 	return calls, version
-}
-
-// settle notes what is in force and ends the core.
-func (s *scene) settle() {
-	s.t.Helper()
-	s.version = int(s.node.Status().Active.Version)
-	s.node.KillCore()
 }
 
 // report says how long it took to be healthy again, and how much traffic there was.

@@ -44,6 +44,18 @@ func spread(total, n int) (all []int) {
 	return all
 }
 
+// pick is a spread over calls, and one of those that move a file or a pin to where
+// it counts: what lies aside then has to go.
+func pick(calls []string, n int) []int {
+	all := spread(len(calls), n)
+	for i, c := range calls {
+		if strings.HasPrefix(c, "rename ") && !slices.Contains(all, 1+i) {
+			return append(all, 1+i)
+		}
+	}
+	return all
+}
+
 // policy is a policy of some version: web may reach db on 7000, never on 7001.
 func policy(version int) string {
 	return fmt.Sprintf(`apiVersion: demarc.dev/v1alpha1
