@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"os"
+	"strings"
 
 	"golang.org/x/sys/unix"
 )
@@ -44,6 +45,8 @@ var commands = map[uint32]string{
 // String says what is called, the same for every call of a kind.
 func (c *Call) String() string {
 	switch {
+	case strings.HasPrefix(c.Path, "/proc/self/fdinfo/"): // numbers differ
+		return c.Name + " fdinfo"
 	case c.BPF == nil && c.Path != "":
 		return c.Name + " " + c.Path
 	case c.BPF == nil:

@@ -15,22 +15,14 @@ import (
 // errnos are what a call may fail with that worked before.
 var errnos = []unix.Errno{unix.EINTR, unix.ENOMEM, unix.EPERM, unix.EBUSY, unix.EAGAIN, unix.ENOSPC, unix.EIO}
 
-// failAt answers the n-th call with an error, and lets all others happen.
-func failAt(n int, e unix.Errno) func(*Call) Answer {
-	return func(c *Call) Answer {
-		if c.Index == n {
-			return Answer{Errno: e}
-		}
-		return Answer{}
-	}
-}
-
 // eachFailure calls try for a sample of all pairs of a call and an error.
 func (s *scene) eachFailure(calls []string, sample int, try func(when string, decide func(*Call) Answer)) {
 	s.t.Helper()
-	for _, i := range spread(len(calls)*len(errnos), points(s.t, sample)) {
-		n, e := 1+(i-1)/len(errnos), errnos[(i-1)%len(errnos)]
-		try(fmt.Sprintf("%v at call %d of %d, %s", e, n, len(calls), calls[n-1]), failAt(n, e))
+	all := pointsOf(calls)
+	for _, i := range spread(len(all)*len(errnos), times(s.t, sample, 5)) {
+		p, e := all[(i-1)/len(errnos)], errnos[(i-1)%len(errnos)]
+		s.faults++
+		try(fmt.Sprintf("%v at %s", e, p), s.at(p, Answer{Errno: e}))
 	}
 }
 

@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -44,16 +45,53 @@ func spread(total, n int) (all []int) {
 	return all
 }
 
-// pick is a spread over calls, and one of those that move a file or a pin to where
-// it counts: what lies aside then has to go.
-func pick(calls []string, n int) []int {
-	all := spread(len(calls), n)
-	for i, c := range calls {
-		if strings.HasPrefix(c, "rename ") && !slices.Contains(all, 1+i) {
-			return append(all, 1+i)
-		}
+// point is one call of a program: which of its kind. Threads take turns as they
+// like, so that the number of a call among all of them says less.
+type point struct {
+	call string
+	nth  int
+}
+
+func (p point) String() string { return fmt.Sprintf("call %d of the kind %s", p.nth, p.call) }
+
+// pointsOf are the calls of a program that was let run.
+func pointsOf(calls []string) (all []point) {
+	seen := map[string]int{}
+	for _, c := range calls {
+		seen[c]++
+		all = append(all, point{c, seen[c]})
 	}
 	return all
+}
+
+// pick is a spread over calls, and one of those that move a file or a pin to where
+// it counts: what lies aside then has to go.
+func pick(calls []string, n int) (picked []point) {
+	all := pointsOf(calls)
+	for _, i := range spread(len(all), n) {
+		picked = append(picked, all[i-1])
+	}
+	for _, p := range all {
+		if strings.HasPrefix(p.call, "rename ") && !slices.Contains(picked, p) {
+			return append(picked, p)
+		}
+	}
+	return picked
+}
+
+// at answers one call, and lets all others happen.
+func (s *scene) at(p point, a Answer) func(*Call) Answer {
+	seen := 0
+	return func(c *Call) Answer {
+		if c.String() != p.call {
+			return Answer{}
+		}
+		if seen++; seen != p.nth {
+			return Answer{}
+		}
+		s.met.Add(1)
+		return a
+	}
 }
 
 // policy is a policy of some version: web may reach db on 7000, never on 7001.
@@ -93,12 +131,14 @@ type scene struct {
 	pins       []string // of a start that nothing disturbed
 	version    int      // of the newest policy
 	slowest    time.Duration
+	faults     int           // that were put somewhere
+	met        *atomic.Int64 // that something ran into
 	total      counted
 }
 
 func newScene(t *testing.T) *scene {
 	t.Helper()
-	s := &scene{t: t, lab: netlab.New(t), version: 1}
+	s := &scene{t: t, lab: netlab.New(t), version: 1, met: new(atomic.Int64)}
 	s.web, s.db, s.peer, s.host = s.lab.Namespace("web"), s.lab.Namespace("db"), s.lab.Namespace("peer"), s.lab.Namespace("host")
 	s.node = s.lab.Node(policy(1), netlab.NodeOptions{CoreOnly: true, Home: s.host})
 	s.server = startProber(t, s.db, s.node.Cgroup("/lab/db"), probes{Serve: []string{"[::]:7000", "[::]:7001"}})
@@ -266,11 +306,6 @@ func (s *scene) image(version int) *os.File {
 		s.t.Fatal(err)
 	}
 	return f
-}
-
-// killAt answers nothing but the n-th call, which is the last.
-func killAt(n int) func(*Call) Answer {
-	return func(c *Call) Answer { return Answer{Kill: c.Index == n} }
 }
 
 // record lets everything happen.
