@@ -179,12 +179,32 @@ int selftest_ingress(struct __sk_buff *skb)
 	return selftest_hook(skb, false);
 }
 
-SEC("syscall")
-int judge(struct demarc_query *ctx)
+static long answer_question(__u32 i, void *unused)
 {
-	struct demarc_query q = *ctx;
+	struct demarc_query *slot = bpf_map_lookup_elem(&questions, &i), q;
 
+	if (!slot)
+		return 1;
+	q = *slot;
 	decide(&q);
-	*ctx = q;
+	*slot = q;
+	return 0;
+}
+
+SEC("syscall")
+int judge(struct demarc_count *ctx)
+{
+	bpf_loop(ctx->count, answer_question, 0, 0);
+	return 0;
+}
+
+SEC("syscall")
+int seal(struct demarc_seal *ctx)
+{
+	struct demarc_tuple sender = ctx->sender;
+	__u64 mac = 0;
+
+	ctx->claim = sign(&mac, ctx->identity, ctx->claim, &sender, ctx->seq, ctx->acked);
+	ctx->mac = mac;
 	return 0;
 }

@@ -289,6 +289,15 @@ struct {
 	__type(value, struct demarc_selftest);
 } selftest SEC(".maps");
 
+/* Questions to the decision itself, answered in place. Writer: core; reader:
+ * judge, which is never attached. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, DEMARC_QUESTIONS);
+	__type(key, __u32);
+	__type(value, struct demarc_query);
+} questions SEC(".maps");
+
 static __always_inline void fault(__u32 which)
 {
 	__u64 *n = bpf_map_lookup_elem(&faults, &which);

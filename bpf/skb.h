@@ -113,8 +113,8 @@ static __always_inline int skb_hook(struct __sk_buff *skb, bool outgoing)
 	return judge_packet(skb, sk, sk->protocol == PROTO_TCP && sk->type == SOCK_STREAM, sk->state, outgoing);
 }
 
-/* The self-test's packets: who sends or receives comes from a map, and what the
- * peer proved, unless a SYN is to prove it by its tag. The rest is the same parser
+/* The self-test's packets: who opens (outgoing) or accepts a flow comes from a map,
+ * and what the peer proved, unless its SYN or SYN-ACK is to prove it by a tag. The rest is the same parser
  * and the same decision, in the generation under test. */
 static __always_inline int selftest_hook(struct __sk_buff *skb, bool outgoing)
 {
@@ -122,18 +122,23 @@ static __always_inline int selftest_hook(struct __sk_buff *skb, bool outgoing)
 	struct packet p;
 	struct outcome o;
 	__u32 zero = 0;
+	bool answer;
 
 	test = bpf_map_lookup_elem(&selftest, &zero);
 	if (!test || parse(skb, 0, &p))
 		return 0;
+	answer = p.tuple.proto == PROTO_TCP && (p.flags & (FLAG_SYN | FLAG_ACK)) == (FLAG_SYN | FLAG_ACK);
 	begin(&o, 0, test->subject, 0, 0);
 	o.query.slot = test->slot;
-	ask_forward(&o, &p, outgoing ? DEMARC_EGRESS : DEMARC_INGRESS);
+	if (answer)
+		ask_back(&o, &p, outgoing ? DEMARC_EGRESS : DEMARC_INGRESS);
+	else
+		ask_forward(&o, &p, outgoing ? DEMARC_EGRESS : DEMARC_INGRESS);
 	o.query.proof = test->proof;
 	o.query.peer = test->peer;
 	o.query.bad = DEMARC_TAG_BAD_MAC;
-	if (test->proof == DEMARC_PROOF_UNKNOWN && !outgoing) /* a SYN brings its own */
-		read_proof(skb, &p, 0, 0, &o);
+	if (test->proof == DEMARC_PROOF_UNKNOWN && (answer || !outgoing)) /* it brings its own */
+		read_proof(skb, &p, answer ? DEMARC_TAG_ANSWER : 0, answer ? p.ack : 0, &o);
 	decide(&o.query);
 	return o.query.verdict == DEMARC_ALLOW || o.query.verdict == DEMARC_PROVISIONAL;
 }

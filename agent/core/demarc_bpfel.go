@@ -106,6 +106,23 @@ type demarcDemarcPortOwner struct {
 	Sockets  uint32
 }
 
+type demarcDemarcQuery struct {
+	_         structs.HostLayout
+	Slot      uint32
+	Subject   uint32
+	Peer      uint32
+	Port      uint16
+	Proto     uint8
+	Direction uint8
+	Proof     uint8
+	Bad       uint8
+	Verdict   uint8
+	Reason    uint8
+	Crossing  uint32
+	Now       uint64
+	Address   [16]uint8
+}
+
 type demarcDemarcReplayBucket struct {
 	_     structs.HostLayout
 	Entry [8]uint64
@@ -211,6 +228,7 @@ const (
 	demarcMapPortOwners            = "port_owners"
 	demarcMapPorts                 = "ports"
 	demarcMapPrefixes              = "prefixes"
+	demarcMapQuestions             = "questions"
 	demarcMapRefusals              = "refusals"
 	demarcMapRefusalsDue           = "refusals_due"
 	demarcMapReplays               = "replays"
@@ -235,6 +253,7 @@ const (
 	demarcProgOldListeners         = "old_listeners"
 	demarcProgPostBind4            = "post_bind4"
 	demarcProgPostBind6            = "post_bind6"
+	demarcProgSeal                 = "seal"
 	demarcProgSelftestEgress       = "selftest_egress"
 	demarcProgSelftestIngress      = "selftest_ingress"
 	demarcProgSendmsg4             = "sendmsg4"
@@ -314,6 +333,7 @@ type demarcProgramSpecs struct {
 	OldListeners    *ebpf.ProgramSpec `ebpf:"old_listeners"`
 	PostBind4       *ebpf.ProgramSpec `ebpf:"post_bind4"`
 	PostBind6       *ebpf.ProgramSpec `ebpf:"post_bind6"`
+	Seal            *ebpf.ProgramSpec `ebpf:"seal"`
 	SelftestEgress  *ebpf.ProgramSpec `ebpf:"selftest_egress"`
 	SelftestIngress *ebpf.ProgramSpec `ebpf:"selftest_ingress"`
 	Sendmsg4        *ebpf.ProgramSpec `ebpf:"sendmsg4"`
@@ -350,6 +370,7 @@ type demarcMapSpecs struct {
 	PortOwners    *ebpf.MapSpec `ebpf:"port_owners"`
 	Ports         *ebpf.MapSpec `ebpf:"ports"`
 	Prefixes      *ebpf.MapSpec `ebpf:"prefixes"`
+	Questions     *ebpf.MapSpec `ebpf:"questions"`
 	Refusals      *ebpf.MapSpec `ebpf:"refusals"`
 	RefusalsDue   *ebpf.MapSpec `ebpf:"refusals_due"`
 	Replays       *ebpf.MapSpec `ebpf:"replays"`
@@ -425,6 +446,7 @@ type demarcMaps struct {
 	PortOwners    *ebpf.Map `ebpf:"port_owners"`
 	Ports         *ebpf.Map `ebpf:"ports"`
 	Prefixes      *ebpf.Map `ebpf:"prefixes"`
+	Questions     *ebpf.Map `ebpf:"questions"`
 	Refusals      *ebpf.Map `ebpf:"refusals"`
 	RefusalsDue   *ebpf.Map `ebpf:"refusals_due"`
 	Replays       *ebpf.Map `ebpf:"replays"`
@@ -462,6 +484,7 @@ func (m *demarcMaps) Close() error {
 		m.PortOwners,
 		m.Ports,
 		m.Prefixes,
+		m.Questions,
 		m.Refusals,
 		m.RefusalsDue,
 		m.Replays,
@@ -513,6 +536,7 @@ type demarcPrograms struct {
 	OldListeners    *ebpf.Program `ebpf:"old_listeners"`
 	PostBind4       *ebpf.Program `ebpf:"post_bind4"`
 	PostBind6       *ebpf.Program `ebpf:"post_bind6"`
+	Seal            *ebpf.Program `ebpf:"seal"`
 	SelftestEgress  *ebpf.Program `ebpf:"selftest_egress"`
 	SelftestIngress *ebpf.Program `ebpf:"selftest_ingress"`
 	Sendmsg4        *ebpf.Program `ebpf:"sendmsg4"`
@@ -538,6 +562,7 @@ func (p *demarcPrograms) Close() error {
 		p.OldListeners,
 		p.PostBind4,
 		p.PostBind6,
+		p.Seal,
 		p.SelftestEgress,
 		p.SelftestIngress,
 		p.Sendmsg4,

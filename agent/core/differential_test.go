@@ -218,12 +218,10 @@ func (k *kernelJudge) judge(t *testing.T, img *image.Image, queries []abi.Query)
 	if err := k.refill(img); err != nil {
 		t.Fatal(err)
 	}
-	for i := range queries {
-		var answer abi.Query
-		if _, err := k.objects.Programs["judge"].Run(&ebpf.RunOptions{Context: &queries[i], ContextOut: &answer}); err != nil {
-			t.Fatalf("run judge: %v", err)
+	for batch := range slices.Chunk(queries, abi.Questions) {
+		if err := ask(k.objects, batch); err != nil {
+			t.Fatal(err)
 		}
-		queries[i] = answer
 	}
 	return queries
 }

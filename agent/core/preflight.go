@@ -306,10 +306,11 @@ func (t *trial) ring() error {
 }
 
 func (t *trial) judge() error {
-	in, out := abi.Query{Subject: 1 << 31, Proof: abi.ProofNone}, abi.Query{}
-	if _, err := t.objects.Programs["judge"].Run(&ebpf.RunOptions{Context: &in, ContextOut: &out}); err != nil {
+	q := []abi.Query{{Subject: 1 << 31, Proof: abi.ProofNone}}
+	if err := ask(t.objects, q); err != nil {
 		return err
 	}
+	out := q[0]
 	if out.Verdict != abi.Deny || out.Reason != abi.Unbound {
 		return fmt.Errorf("a subject that does not exist got %v, %v", out.Verdict, out.Reason)
 	}

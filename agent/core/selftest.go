@@ -2,8 +2,10 @@ package core
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 	"time"
 
 	"github.com/cilium/ebpf"
@@ -15,8 +17,8 @@ import (
 
 // Bounds of the self-test. Larger images are sampled at even distances.
 const (
-	maxQuestions = 20_000
-	maxPackets   = 400
+	maxQuestions = 1 << 20
+	maxPackets   = 20_000
 )
 
 // selftest asks the loaded programs, about the filled slot, what the image
@@ -29,29 +31,45 @@ type selftest struct {
 	now       time.Time // whole seconds, so that both clocks mean the same instant
 	ports     map[uint16]image.Port
 	classes   map[uint16]netip.Addr
+	known     map[image.ID]bool // workloads
 	questions []image.Query
+	stale     bool // the boot is so recent that a SYN's tag could be from before it
 }
 
 func runSelftest(o *objects, g *generation) error {
-	t := selftest{objects: o, gen: g, index: g.image.Index(), now: time.Unix(time.Now().Unix(), 0)}
+	t, err := newSelftest(o, g)
+	if err != nil {
+		return err
+	}
+	return t.run()
+}
+
+func newSelftest(o *objects, g *generation) (*selftest, error) {
+	state, err := readState(o)
+	if err != nil {
+		return nil, err
+	}
+	t := &selftest{objects: o, gen: g, index: g.image.Index(), now: time.Unix(time.Now().Unix(), 0)}
+	t.stale = (g.clock.now()+state.Wall)>>abi.TagSlotShift <= state.Wall>>abi.TagSlotShift
 	t.representatives()
 	t.askRules()
 	t.askSubjects()
-	for _, q := range t.questions {
-		if err := t.judge(q); err != nil {
+	return t, nil
+}
+
+func (t *selftest) run() error {
+	if len(t.questions) == 0 {
+		return errors.New("self-test: nothing to ask")
+	}
+	for batch := range slices.Chunk(t.questions, abi.Questions) {
+		if err := t.judge(batch); err != nil {
 			return err
 		}
 	}
-	packets := 0
-	step := 1 + len(t.questions)/maxPackets
-	for i := 0; i < len(t.questions); i += step {
-		if err := t.packet(t.questions[i]); err != nil {
+	for i := 0; i < len(t.questions); i += 1 + len(t.questions)/maxPackets {
+		if err := t.packets(t.questions[i]); err != nil {
 			return err
 		}
-		packets++
-	}
-	if len(t.questions) == 0 || packets == 0 {
-		return fmt.Errorf("self-test: nothing to ask")
 	}
 	return nil
 }
@@ -68,7 +86,10 @@ func (t *selftest) representatives() {
 			t.ports[r.Class] = image.Port{Proto: r.Proto, Number: r.Low}
 		}
 	}
-	t.classes = map[uint16]netip.Addr{}
+	t.classes, t.known = map[uint16]netip.Addr{}, map[image.ID]bool{}
+	for i := range t.gen.image.Workloads {
+		t.known[t.gen.image.Workloads[i].ID] = true
+	}
 	for _, p := range t.gen.image.Addresses {
 		for _, a := range [...]netip.Addr{p.Prefix.Addr(), lastAddr(p.Prefix)} {
 			if t.index.AddressClass(a) == p.Class {
@@ -88,10 +109,11 @@ func lastAddr(p netip.Prefix) netip.Addr {
 	return a
 }
 
-// askRules puts to each rule the question that it answers.
+// askRules puts to each rule the question that it answers, and one beside it: from
+// the other side, of another port, or of a peer who proved something else.
 func (t *selftest) askRules() {
 	rules := t.gen.image.Rules
-	for i := 0; i < len(rules); i += 1 + len(rules)/(maxQuestions/2) {
+	for i := 0; i < len(rules); i += 1 + len(rules)/(maxQuestions/4) {
 		r := &rules[i]
 		q := image.Query{Subject: r.Subject, Direction: abi.Direction(r.Direction), Port: t.ports[r.Class], Address: nowhere, Now: t.now}
 		switch r.Peer.Kind() {
@@ -108,7 +130,15 @@ func (t *selftest) askRules() {
 				q.Proof = abi.ProofUnknown
 			}
 		}
-		t.questions = append(t.questions, q)
+		other, next, stranger := q, q, q
+		other.Direction = abi.Egress + abi.Ingress - q.Direction
+		if q.Proof == abi.ProofUnknown { // it cannot arise there
+			other.Proof = abi.ProofNone
+		}
+		beside := t.gen.image.Ports[i%len(t.gen.image.Ports)]
+		next.Port = image.Port{Proto: beside.Proto, Number: beside.Low}
+		stranger.Proof, stranger.Peer = abi.ProofIdentity, rules[(i+1)%len(rules)].Subject
+		t.questions = append(t.questions, q, [...]image.Query{other, next, stranger}[i%3])
 	}
 }
 
@@ -156,36 +186,81 @@ func (t *selftest) askSubjects() {
 	}
 }
 
-// judge puts one question to the decision itself.
-func (t *selftest) judge(q image.Query) error {
-	want := t.index.Decide(q)
-	address := q.Address.As16()
-	in := abi.Query{
-		Slot: t.gen.slot, Subject: uint32(q.Subject), Peer: uint32(q.Peer), Port: q.Port.Number, Proto: kernelProto(q.Port.Proto),
-		Direction: q.Direction, Proof: q.Proof, Bad: q.Bad, Now: t.gen.clock.at(q.Now.Unix()), Address: address,
+// judge puts questions to the decision itself.
+func (t *selftest) judge(batch []image.Query) error {
+	asked := make([]abi.Query, len(batch))
+	for i, q := range batch {
+		asked[i] = abi.Query{
+			Slot: t.gen.slot, Subject: uint32(q.Subject), Peer: uint32(q.Peer), Port: q.Port.Number, Proto: kernelProto(q.Port.Proto),
+			Direction: q.Direction, Proof: q.Proof, Bad: q.Bad, Now: t.gen.clock.at(q.Now.Unix()), Address: q.Address.As16(),
+		}
 	}
-	var out abi.Query
-	if _, err := t.objects.Programs["judge"].Run(&ebpf.RunOptions{Context: &in, ContextOut: &out}); err != nil {
-		return fmt.Errorf("self-test: run judge: %w", err)
+	if err := ask(t.objects, asked); err != nil {
+		return fmt.Errorf("self-test: %w", err)
 	}
-	got := image.Decision{Verdict: out.Verdict, Reason: out.Reason, Crossing: -1}
-	if out.Crossing != abi.NoCrossing {
-		got.Crossing = int(out.Crossing)
-	}
-	if got != want {
-		return t.wrong(q, want, got)
+	for i, q := range batch {
+		got := image.Decision{Verdict: asked[i].Verdict, Reason: asked[i].Reason, Crossing: -1}
+		if asked[i].Crossing != abi.NoCrossing {
+			got.Crossing = int(asked[i].Crossing)
+		}
+		if want := t.index.Decide(q); got != want {
+			return t.wrong(q, want, got)
+		}
 	}
 	return nil
 }
 
-// packet sends one packet through the packet programs: TCP SYN or UDP, from or to
-// the peer's address. Other protocols are asked of judge only.
-func (t *selftest) packet(q image.Query) error {
+// ask has the loaded decision answer questions in place, abi.Questions at most.
+func ask(o *objects, questions []abi.Query) error {
+	places := indexes(len(questions))
+	if err := putAll(o.Maps["questions"], places, questions); err != nil {
+		return fmt.Errorf("write questions: %w", err)
+	}
+	if _, err := o.Programs["judge"].Run(&ebpf.RunOptions{Context: uint32(len(questions))}); err != nil {
+		return fmt.Errorf("run judge: %w", err)
+	}
+	var from ebpf.MapBatchCursor
+	n, err := o.Maps["questions"].BatchLookup(&from, places, questions, nil)
+	if n != len(questions) {
+		return fmt.Errorf("read %d of %d answers: %w", n, len(questions), err)
+	}
+	return nil
+}
+
+// packets sends what the question is about through the packet programs: TCP or
+// UDP, from or to the peer's address. Other protocols are asked of judge only. Who
+// proves itself by TCP does so by a tag that the kernel makes and verifies; and the
+// same tag with one bit changed must be refused.
+func (t *selftest) packets(q image.Query) error {
 	if q.Port.Proto != image.TCP && q.Port.Proto != image.UDP {
 		return nil
 	}
-	want := t.index.Decide(q).Verdict != abi.Deny
-	who := [4]uint32{uint32(q.Subject), t.gen.slot, uint32(q.Peer), uint32(q.Proof)}
+	pass := t.index.Decide(q).Verdict != abi.Deny
+	if q.Port.Proto != image.TCP || q.Proof != abi.ProofIdentity || !t.known[q.Peer] {
+		return t.packet(q, segmentOf(q, false), q.Proof, pass)
+	}
+	answer := q.Direction == abi.Egress
+	p := segmentOf(q, answer)
+	sealed := abi.Seal{Sender: p.tuple, Identity: uint32(q.Peer), Seq: segmentSeq, Acked: segmentAck}
+	if answer {
+		sealed.Claim = abi.TagAnswer
+	}
+	if _, err := t.objects.Programs["seal"].Run(&ebpf.RunOptions{Context: sealed, ContextOut: &sealed}); err != nil {
+		return fmt.Errorf("self-test: run seal: %w", err)
+	}
+	if sealed.Claim == 0 { // no key: nobody proves anything, and status says so
+		return t.packet(q, p, q.Proof, pass)
+	}
+	if err := t.packet(q, p.tagged(sealed), abi.ProofUnknown, pass && (answer || !t.stale)); err != nil {
+		return err
+	}
+	sealed.MAC ^= 1
+	return t.packet(q, p.tagged(sealed), abi.ProofUnknown, false)
+}
+
+// packet sends one packet through the packet programs.
+func (t *selftest) packet(q image.Query, p segment, proof abi.Proof, want bool) error {
+	who := [4]uint32{uint32(q.Subject), t.gen.slot, uint32(q.Peer), uint32(proof)}
 	if err := t.objects.Maps["selftest"].Put(uint32(0), who); err != nil {
 		return fmt.Errorf("self-test: %w", err)
 	}
@@ -193,12 +268,12 @@ func (t *selftest) packet(q image.Query) error {
 	if q.Direction == abi.Ingress {
 		name = "selftest_ingress"
 	}
-	passed, err := t.objects.Programs[name].Run(&ebpf.RunOptions{Data: frame(q)})
+	passed, err := t.objects.Programs[name].Run(&ebpf.RunOptions{Data: p.frame()})
 	if err != nil {
 		return fmt.Errorf("self-test: run %s: %w", name, err)
 	}
 	if got := passed == 1; got != want {
-		return t.wrong(q, fmt.Sprintf("a packet that passes: %v", want), got)
+		return t.wrong(q, fmt.Sprintf("the packet %x to pass: %v", p.frame(), want), got)
 	}
 	return nil
 }
@@ -218,37 +293,73 @@ func kernelProto(p image.Proto) uint8 {
 	return uint8(p)
 }
 
-// frame is an Ethernet frame with the packet that the question is about.
-func frame(q image.Query) []byte {
-	own := netip.IPv6Unspecified()
-	peer := q.Address.Unmap()
-	kind := []byte{0x86, 0xdd}
-	if peer.Is4() {
-		own, kind = netip.IPv4Unspecified(), []byte{0x08, 0x00}
+// segment is the packet that a question is about.
+type segment struct {
+	tuple   abi.Tuple
+	flags   byte // of TCP
+	options []byte
+}
+
+// Numbers of the segments, and the port that callers have.
+const (
+	segmentSeq  = 0x01020304
+	segmentAck  = 0x05060708
+	segmentPort = 40000
+)
+
+// segmentOf opens the flow, or answers the SYN that the subject sent.
+func segmentOf(q image.Query, answer bool) segment {
+	own, peer := netip.IPv6Unspecified(), q.Address
+	if peer.Unmap().Is4() {
+		own = netip.IPv4Unspecified()
 	}
-	source, destination := own, peer
+	p := segment{flags: 0x02, tuple: abi.Tuple{
+		Source: own.As16(), Destination: peer.As16(), SourcePort: segmentPort, DestinationPort: q.Port.Number, Proto: uint8(q.Port.Proto),
+	}}
 	if q.Direction == abi.Ingress {
-		source, destination = peer, own
+		p.tuple.Source, p.tuple.Destination = p.tuple.Destination, p.tuple.Source
 	}
-	segment := binary.BigEndian.AppendUint16(nil, 40000)
-	segment = binary.BigEndian.AppendUint16(segment, q.Port.Number)
-	if q.Port.Proto == image.TCP {
-		// Sequence and acknowledgement 0, five words long, SYN, window 65535.
-		segment = append(segment, 0, 0, 0, 0, 0, 0, 0, 0, 5<<4, 2, 0xff, 0xff, 0, 0, 0, 0)
+	if answer {
+		p.flags = 0x12
+		p.tuple.Source, p.tuple.Destination = p.tuple.Destination, p.tuple.Source
+		p.tuple.SourcePort, p.tuple.DestinationPort = p.tuple.DestinationPort, p.tuple.SourcePort
+	}
+	return p
+}
+
+// tagged is the segment with a tag.
+func (p segment) tagged(s abi.Seal) segment {
+	p.options = append(make([]byte, 0, abi.TagLength), abi.TagKind, abi.TagLength)
+	p.options = binary.BigEndian.AppendUint16(p.options, abi.TagExID)
+	p.options = binary.BigEndian.AppendUint32(p.options, s.Claim)
+	p.options = binary.NativeEndian.AppendUint64(p.options, s.MAC)
+	return p
+}
+
+// frame is the segment in an Ethernet frame.
+func (p segment) frame() []byte {
+	body := binary.BigEndian.AppendUint16(nil, p.tuple.SourcePort)
+	body = binary.BigEndian.AppendUint16(body, p.tuple.DestinationPort)
+	if image.Proto(p.tuple.Proto) == image.TCP {
+		body = binary.BigEndian.AppendUint32(body, segmentSeq)
+		body = binary.BigEndian.AppendUint32(body, segmentAck)
+		body = append(body, byte(20+len(p.options))<<2, p.flags, 0xff, 0xff, 0, 0, 0, 0) // window 65535
+		body = append(body, p.options...)
 	} else {
-		segment = append(segment, 0, 8, 0, 0) // length 8, no payload
+		body = append(body, 0, 8, 0, 0) // length 8, no payload
 	}
-	packet := append(make([]byte, 12, 80), kind...)
-	if peer.Is4() {
-		packet = append(packet, 0x45, 0)
-		packet = binary.BigEndian.AppendUint16(packet, uint16(20+len(segment)))
-		packet = append(packet, 0, 0, 0, 0, 64, byte(q.Port.Proto), 0, 0)
+	source, destination := netip.AddrFrom16(p.tuple.Source).Unmap(), netip.AddrFrom16(p.tuple.Destination).Unmap()
+	frame := make([]byte, 12, 112)
+	if source.Is4() {
+		frame = append(frame, 0x08, 0x00, 0x45, 0)
+		frame = binary.BigEndian.AppendUint16(frame, uint16(20+len(body)))
+		frame = append(frame, 0, 0, 0, 0, 64, p.tuple.Proto, 0, 0)
 	} else {
-		packet = append(packet, 0x60, 0, 0, 0)
-		packet = binary.BigEndian.AppendUint16(packet, uint16(len(segment)))
-		packet = append(packet, byte(q.Port.Proto), 64)
+		frame = append(frame, 0x86, 0xdd, 0x60, 0, 0, 0)
+		frame = binary.BigEndian.AppendUint16(frame, uint16(len(body)))
+		frame = append(frame, p.tuple.Proto, 64)
 	}
-	packet = append(packet, source.AsSlice()...)
-	packet = append(packet, destination.AsSlice()...)
-	return append(packet, segment...)
+	frame = append(frame, source.AsSlice()...)
+	frame = append(frame, destination.AsSlice()...)
+	return append(frame, body...)
 }

@@ -47,7 +47,7 @@ func BenchmarkVerdict(b *testing.B) {
 			if err := c.objects.Maps["selftest"].Put(uint32(0), who); err != nil {
 				b.Fatal(err)
 			}
-			allowed := frame(q)
+			allowed := segmentOf(q, false).frame()
 			fragment := append([]byte(nil), allowed...)
 			fragment[14+6] = 0x20
 			control := best(b, c.objects.Programs["selftest_ingress"], fragment, 0)

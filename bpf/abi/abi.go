@@ -30,6 +30,7 @@ const (
 	TagLength        = 16
 	TagExID          = 0xD3AC
 	TagSlotShift     = 36 // a SYN's tag is bound to Unix time in ns >> 36
+	TagAnswer        = 1  // flag of a claim: on a SYN-ACK
 )
 
 // Verdict is what was decided. The zero value denies.
@@ -431,4 +432,17 @@ type Query struct {
 	Crossing  uint32  // out: index
 	Now       uint64
 	Address   [16]byte
+}
+
+// Questions is how many are asked at once.
+const Questions = 4096
+
+// Seal is what the self-test wants a tag for.
+type Seal struct {
+	Sender   Tuple
+	Identity uint32
+	Seq      uint32
+	Acked    uint32
+	Claim    uint32 // in: flags; out: the claim, 0 = there is no key or no clock
+	MAC      uint64 // out
 }

@@ -504,5 +504,21 @@ struct demarc_query {
 	__u64 now;
 	__u8 address[16];
 };
+#define DEMARC_QUESTIONS 4096 /* asked at once */
+
+/* How many of them are. */
+struct demarc_count {
+	__u32 count;
+};
+
+/* What the self-test wants a tag for. */
+struct demarc_seal {
+	struct demarc_tuple sender;
+	__u32 identity;
+	__u32 seq;
+	__u32 acked;
+	__u32 claim; /* in: flags; out: the claim, 0 = there is no key or no clock */
+	__u64 mac;   /* out */
+};
 
 #endif

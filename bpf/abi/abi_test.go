@@ -37,6 +37,7 @@ func TestLayout(t *testing.T) {
 		"demarc_count_key":    abi.CountKey{},
 		"demarc_ring_state":   abi.RingState{},
 		"demarc_query":        abi.Query{},
+		"demarc_seal":         abi.Seal{},
 	} {
 		var c *btf.Struct
 		if err := spec.Types.TypeByName(name, &c); err != nil {

@@ -36,6 +36,7 @@ type Index struct {
 	zones  map[ID]uint16
 	rules  map[RuleKey][]uint32
 	blocks map[netip.Prefix]uint16
+	long   [129]bool // lengths that blocks have
 }
 
 // Index makes the look-up tables of a verified image. It keeps the image.
@@ -54,6 +55,7 @@ func (img *Image) Index() *Index {
 	}
 	for _, p := range img.Addresses {
 		x.blocks[p.Prefix] = p.Class
+		x.long[p.Prefix.Bits()] = true
 	}
 	return x
 }
@@ -163,6 +165,9 @@ func (x *Index) portClass(p Port) (uint16, bool) {
 func (x *Index) AddressClass(a netip.Addr) uint16 {
 	a = a.Unmap().WithZone("")
 	for length := a.BitLen(); length >= 0; length-- {
+		if !x.long[length] {
+			continue
+		}
 		p, err := a.Prefix(length)
 		if err != nil {
 			return 0
