@@ -78,7 +78,7 @@ var checks = []struct {
 	{"trust", "", "read trust_dir", "", func(t *trial) error { return checkTrust(t.config.TrustDir) }},
 	{"state", "", "write and flush a file in state_dir", "make state_dir a directory of root's on a sound disk with room", (*trial).state},
 	{"keyring", "state", "read the tag keys, their times, and the file's owner and mode", "", (*trial).keyring},
-	{"clock", "", "read CLOCK_BOOTTIME", "", (*trial).clock},
+	{"clock", "", "read CLOCK_BOOTTIME and the wall clock", "set the clock, then restart demarc-core", (*trial).clock},
 	{"cgroup2", "", "find the cgroup2 mount by its type, and cgroup_root in it", "mount cgroup2", (*trial).cgroup2},
 	{"cgroup namespace", "cgroup2", "compare /proc/self/ns/cgroup with the initial one", "run in the host's cgroup namespace (cgroup: host)", (*trial).namespace},
 	{"btf", "", "read the kernel's type information", "use a kernel with CONFIG_DEBUG_INFO_BTF", (*trial).btf},
@@ -86,6 +86,7 @@ var checks = []struct {
 	{"devices", "", "look for places for programs at devices, and for the devices that are named",
 		`use a kernel with tcx (6.6 or later), or set "devices" to []`, (*trial).devices},
 	{"programs", "pins", "load every program and map", "use a kernel that has it (6.1 or later)", (*trial).load},
+	{"memory", "programs", "compare what tables may grow to with what the machine and memory.max leave", "raise memory.max of the core's cgroup, or free memory", (*trial).room},
 	{"attach", "programs", "attach every program to a scratch cgroup and detach it", "look for another program that does not share the hook", (*trial).attach},
 	{"refusals", "programs", "make the raw sockets that tell callers they are refused", "grant CAP_NET_RAW", (*trial).refusals},
 	{"ring buffer", "programs", "map the events ring into memory", "use a kernel with BPF_MAP_TYPE_RINGBUF", (*trial).ring},
@@ -111,6 +112,9 @@ func (t *trial) run() []Check {
 		if err != nil {
 			failed[c.name] = true
 			r.OK, r.Problem, r.Fix = false, err.Error(), c.fix
+			if errors.Is(err, unix.EPERM) && c.name != "privileges" {
+				r.Fix = "a seccomp filter, lockdown or a security module forbids it to root: allow it"
+			}
 			var refused *proto.Refused
 			if errors.As(err, &refused) && refused.Hint != "" {
 				r.Fix = refused.Hint
@@ -210,7 +214,20 @@ func (t *trial) clock() error {
 	if err == nil && clock.now() == 0 {
 		return errors.New("it stands at zero")
 	}
+	if limit := wallLimit(time.Now()); limit != "" {
+		t.limits = append(t.limits, limit)
+	}
 	return err
+}
+
+// wallLimit says what does not hold under a wall clock that cannot be right.
+// Machines without a clock of their own begin long ago; they must be guarded
+// before they have asked anybody for the time.
+func wallLimit(now time.Time) string {
+	if now.Year() >= 2026 {
+		return ""
+	}
+	return fmt.Sprintf("the wall clock says %s: windows of crossings and of keys are not when they should be, and tags do not cross hosts", now.UTC().Format(time.DateOnly))
 }
 
 func (t *trial) cgroup2() (err error) {

@@ -3,6 +3,7 @@ package fault
 import (
 	"encoding/json"
 	"fmt"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -83,6 +84,10 @@ func TestX10Missing(t *testing.T) {
 	s := newScene(t)
 	s.node.Detach()
 	bpffs := filepath.Join(s.node.Dir(), "bpf")
+	little := filepath.Join(t.TempDir(), "meminfo")
+	if err := os.WriteFile(little, []byte("MemTotal: 100000 kB\nMemAvailable: 10000 kB\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
 	tests := []struct {
 		name    string
 		machine Machine
@@ -100,6 +105,8 @@ func TestX10Missing(t *testing.T) {
 		{name: "locked memory", machine: Machine{Memlock: 1}, want: full}, // memory is the cgroup's since Linux 5.11
 		{name: "memory", decide: when(unix.ENOMEM, bpf(func(b *BPF) bool { return b.Command == unix.BPF_MAP_CREATE && b.Object == "young" })),
 			want: refused, text: "map young: "},
+		{name: "room for tables to grow", machine: Machine{Unshare: unix.CLONE_NEWNS, Replace: map[string]string{"/proc/meminfo": little}},
+			want: limited, text: "and 9 MiB are available"},
 		{name: "bpf(2), by seccomp", decide: when(unix.EPERM, func(c *Call) bool { return c.BPF != nil }), want: refused, text: "operation not permitted"},
 		{name: "ring buffers", decide: noMap(unix.BPF_MAP_TYPE_RINGBUF), want: refused, text: "RingBuf map"},
 		{name: "socket storage", decide: noMap(unix.BPF_MAP_TYPE_SK_STORAGE), want: refused, text: "SkStorage map"},

@@ -31,10 +31,11 @@ type shim struct {
 
 // Machine is what the program finds itself in.
 type Machine struct {
-	Unshare  int      // namespaces of its own (CLONE_NEWNS, ...)
-	Hide     []string // directories that an empty file system is mounted over
-	ReadOnly []string // mounts that are read-only
-	Memlock  uint64   // RLIMIT_MEMLOCK; 0 = as it is
+	Unshare  int               // namespaces of its own (CLONE_NEWNS, ...)
+	Hide     []string          // directories that an empty file system is mounted over
+	ReadOnly []string          // mounts that are read-only
+	Replace  map[string]string // files that others are mounted over
+	Memlock  uint64            // RLIMIT_MEMLOCK; 0 = as it is
 }
 
 func init() {
@@ -88,6 +89,11 @@ func (m Machine) enter() error {
 	for _, dir := range m.Hide {
 		if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "size=64k"); err != nil {
 			return fmt.Errorf("hide %s: %w", dir, err)
+		}
+	}
+	for file, other := range m.Replace {
+		if err := unix.Mount(other, file, "", unix.MS_BIND, ""); err != nil {
+			return fmt.Errorf("replace %s: %w", file, err)
 		}
 	}
 	for _, dir := range m.ReadOnly {
