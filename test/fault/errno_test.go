@@ -2,6 +2,7 @@ package fault
 
 import (
 	"fmt"
+	"os"
 	"strings"
 	"testing"
 	"time"
@@ -15,14 +16,22 @@ import (
 // errnos are what a call may fail with that worked before.
 var errnos = []unix.Errno{unix.EINTR, unix.ENOMEM, unix.EPERM, unix.EBUSY, unix.EAGAIN, unix.ENOSPC, unix.EIO}
 
-// eachFailure calls try for a sample of all pairs of a call and an error.
+// eachFailure calls try for a sample of all pairs of a call and an error, and for
+// every call that makes a file last.
 func (s *scene) eachFailure(calls []string, sample int, try func(when string, decide func(*Call) Answer)) {
 	s.t.Helper()
-	all := pointsOf(calls)
-	for _, i := range spread(len(all)*len(errnos), times(s.t, sample, 5)) {
-		p, e := all[(i-1)/len(errnos)], errnos[(i-1)%len(errnos)]
+	fail := func(p point, e unix.Errno) {
 		s.faults++
 		try(fmt.Sprintf("%v at %s", e, p), s.at(p, Answer{Errno: e}))
+	}
+	all := pointsOf(calls)
+	for _, i := range spread(len(all)*len(errnos), times(s.t, sample, 5)) {
+		fail(all[(i-1)/len(errnos)], errnos[(i-1)%len(errnos)])
+	}
+	for _, p := range all {
+		if strings.HasPrefix(p.call, "rename ") || strings.HasPrefix(p.call, "fsync ") || strings.HasPrefix(p.call, "link ") {
+			fail(p, unix.EIO)
+		}
 	}
 }
 
@@ -68,6 +77,75 @@ func TestX11FailFirstStart(t *testing.T) {
 		s.detach()
 	})
 	s.report()
+}
+
+// Whichever call of a change fails: the change is refused, and what was in force
+// stays, or it is in force. The core goes on, takes the next change, and holds no
+// more descriptors than before. (X11, V7)
+func TestX11FailApply(t *testing.T) {
+	s := newScene(t)
+	s.traffic()
+	s.node.KillCore()
+	core := s.supervise(Machine{}, record)
+	client := s.ready(core)
+	if client == nil {
+		t.Fatalf("the core does not start; it said:\n%s", core.Output())
+	}
+	defer client.Close()
+	s.applied(client)
+	s.applied(client) // from here on there is one that retired
+	core.Decide(record)
+	s.applied(client)
+	calls := core.Calls()
+	before := descriptors(t, core.PID())
+	s.eachFailure(calls, 20, func(when string, decide func(*Call) Answer) {
+		core.Decide(decide)
+		_, err := client.Apply(s.image(s.version+1), 0)
+		core.Decide(record)
+		if err == nil {
+			s.version++
+		} else if gone(err) || strings.Contains(err.Error(), "\n") {
+			t.Fatalf("%s: %v; the core said:\n%s", when, err, core.Output())
+		}
+		status, statusErr := client.Status()
+		if statusErr != nil {
+			t.Fatalf("%s: %v", when, statusErr)
+		}
+		s.truthful(when, status)
+		t.Logf("%s: %v; %s %v", when, err, status.State, status.Problems)
+		s.applied(client)
+		s.check(when)
+	})
+	if after := descriptors(t, core.PID()); after > before {
+		t.Errorf("%d descriptors are open, %d were", after, before)
+	}
+	core.Signal(unix.SIGTERM)
+	core.Gone(t, time.Minute)
+	if diff := cmp.Diff(s.pins, listing(t, s.node)); diff != "" {
+		t.Errorf("pins (-undisturbed +after the faults):\n%s", diff)
+	}
+	s.quiet()
+	s.report()
+}
+
+// applied puts the next version in force, which has to work.
+func (s *scene) applied(client *proto.Client) {
+	s.t.Helper()
+	s.version++
+	status, err := client.Apply(s.image(s.version), 0)
+	if err != nil || status.Active == nil || int(status.Active.Version) != s.version {
+		s.t.Fatalf("apply version %d: %+v, %v", s.version, status, err)
+	}
+}
+
+// descriptors counts those that a process has open.
+func descriptors(t testing.TB, pid int) int {
+	t.Helper()
+	all, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return len(all)
 }
 
 // failStart starts a core that meets a fault and ends it again. It says whether

@@ -12,11 +12,17 @@ import (
 )
 
 // images are the files that hold images in state_dir.
-func (s *scene) images() []string {
+func (s *scene) images() (all []string) {
 	s.t.Helper()
-	all, err := filepath.Glob(filepath.Join(s.node.Dir(), "state", "*.img*"))
-	if err != nil || len(all) == 0 {
-		s.t.Fatalf("no images in state_dir: %v", err)
+	for _, pattern := range []string{"active.*", "previous.*"} {
+		found, err := filepath.Glob(filepath.Join(s.node.Dir(), "state", pattern))
+		if err != nil {
+			s.t.Fatal(err)
+		}
+		all = append(all, found...)
+	}
+	if len(all) == 0 {
+		s.t.Fatal("there are no images in state_dir")
 	}
 	return all
 }
