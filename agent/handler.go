@@ -47,6 +47,7 @@ func (s *service) routes() http.Handler {
 	mux.HandleFunc("GET "+api.PathFlows, s.flows)
 	mux.HandleFunc("GET "+api.PathPolicy, s.image)
 	mux.Handle("POST "+api.PathPolicy, changing(s.apply))
+	mux.Handle("POST "+api.PathPreview, changing(s.preview))
 	mux.Handle("POST "+api.PathConfirm, changing(s.confirm))
 	mux.Handle("POST "+api.PathRollback, changing(s.rollback))
 	mux.Handle("/", answer(func(r *http.Request) (any, error) {
@@ -278,6 +279,47 @@ func (s *service) image(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
+// offered is the image in a request's body, and a file with it for the core.
+func offered(w http.ResponseWriter, r *http.Request) (*image.Image, *os.File, error) {
+	rc := http.NewResponseController(w)
+	_ = rc.SetReadDeadline(time.Now().Add(bodyTimeout))
+	b, err := io.ReadAll(http.MaxBytesReader(w, r.Body, image.MaxSize))
+	var tooLarge *http.MaxBytesError
+	switch {
+	case errors.As(err, &tooLarge):
+		return nil, nil, &api.Error{Code: http.StatusRequestEntityTooLarge, Message: fmt.Sprintf("the image is larger than %d bytes", image.MaxSize)}
+	case err != nil:
+		return nil, nil, &api.Error{Code: http.StatusBadRequest, Message: "read image: " + err.Error()}
+	}
+	img, err := image.Decode(b)
+	if err == nil {
+		err = image.Verify(img)
+	}
+	if err != nil {
+		return nil, nil, &api.Error{Code: http.StatusUnprocessableEntity, Message: err.Error(), Hint: "build the image again with: demarc policy build FILE -o IMAGE"}
+	}
+	f, err := memfd(b)
+	if err != nil {
+		return nil, nil, err
+	}
+	return img, f, nil
+}
+
+// preview has the core look at an image, and changes nothing.
+func (s *service) preview(w http.ResponseWriter, r *http.Request) (any, error) {
+	_, f, err := offered(w, r)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	var p *proto.Preview
+	err = s.link.with(func(c core) (err error) {
+		p, err = c.Preview(f)
+		return err
+	})
+	return p, err
+}
+
 // apply hands an image to the core. The agent checks it first only to name what is
 // wrong with a bad file; the core believes nothing of that.
 func (s *service) apply(w http.ResponseWriter, r *http.Request) (any, error) {
@@ -288,24 +330,7 @@ func (s *service) apply(w http.ResponseWriter, r *http.Request) (any, error) {
 			return nil, &api.Error{Code: http.StatusBadRequest, Message: fmt.Sprintf("within: %.40q is not a time", text), Hint: "give one like 60s"}
 		}
 	}
-	rc := http.NewResponseController(w)
-	_ = rc.SetReadDeadline(time.Now().Add(bodyTimeout))
-	b, err := io.ReadAll(http.MaxBytesReader(w, r.Body, image.MaxSize))
-	var tooLarge *http.MaxBytesError
-	switch {
-	case errors.As(err, &tooLarge):
-		return nil, &api.Error{Code: http.StatusRequestEntityTooLarge, Message: fmt.Sprintf("the image is larger than %d bytes", image.MaxSize)}
-	case err != nil:
-		return nil, &api.Error{Code: http.StatusBadRequest, Message: "read image: " + err.Error()}
-	}
-	img, err := image.Decode(b)
-	if err == nil {
-		err = image.Verify(img)
-	}
-	if err != nil {
-		return nil, &api.Error{Code: http.StatusUnprocessableEntity, Message: err.Error(), Hint: "build the image again with: demarc policy build FILE -o IMAGE"}
-	}
-	f, err := memfd(b)
+	img, f, err := offered(w, r)
 	if err != nil {
 		return nil, err
 	}

@@ -26,6 +26,7 @@ type core interface {
 	Hello() (*proto.Hello, *proto.Descriptors, error)
 	Status() (*proto.Status, error)
 	Apply(image *os.File, within time.Duration) (*proto.Status, error)
+	Preview(image *os.File) (*proto.Preview, error)
 	Confirm() (*proto.Status, error)
 	Rollback() (*proto.Status, error)
 	Image() (*os.File, error)

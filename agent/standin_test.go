@@ -165,6 +165,8 @@ func (s *standIn) status() *proto.Status {
 		Active: &proto.Generation{Epoch: s.epoch, Name: img.Name, Version: img.Version, Digest: hex.EncodeToString(sum[:]), Mode: "enforce", Since: time.Unix(1000, 0).UTC()}}
 }
 
+func (c *connection) Preview(*os.File) (*proto.Preview, error) { return &proto.Preview{}, nil }
+
 func (c *connection) Confirm() (*proto.Status, error) { return nil, proto.Refuse("", "nothing waits") }
 
 func (c *connection) Apply(f *os.File, _ time.Duration) (*proto.Status, error) {

@@ -38,6 +38,7 @@
 #include "device.h"
 #include "door.h"
 #include "listener.h"
+#include "cut.h"
 
 char LICENSE[] SEC("license") = "GPL";
 
@@ -164,6 +165,12 @@ SEC("iter/tcp")
 int old_listeners(struct bpf_iter__tcp *ctx)
 {
 	return ask_for_tags(ctx);
+}
+
+SEC("iter/task_file")
+int cuts(struct bpf_iter__task_file *ctx)
+{
+	return would_cut(ctx);
 }
 
 /* Never attached: the core's self-test and the differential test run these. */

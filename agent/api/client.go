@@ -17,6 +17,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/demarc/demarc/agent/core/proto"
 	"github.com/demarc/demarc/policy/image"
 )
 
@@ -84,6 +85,11 @@ func (c *Client) Apply(ctx context.Context, img []byte, within time.Duration) (*
 		path += "?" + url.Values{"within": {within.String()}}.Encode()
 	}
 	return doJSON[*Status](ctx, c, http.MethodPost, path, bytes.NewReader(img))
+}
+
+// Preview asks which live connections an encoded image would cut.
+func (c *Client) Preview(ctx context.Context, img []byte) (*proto.Preview, error) {
+	return doJSON[*proto.Preview](ctx, c, http.MethodPost, PathPreview, bytes.NewReader(img))
 }
 
 // Confirm keeps the change that waits for it.

@@ -167,7 +167,7 @@ func (c *Core) resume(committed bool) error {
 	if committed {
 		c.recoverClaims(g)
 	}
-	return c.install(g, false, 0)
+	return c.install(g, change{})
 }
 
 func (c *Core) stored(file string) (*generation, error) {
@@ -201,19 +201,24 @@ func (c *Core) Apply(b []byte, within time.Duration) (*proto.Status, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.settle()
-	if c.fallback != nil {
-		return nil, proto.Refuse("`demarc confirm` keeps it, `demarc rollback` takes it back", "version %d waits to be confirmed", c.active.image.Version)
-	}
-	if c.active == nil || c.active.digest != g.digest || c.active.flags != activeFlags(c.active.image) {
-		if err := c.admissible(g); err != nil {
+	if c.active == nil || c.active.digest != g.digest || c.active.flags != activeFlags(c.active.image) || c.fallback != nil {
+		if err := c.mayChange(g); err != nil {
 			return nil, err
 		}
 		c.keepClaims(g)
-		if err := c.install(g, true, within); err != nil {
+		if err := c.install(g, change{durable: true, within: within}); err != nil {
 			return nil, err
 		}
 	}
 	return c.status(), nil
+}
+
+// mayChange says whether an image may take over now.
+func (c *Core) mayChange(g *generation) error {
+	if c.fallback != nil {
+		return proto.Refuse("`demarc confirm` keeps it, `demarc rollback` takes it back", "version %d waits to be confirmed", c.active.image.Version)
+	}
+	return c.admissible(g)
 }
 
 // admissible refuses images that would turn time back.
@@ -262,17 +267,23 @@ func (c *Core) Rollback() (*proto.Status, error) {
 		return nil, proto.Refuse("apply a newer policy", "previous image has expired")
 	}
 	c.keepClaims(g)
-	if err := c.install(g, true, 0); err != nil {
+	if err := c.install(g, change{durable: true}); err != nil {
 		return nil, err
 	}
 	return c.status(), nil
 }
 
-// install puts a verified generation in force, and on disk if it is not from
-// there. Each step is undone if a later one fails; what was in force stays in its
+// change says how an image comes into force.
+type change struct {
+	durable bool          // on disk, too: it is not from there
+	within  time.Duration // somebody has to confirm it; 0 = it is for good
+	preview func() error  // runs when everything is ready, and ends it with an error; nil = none
+}
+
+// install puts a verified generation in force. Each step is undone if a later one fails; what was in force stays in its
 // slot until the next time, because packets may still be judged there, or return
-// there: within a time, if it is not 0, somebody has to confirm the change.
-func (c *Core) install(g *generation, durable bool, within time.Duration) (err error) {
+// there.
+func (c *Core) install(g *generation, how change) (err error) {
 	before, err := readState(c.objects)
 	if err != nil {
 		return err
@@ -316,7 +327,10 @@ func (c *Core) install(g *generation, durable bool, within time.Duration) (err e
 	if err := runSelftest(c.objects, g); err != nil {
 		return err
 	}
-	if durable {
+	if how.preview != nil {
+		return how.preview()
+	}
+	if how.durable {
 		if err := c.store.stage(g.bytes); err != nil {
 			return err
 		}
@@ -324,8 +338,8 @@ func (c *Core) install(g *generation, durable bool, within time.Duration) (err e
 
 	g.epoch, g.flags = before.NextEpoch(), activeFlags(g.image)
 	state.Active, state.Filling, state.Deadline = g.word(), 1<<g.slot, 0
-	if within > 0 {
-		state.Fallback, state.Deadline = g.fallbackWord(before), g.clock.now()+uint64(within)
+	if how.within > 0 {
+		state.Fallback, state.Deadline = g.fallbackWord(before), g.clock.now()+uint64(how.within)
 		state.Filling |= 1 << abi.ActiveSlot(state.Fallback)
 	}
 	if err := writeState(c.objects, state); err != nil {
@@ -345,12 +359,12 @@ func (c *Core) install(g *generation, durable bool, within time.Duration) (err e
 			return err
 		}
 	}
-	if durable && within == 0 {
+	if how.durable && how.within == 0 {
 		if err := c.store.commit(); err != nil {
 			return err
 		}
 	}
-	c.succeed(g, before, on, durable, within > 0)
+	c.succeed(g, before, on, how)
 	if first {
 		c.adoptListeners()
 	}
@@ -384,7 +398,7 @@ func (c *Core) restore(before abi.State) {
 
 // succeed notes what is in force and frees what was retired before. Failing to
 // free it costs memory until the next time, nothing else.
-func (c *Core) succeed(g *generation, before abi.State, on, durable, trial bool) {
+func (c *Core) succeed(g *generation, before abi.State, on bool, how change) {
 	g.since = time.Now()
 	retired := -1
 	if on {
@@ -400,11 +414,11 @@ func (c *Core) succeed(g *generation, before abi.State, on, durable, trial bool)
 	former := c.active
 	c.active, c.retired = g, retired
 	switch {
-	case trial && former == nil:
+	case how.within > 0 && former == nil:
 		c.fallback = g
-	case trial:
+	case how.within > 0:
 		c.fallback = former
-	case durable:
+	case how.durable:
 		c.standing = nil
 		c.keep(former)
 	case former != nil:

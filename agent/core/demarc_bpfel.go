@@ -247,6 +247,7 @@ const (
 	demarcProgCgroupRmdir          = "cgroup_rmdir"
 	demarcProgConnect4             = "connect4"
 	demarcProgConnect6             = "connect6"
+	demarcProgCuts                 = "cuts"
 	demarcProgEgress               = "egress"
 	demarcProgIngress              = "ingress"
 	demarcProgJudge                = "judge"
@@ -327,6 +328,7 @@ type demarcProgramSpecs struct {
 	CgroupRmdir     *ebpf.ProgramSpec `ebpf:"cgroup_rmdir"`
 	Connect4        *ebpf.ProgramSpec `ebpf:"connect4"`
 	Connect6        *ebpf.ProgramSpec `ebpf:"connect6"`
+	Cuts            *ebpf.ProgramSpec `ebpf:"cuts"`
 	Egress          *ebpf.ProgramSpec `ebpf:"egress"`
 	Ingress         *ebpf.ProgramSpec `ebpf:"ingress"`
 	Judge           *ebpf.ProgramSpec `ebpf:"judge"`
@@ -530,6 +532,7 @@ type demarcPrograms struct {
 	CgroupRmdir     *ebpf.Program `ebpf:"cgroup_rmdir"`
 	Connect4        *ebpf.Program `ebpf:"connect4"`
 	Connect6        *ebpf.Program `ebpf:"connect6"`
+	Cuts            *ebpf.Program `ebpf:"cuts"`
 	Egress          *ebpf.Program `ebpf:"egress"`
 	Ingress         *ebpf.Program `ebpf:"ingress"`
 	Judge           *ebpf.Program `ebpf:"judge"`
@@ -556,6 +559,7 @@ func (p *demarcPrograms) Close() error {
 		p.CgroupRmdir,
 		p.Connect4,
 		p.Connect6,
+		p.Cuts,
 		p.Egress,
 		p.Ingress,
 		p.Judge,

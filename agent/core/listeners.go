@@ -3,9 +3,6 @@ package core
 import (
 	"bytes"
 	"fmt"
-	"io"
-
-	"github.com/cilium/ebpf/link"
 )
 
 // convertListeners makes the workloads' listeners that are older than the programs
@@ -13,17 +10,7 @@ import (
 // that the core runs in. It returns how many cannot: proven callers refuse them
 // until they are restarted. Listeners in other namespaces are not seen.
 func convertListeners(o *objects) (converted, left int, err error) {
-	iter, err := link.AttachIter(link.IterOptions{Program: o.Programs["old_listeners"]})
-	if err != nil {
-		return 0, 0, fmt.Errorf("walk over listeners: %w", err)
-	}
-	defer iter.Close()
-	walk, err := iter.Open()
-	if err != nil {
-		return 0, 0, fmt.Errorf("walk over listeners: %w", err)
-	}
-	defer walk.Close()
-	answers, err := io.ReadAll(walk)
+	answers, err := readIterator(o.Programs["old_listeners"])
 	if err != nil {
 		return 0, 0, fmt.Errorf("walk over listeners: %w", err)
 	}

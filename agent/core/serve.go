@@ -234,6 +234,8 @@ func wellFormed(q proto.Request, files int) bool {
 			return false
 		}
 		wantFiles = 1
+	case proto.OpPreview:
+		wantFiles = 1
 	case proto.OpStatus, proto.OpConfirm, proto.OpRollback, proto.OpImage, proto.OpForget:
 	default:
 		return false
@@ -256,6 +258,11 @@ func (c *Core) answer(q proto.Request, files []*os.File) (r proto.Response, answ
 		var image []byte
 		if image, err = readImage(files[0]); err == nil {
 			r.Status, err = c.Apply(image, time.Duration(q.Within)*time.Millisecond)
+		}
+	case proto.OpPreview:
+		var image []byte
+		if image, err = readImage(files[0]); err == nil {
+			r.Preview, err = c.Preview(image)
 		}
 	case proto.OpConfirm:
 		r.Status, err = c.Confirm()

@@ -437,6 +437,19 @@ type Query struct {
 // Questions is how many are asked at once.
 const Questions = 4096
 
+// Cut is a live connection that a change would cut.
+type Cut struct {
+	Tuple     Tuple  // this end first
+	Cookie    uint64 // of the socket
+	Subject   uint32
+	Peer      uint32
+	PID       uint32 // of a process that holds it
+	Direction Direction
+	Reason    Reason
+	_         [2]uint8
+	Comm      [16]byte
+}
+
 // Seal is what the self-test wants a tag for.
 type Seal struct {
 	Sender   Tuple

@@ -511,6 +511,19 @@ struct demarc_count {
 	__u32 count;
 };
 
+/* A live connection that a change would cut. */
+struct demarc_cut {
+	struct demarc_tuple tuple; /* this end first */
+	__u64 cookie;		   /* of the socket */
+	__u32 subject;
+	__u32 peer;
+	__u32 pid;	/* of a process that holds it */
+	__u8 direction;
+	__u8 reason;
+	__u8 zero[2];
+	char comm[16];
+};
+
 /* What the self-test wants a tag for. */
 struct demarc_seal {
 	struct demarc_tuple sender;

@@ -38,6 +38,7 @@ func TestLayout(t *testing.T) {
 		"demarc_ring_state":   abi.RingState{},
 		"demarc_query":        abi.Query{},
 		"demarc_seal":         abi.Seal{},
+		"demarc_cut":          abi.Cut{},
 	} {
 		var c *btf.Struct
 		if err := spec.Types.TypeByName(name, &c); err != nil {

@@ -22,6 +22,7 @@ type applyOptions struct {
 	output string
 	within time.Duration
 	now    bool
+	dryRun bool
 }
 
 // trialDefault is how long a change waits for its confirmation when a person makes
@@ -40,8 +41,13 @@ be applied changes nothing.
 With --confirm-within the kernel itself takes the change back when the time is
 over, whatever has become of demarc by then, unless "demarc confirm" came before.
 On a terminal that is the default, with one minute, and the command asks; --now
-applies for good. In scripts a change is for good unless --confirm-within is given.`,
+applies for good. In scripts a change is for good unless --confirm-within is given.
+
+First it names the live TCP connections that the change would cut, those through
+which this very command was called before all others. A change that would cut one
+of these is refused unless it is confirmed later, or --now says that it is meant.`,
 		Example: `  demarc apply shop.yaml
+  demarc apply shop.yaml --dry-run
   demarc apply shop.img --confirm-within 5m && ./smoke-test && demarc confirm`,
 		Args: oneArgument("file"),
 		RunE: func(c *cobra.Command, args []string) error {
@@ -57,6 +63,7 @@ applies for good. In scripts a change is for good unless --confirm-within is giv
 	}
 	c.Flags().DurationVar(&o.within, "confirm-within", 0, "take the change back after this time unless it is confirmed")
 	c.Flags().BoolVar(&o.now, "now", false, "apply for good, without a question")
+	c.Flags().BoolVar(&o.dryRun, "dry-run", false, "only name the connections that the change would cut")
 	outputFlag(c, &o.output, "text", "json")
 	return c
 }
@@ -75,6 +82,19 @@ func applyRun(ctx context.Context, env *environment, o applyOptions) error {
 	if asks && o.within == 0 {
 		o.within = trialDefault
 	}
+	cuts, err := preview(ctx, env, client, img)
+	if err != nil {
+		return fmt.Errorf("apply %s: %w", o.file, err)
+	}
+	switch {
+	case o.dryRun:
+		return cuts.print(env, o.output)
+	case cuts.own() && o.within == 0 && !o.now:
+		cuts.printText(env.Stderr)
+		return hintError{fmt.Errorf("apply %s: it would cut the session that this command runs in", o.file),
+			"--confirm-within 60s takes it back unless you confirm it; --now applies it all the same"}
+	}
+	cuts.printText(env.Stderr)
 	s, err := client.Apply(ctx, img, o.within)
 	if err != nil {
 		return fmt.Errorf("apply %s: %w", o.file, err)

@@ -308,6 +308,10 @@ func (n *Node) Demarc(args ...string) (stdout, stderr string, status int) {
 	return out.String(), problems.String(), c.ProcessState.ExitCode()
 }
 
+// DemarcPath and DemarcEnv are for processes that run the command line themselves.
+func (n *Node) DemarcPath() string  { return n.lab.binary("demarc") }
+func (n *Node) DemarcEnv() []string { return []string{"DEMARC_SERVER=unix://" + n.agentSocket()} }
+
 // DemarcAsked runs the command line on a terminal, where somebody types the answer.
 func (n *Node) DemarcAsked(answer string, args ...string) (screen string, status int) {
 	n.lab.t.Helper()

@@ -63,6 +63,19 @@ func (c *Client) Apply(image *os.File, within time.Duration) (*Status, error) {
 	return c.status(Request{Op: OpApply, Within: within.Milliseconds()}, image)
 }
 
+// Preview asks which live connections an image would cut.
+func (c *Client) Preview(image *os.File) (*Preview, error) {
+	r, files, err := c.ask(Request{Op: OpPreview}, image)
+	CloseFiles(files)
+	if err != nil {
+		return nil, err
+	}
+	if r.Preview == nil {
+		return nil, errors.New("preview: the core sent none")
+	}
+	return r.Preview, nil
+}
+
 // Confirm keeps the change that waits for it.
 func (c *Client) Confirm() (*Status, error) { return c.status(Request{Op: OpConfirm}, nil) }
 

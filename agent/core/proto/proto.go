@@ -8,6 +8,7 @@
 package proto
 
 import (
+	"net/netip"
 	"os"
 	"time"
 )
@@ -25,6 +26,7 @@ const (
 	OpHello    Op = "hello"    // answer: Welcome and Descriptors
 	OpStatus   Op = "status"   // answer: Status
 	OpApply    Op = "apply"    // with one descriptor, the image; answer: Status
+	OpPreview  Op = "preview"  // with one descriptor, an image that is not applied; answer: Preview
 	OpConfirm  Op = "confirm"  // keep the change that waits for it; answer: Status
 	OpRollback Op = "rollback" // back to the previous image; answer: Status
 	OpImage    Op = "image"    // answer: one descriptor, the active image; refused if there is none
@@ -44,10 +46,11 @@ type Request struct {
 
 // Response is the answer. Error is empty on success; Hint says how to mend it.
 type Response struct {
-	Error  string  `json:"error,omitempty"`
-	Hint   string  `json:"hint,omitempty"`
-	Hello  *Hello  `json:"hello,omitempty"`
-	Status *Status `json:"status,omitempty"`
+	Error   string   `json:"error,omitempty"`
+	Hint    string   `json:"hint,omitempty"`
+	Hello   *Hello   `json:"hello,omitempty"`
+	Status  *Status  `json:"status,omitempty"`
+	Preview *Preview `json:"preview,omitempty"`
 }
 
 // Hello says what the core is. Its frame carries Descriptors in their order.
@@ -116,4 +119,22 @@ type Status struct {
 type Unconfirmed struct {
 	Until    time.Time   `json:"until"`
 	Fallback *Generation `json:"fallback,omitempty"` // what comes back then; none = the first policy, which is then only observed
+}
+
+// Preview is what an image would do to live TCP connections.
+type Preview struct {
+	Cuts  []Cut `json:"cuts,omitempty"` // the oldest ones
+	Total int   `json:"total"`
+}
+
+// Cut is a connection that would be cut.
+type Cut struct {
+	Local   netip.AddrPort `json:"local"`
+	Remote  netip.AddrPort `json:"remote"`
+	PID     uint32         `json:"pid"` // of a process that holds it
+	Process string         `json:"process"`
+	Subject uint32         `json:"subject"`           // identity of this end under the image
+	Peer    uint32         `json:"peer,omitempty"`    // what the other end proved
+	Inbound bool           `json:"inbound,omitempty"` // the other end opened it; false if that is not known
+	Reason  string         `json:"reason"`
 }

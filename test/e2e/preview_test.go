@@ -1,0 +1,114 @@
+package e2e_test
+
+import (
+	"encoding/json"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/demarc/demarc/test/netlab"
+)
+
+// Before anything changes, `apply` names the live connections that a change would
+// cut: those that it cuts then, and no others.
+func TestApplyNamesCuts(t *testing.T) {
+	const both, one = `crossings:
+  - {name: first, from: [workload/web], to: [workload/db], ports: [tcp/7000]}
+  - {name: second, from: [workload/web], to: [workload/db], ports: [tcp/7001]}
+`, `crossings:
+  - {name: second, from: [workload/web], to: [workload/db], ports: [tcp/7001]}
+`
+	e := newEnds(t, both, netlab.NodeOptions{})
+	e.server.serve(7000)
+	e.server.serve(7001)
+	var streams []string
+	for _, port := range []uint16{7000, 7001} {
+		for _, to := range e.both(port) {
+			streams = append(streams, to.String())
+		}
+	}
+	call[bool](e.client, "StartTraffic", TrafficArgs{Streams: streams})
+	dir := t.TempDir()
+	write := func(name, text string) string {
+		file := filepath.Join(dir, name)
+		if err := os.WriteFile(file, []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		return file
+	}
+	same, file := write("same.yaml", document(2, webAndDB+both)), write("one.yaml", document(2, webAndDB+one))
+
+	if out, problems, code := e.node.Demarc("apply", same, "--dry-run"); code != 0 || out != "would cut no connection\n" {
+		t.Errorf("nothing would change: %d\n%s%s", code, out, problems)
+	}
+	out, problems, code := e.node.Demarc("apply", file, "--dry-run", "-o", "json")
+	var cuts struct {
+		Total       int
+		Connections []struct{ Workload, Remote, Local, Reason string }
+	}
+	if err := json.Unmarshal([]byte(out), &cuts); err != nil || code != 0 {
+		t.Fatalf("dry run: %d, %v\n%s%s", code, err, out, problems)
+	}
+	if cuts.Total != 2 || len(cuts.Connections) != 2 {
+		t.Errorf("would cut %+v, want the two to port 7000", cuts)
+	}
+	for _, c := range cuts.Connections {
+		if !strings.HasSuffix(c.Remote, ":7000") && !strings.HasSuffix(c.Local, ":7000") || c.Reason != "no-crossing" {
+			t.Errorf("would cut %+v", c)
+		}
+	}
+	if s := statusOf(t, e.node); s.Policy.Version != 1 || len(s.Problems) > 0 {
+		t.Errorf("a dry run changed something: %+v", s)
+	}
+	if out, problems, code = e.node.Demarc("apply", file); code != 0 || !strings.HasPrefix(problems, "would cut 2 connections:\n") {
+		t.Errorf("apply: %d\n%s%s", code, out, problems)
+	}
+	applied := time.Now()
+	time.Sleep(500 * time.Millisecond)
+	traffic := call[TrafficReply](e.client, "StopTraffic", true)
+	for _, to := range streams {
+		if lives, want := traffic.Last["tcp "+to].After(applied.Add(200*time.Millisecond)), strings.HasSuffix(to, ":7001"); lives != want {
+			t.Errorf("%s lives %t, want %t", to, lives, want)
+		}
+	}
+}
+
+// Whoever would cut the connection that they sit behind is told, and has to say
+// that it is meant.
+func TestApplyNamesOwnSession(t *testing.T) {
+	const open, shut = `crossings:
+  - {name: first, from: [workload/web], to: [workload/db], ports: [tcp/7000]}
+`, `crossings:
+  - {name: first, from: [workload/web], to: [workload/db], ports: [tcp/7001]}
+`
+	e := newEnds(t, open, netlab.NodeOptions{})
+	e.server.serve(7000)
+	file := filepath.Join(t.TempDir(), "shut.yaml")
+	if err := os.WriteFile(file, []byte(document(2, webAndDB+shut)), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	for _, tt := range []struct {
+		flags, want string
+		code        int
+		version     uint64
+	}{
+		{"", "it would cut the session that this command runs in", 1, 1},
+		{"--confirm-within 60s", "YOUR SESSION", 0, 2},
+	} {
+		// A shell that holds a connection, as sshd would, calls the command.
+		shell := e.web.Start(e.node.Cgroup("/lab/web"), netlab.Command{
+			Path: "/bin/bash",
+			Args: []string{"-c", "exec 3<>/dev/tcp/" + e.db.IP4.String() + "/7000; " + e.node.DemarcPath() + " apply " + file + " " + tt.flags},
+			Env:  e.node.DemarcEnv(),
+		})
+		code := shell.Wait(30 * time.Second)
+		if out := shell.Output(); code != tt.code || !strings.Contains(out, tt.want) || !strings.Contains(out, "YOUR SESSION") {
+			t.Errorf("apply %s: %d\n%s", tt.flags, code, out)
+		}
+		if s := statusOf(t, e.node); s.Policy.Version != tt.version {
+			t.Errorf("apply %s: version %d is in force, want %d", tt.flags, s.Policy.Version, tt.version)
+		}
+	}
+}
