@@ -129,6 +129,8 @@ type scene struct {
 	client     *running // nil while nothing is promised
 	stranger   *running
 	pins       []string // of a start that nothing disturbed
+	beside     []string // cgroups and files of a core that runs
+	limits     []string // of this machine
 	version    int      // of the newest policy
 	slowest    time.Duration
 	faults     int           // that were put somewhere
@@ -143,7 +145,7 @@ func newScene(t *testing.T) *scene {
 	s.node = s.lab.Node(policy(1), netlab.NodeOptions{CoreOnly: true, Home: s.host})
 	s.server = startProber(t, s.db, s.node.Cgroup("/lab/db"), probes{Serve: []string{"[::]:7000", "[::]:7001"}})
 	s.wire, s.door = s.web.Wire(), s.db.Wire()
-	s.pins = listing(t, s.node)
+	s.pins, s.beside, s.limits = listing(t, s.node), beside(t, s.node), s.node.Status().Limits
 	return s
 }
 
@@ -259,8 +261,8 @@ func (s *scene) recover(when string, versions ...int) {
 	if diff := cmp.Diff(s.pins, listing(s.t, s.node)); diff != "" {
 		s.t.Errorf("%s: pins (-undisturbed +after the fault):\n%s", when, diff)
 	}
-	for _, stray := range strays(s.t, s.node) {
-		s.t.Errorf("%s: left behind: %s", when, stray)
+	if diff := cmp.Diff(s.beside, beside(s.t, s.node)); diff != "" {
+		s.t.Errorf("%s: cgroups and files (-undisturbed +after the fault):\n%s", when, diff)
 	}
 }
 
@@ -281,8 +283,8 @@ func listing(t testing.TB, node *netlab.Node) (all []string) {
 	return all
 }
 
-// strays are what a core may leave behind only while it runs.
-func strays(t testing.TB, node *netlab.Node) (all []string) {
+// beside are cgroups and files that a core makes for itself for a while.
+func beside(t testing.TB, node *netlab.Node) (all []string) {
 	t.Helper()
 	for _, pattern := range []string{filepath.Join(node.Root().Dir(), "demarc-*"), filepath.Join(node.Dir(), "state", "preflight*")} {
 		found, err := filepath.Glob(pattern)
@@ -297,10 +299,11 @@ func strays(t testing.TB, node *netlab.Node) (all []string) {
 // image is a policy as a file that a core reads.
 func (s *scene) image(version int) *os.File {
 	s.t.Helper()
-	f, err := os.CreateTemp(s.lab.Dir(), "image")
+	fd, err := unix.MemfdCreate("image", unix.MFD_CLOEXEC)
 	if err != nil {
 		s.t.Fatal(err)
 	}
+	f := os.NewFile(uintptr(fd), "image")
 	s.t.Cleanup(func() { f.Close() })
 	if _, err := f.Write(s.node.Image(policy(version))); err != nil {
 		s.t.Fatal(err)
