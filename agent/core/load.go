@@ -60,18 +60,17 @@ func loadObjects(spec *ebpf.CollectionSpec, pinned map[string]*ebpf.Map) (*objec
 // kindOf says what kind of program or map an error is about: which the kernel
 // lacks when it only says that an argument is invalid.
 func kindOf(spec *ebpf.CollectionSpec, err error) string {
-	for name, m := range spec.Maps {
-		if strings.HasPrefix(err.Error(), "map "+name+": ") {
-			for m.InnerMap != nil {
-				m = m.InnerMap
-			}
-			return m.Type.String() + " "
+	what, rest, _ := strings.Cut(err.Error(), " ")
+	name, _, _ := strings.Cut(rest, ":")
+	m, p := spec.Maps[name], spec.Programs[name]
+	switch {
+	case what == "map" && m != nil:
+		for m.InnerMap != nil {
+			m = m.InnerMap
 		}
-	}
-	for name, p := range spec.Programs {
-		if strings.HasPrefix(err.Error(), "program "+name+": ") {
-			return p.Type.String() + " "
-		}
+		return m.Type.String() + " "
+	case what == "program" && p != nil:
+		return p.Type.String() + " "
 	}
 	return ""
 }

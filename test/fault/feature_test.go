@@ -94,10 +94,11 @@ func TestX10Missing(t *testing.T) {
 		decide  func(*Call) Answer
 		want    outcome
 		text    string // what names it
+		fix     string // what preflight says to do about it, among more
 		late    bool   // only a start that enforces finds out
 	}{
 		{name: "nothing", want: full},
-		{name: "type information", decide: noFile(unix.ENOENT, "/sys/kernel/btf/vmlinux"), want: refused, text: "btf: "},
+		{name: "type information", decide: noFile(unix.ENOENT, "/sys/kernel/btf/vmlinux"), want: refused, text: "btf: ", fix: "CONFIG_DEBUG_INFO_BTF"},
 		{name: "BPF file system", machine: Machine{Unshare: unix.CLONE_NEWNS, Hide: []string{bpffs}}, want: refused, text: "is not in a BPF file system"},
 		{name: "cgroup2", machine: Machine{Unshare: unix.CLONE_NEWNS, Hide: []string{"/sys/fs/cgroup"}}, want: refused, text: "cgroup2: "},
 		{name: "the host's cgroup namespace", machine: Machine{Unshare: unix.CLONE_NEWCGROUP}, want: refused, text: "cgroup namespace: "},
@@ -107,7 +108,7 @@ func TestX10Missing(t *testing.T) {
 			want: refused, text: "map young: "},
 		{name: "room for tables to grow", machine: Machine{Unshare: unix.CLONE_NEWNS, Replace: map[string]string{"/proc/meminfo": little}},
 			want: limited, text: "and 9 MiB are available"},
-		{name: "bpf(2), by seccomp", decide: when(unix.EPERM, func(c *Call) bool { return c.BPF != nil }), want: refused, text: "operation not permitted"},
+		{name: "bpf(2), by seccomp", decide: when(unix.EPERM, func(c *Call) bool { return c.BPF != nil }), want: refused, text: "operation not permitted", fix: "seccomp"},
 		{name: "ring buffers", decide: noMap(unix.BPF_MAP_TYPE_RINGBUF), want: refused, text: "RingBuf map"},
 		{name: "socket storage", decide: noMap(unix.BPF_MAP_TYPE_SK_STORAGE), want: refused, text: "SkStorage map"},
 		{name: "longest-prefix tries", decide: noMap(unix.BPF_MAP_TYPE_LPM_TRIE), want: refused, text: "LPMTrie map"},
@@ -132,7 +133,7 @@ func TestX10Missing(t *testing.T) {
 			text: "listeners of workloads that are older than demarc cannot prove themselves"},
 		{name: "raw sockets", decide: noSocket(unix.EPERM, func(domain, kind, _ uint64) bool {
 			return domain != unix.AF_NETLINK && kind == unix.SOCK_RAW
-		}), want: limited, text: "no quick refusals"},
+		}), want: limited, text: "no quick refusals", fix: "CAP_NET_RAW"},
 		{name: "IPv6", decide: noSocket(unix.EAFNOSUPPORT, func(domain, _, _ uint64) bool { return domain == unix.AF_INET6 }), want: full},
 		{name: "routing sockets", decide: noSocket(unix.EPROTONOSUPPORT, func(domain, _, protocol uint64) bool {
 			return domain == unix.AF_NETLINK && protocol == unix.NETLINK_ROUTE
@@ -172,8 +173,8 @@ func TestX10Missing(t *testing.T) {
 			if check, _, _ := strings.Cut(agreed.text, ": "); agreed.outcome == refused && !strings.HasPrefix(said, "preflight: "+check+": ") && check != "state" {
 				t.Errorf("preflight says %q, the start %q", agreed.text, said)
 			}
-			if agreed.outcome != full && agreed.fix == "" {
-				t.Errorf("preflight does not say what to do about %q", agreed.text)
+			if agreed.outcome != full && agreed.fix == "" || !strings.Contains(agreed.fix, tt.fix) {
+				t.Errorf("preflight says to %q about %q", agreed.fix, agreed.text)
 			}
 		})
 	}
