@@ -10,7 +10,7 @@ OBJECT := agent/core/demarc_bpfel.o
 ROOT_TESTS := ./agent/core/... ./test/...
 
 .DEFAULT_GOAL := help
-.PHONY: help build generate check-generate lint test test-kernels unit root demo tcb fuzz bench bench-micro clean
+.PHONY: help build generate check-generate lint test test-kernels test-faults unit root demo tcb fuzz bench bench-micro clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -50,6 +50,11 @@ test-kernels: ## demarc in virtual machines with the kernels KERNELS (6.1 6.12 6
 	scripts/install kernels
 	test/vm/fetch $(KERNEL_CACHE) $(KERNELS)
 	DEMARC_KERNELS=$(KERNEL_CACHE) DEMARC_KERNEL_SERIES="$(KERNELS)" test/run -tags kernels -count=1 -v -timeout 30m ./test/vm
+
+FAULTS ?= 200
+test-faults: ## the core killed and failed at FAULTS (200) places of each phase of its life, under load
+	scripts/install test
+	DEMARC_FAULTS=$(FAULTS) test/run -count=1 -v -timeout 4h ./test/fault
 
 demo: ## nginx -> API -> PostgreSQL in namespaces of its own, and what is refused
 	scripts/install demo

@@ -97,6 +97,7 @@ func (l *links) detach(names []string) {
 // attached. Where the code is the same, nothing is touched.
 func (l *links) update() error {
 	for _, name := range attachOrder {
+		os.Remove(l.pins.aside(name)) // of an interrupted start, of whatever version
 		same, err := l.current(name)
 		if err == nil && !same {
 			if l.objects.spec.Programs[name].Type == ebpf.Tracing {
@@ -119,7 +120,6 @@ func (l *links) update() error {
 // moment, which is harmless: naming a cgroup twice names it the same.
 func (l *links) replace(name string) error {
 	old := l.open[name]
-	os.Remove(l.pins.aside(name)) // of an interrupted start
 	if err := l.attachOne(name, l.pins.aside(name)); err != nil {
 		return err
 	}

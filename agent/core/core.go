@@ -93,9 +93,7 @@ func open(config Config, log *slog.Logger, h hooks) (_ *Core, err error) {
 		return nil, err
 	}
 	c.devices.attaching, t.taps = h.attaching, nil
-	if c.answers, err = openRefusals(c.objects); err != nil {
-		c.limits = append(c.limits, fmt.Sprintf("no quick refusals: %v; refused callers wait until they give up", err))
-	}
+	c.answers, t.answers = t.answers, nil
 	if t.committed {
 		c.links.open, t.links = t.links, nil
 	} else if err := c.begin(); err != nil {

@@ -54,9 +54,27 @@ func loadObjects(spec *ebpf.CollectionSpec, pinned map[string]*ebpf.Map) (*objec
 		return nil, proto.Refuse("use a kernel that has it (6.1 or later)", "this kernel lacks a feature: load %w", err)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("load: %w", err)
+		return nil, fmt.Errorf("load %s%w", kindOf(spec, err), err)
 	}
 	return &objects{Collection: c, spec: spec}, nil
+}
+
+// kindOf says what kind of program or map an error is about: which the kernel
+// lacks when it only says that an argument is invalid.
+func kindOf(spec *ebpf.CollectionSpec, err error) string {
+	what, rest, _ := strings.Cut(err.Error(), " ")
+	name, _, _ := strings.Cut(rest, ":")
+	m, p := spec.Maps[name], spec.Programs[name]
+	switch {
+	case what == "map" && m != nil:
+		for m.InnerMap != nil {
+			m = m.InnerMap
+		}
+		return m.Type.String() + " "
+	case what == "program" && p != nil:
+		return p.Type.String() + " "
+	}
+	return ""
 }
 
 // kept says whether a map is pinned and outlives the core. Compiler-made maps

@@ -64,7 +64,7 @@ func TestI16BadPins(t *testing.T) {
 			spec := c.objects.spec.Maps["state"].Copy()
 			spec.ValueSize, spec.Value = 8, nil
 			other(t, c.pins.maps("state"), spec)
-		}, "maps/state: ValueSize: 8 changed to 48"},
+		}, "maps/state: ValueSize: 8 changed to "},
 		{"bad map flags", func(t *testing.T, c *Core) {
 			spec := c.objects.spec.Maps["bindings"].Copy()
 			spec.Flags ^= unix.BPF_F_NO_PREALLOC

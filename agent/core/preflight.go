@@ -55,12 +55,14 @@ type trial struct {
 	limits    []string           // what is not enforced, though a start is not refused
 	trusted   []envelope.Key     // keys that sign images; none = images need no signature
 	objects   *objects
+	answers   *refusals // nil = the machine does not let us
 }
 
 func (t *trial) close() {
 	closeAll(t.maps)
 	closeAll(t.links)
 	closeAll(t.taps)
+	t.answers.close()
 	if t.objects != nil {
 		t.objects.Close()
 	}
@@ -79,7 +81,7 @@ var checks = []struct {
 	{"trust", "", "read the keys in trust_dir, their owners and modes", "", (*trial).trust},
 	{"state", "", "write and flush a file in state_dir", "make state_dir a directory of root's on a sound disk with room", (*trial).state},
 	{"keyring", "state", "read the tag keys, their times, and the file's owner and mode", "", (*trial).keyring},
-	{"clock", "", "read CLOCK_BOOTTIME", "", (*trial).clock},
+	{"clock", "", "read CLOCK_BOOTTIME and the wall clock", "set the clock, then restart demarc-core", (*trial).clock},
 	{"cgroup2", "", "find the cgroup2 mount by its type, and cgroup_root in it", "mount cgroup2", (*trial).cgroup2},
 	{"cgroup namespace", "cgroup2", "compare /proc/self/ns/cgroup with the initial one", "run in the host's cgroup namespace (cgroup: host)", (*trial).namespace},
 	{"btf", "", "read the kernel's type information", "use a kernel with CONFIG_DEBUG_INFO_BTF", (*trial).btf},
@@ -88,7 +90,9 @@ var checks = []struct {
 	{"devices", "", "look for places for programs at devices, and for the devices that are named",
 		`use a kernel with tcx (6.6 or later), or set "devices" to []`, (*trial).devices},
 	{"programs", "pins", "load every program and map", "use a kernel that has it (6.1 or later)", (*trial).load},
+	{"memory", "programs", "compare what tables may grow to with what the machine and memory.max leave", "raise memory.max of the core's cgroup, or free memory", (*trial).room},
 	{"attach", "programs", "attach every program to a scratch cgroup and detach it", "look for another program that does not share the hook", (*trial).attach},
+	{"refusals", "programs", "make the raw sockets that tell callers they are refused", "grant CAP_NET_RAW", (*trial).refusals},
 	{"ring buffer", "programs", "map the events ring into memory", "use a kernel with BPF_MAP_TYPE_RINGBUF", (*trial).ring},
 	{"guard", "", "read the kernel's security modules and its lockdown", "keep root in the host's namespaces to those who may end enforcement", (*trial).guard},
 	{"self-test", "programs", "ask the loaded decision a question", "use a kernel with BPF_PROG_RUN for syscall programs", (*trial).judge},
@@ -113,6 +117,9 @@ func (t *trial) run() []Check {
 		if err != nil {
 			failed[c.name] = true
 			r.OK, r.Problem, r.Fix = false, err.Error(), c.fix
+			if errors.Is(err, unix.EPERM) && c.name != "privileges" {
+				r.Fix = "a seccomp filter, lockdown or a security module forbids it to root: allow it"
+			}
 			var refused *proto.Refused
 			if errors.As(err, &refused) && refused.Hint != "" {
 				r.Fix = refused.Hint
@@ -201,7 +208,8 @@ func (t *trial) state() error {
 }
 
 func tryWrite(dir string) error {
-	f, err := os.CreateTemp(dir, "preflight-")
+	// Always the same name: what a killed start leaves, the next one removes.
+	f, err := os.OpenFile(filepath.Join(dir, "preflight"), os.O_WRONLY|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
 	if err != nil {
 		return err
 	}
@@ -231,7 +239,20 @@ func (t *trial) clock() error {
 	if err == nil && clock.now() == 0 {
 		return errors.New("it stands at zero")
 	}
+	if limit := wallLimit(time.Now()); limit != "" {
+		t.limits = append(t.limits, limit)
+	}
 	return err
+}
+
+// wallLimit says what does not hold under a wall clock that cannot be right.
+// Machines without a clock of their own begin long ago; they must be guarded
+// before they have asked anybody for the time.
+func wallLimit(now time.Time) string {
+	if now.Year() >= 2026 {
+		return ""
+	}
+	return fmt.Sprintf("the wall clock says %s: windows of crossings and of keys are not when they should be, and tags do not cross hosts", now.UTC().Format(time.DateOnly))
 }
 
 func (t *trial) cgroup2() (err error) {
@@ -286,11 +307,15 @@ func (t *trial) load() (err error) {
 	return err
 }
 
-// attach tries every hook where nobody is: in a cgroup of its own.
+// attach tries every hook where nobody is: in a cgroup of its own, which a try
+// that was killed may have left. Of starts there is one at a time.
 func (t *trial) attach() (err error) {
-	dir := filepath.Join(t.tree.dir, fmt.Sprintf("demarc-preflight-%d", os.Getpid()))
-	if err := os.Mkdir(dir, 0o755); err != nil {
-		return err
+	dir := filepath.Join(t.tree.dir, "demarc-start")
+	if t.dry {
+		dir = filepath.Join(t.tree.dir, fmt.Sprintf("demarc-preflight-%d", os.Getpid()))
+	}
+	if err := os.Mkdir(dir, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
+		return proto.Refuse("mount cgroup2 so that root can make cgroups", "%w", err)
 	}
 	defer func() { err = errors.Join(err, os.Remove(dir)) }()
 	for _, name := range attachOrder {
@@ -298,9 +323,18 @@ func (t *trial) attach() (err error) {
 		if err != nil {
 			return fmt.Errorf("%s: %w", name, err)
 		}
-		if err := l.Close(); err != nil {
+		// A kernel without links has nothing to ask, and nothing to pin.
+		_, err = l.Info()
+		if err = errors.Join(err, l.Close()); err != nil {
 			return fmt.Errorf("%s: %w", name, err)
 		}
+	}
+	return nil
+}
+
+func (t *trial) refusals() (err error) {
+	if t.answers, err = openRefusals(t.objects); err != nil {
+		t.limits = append(t.limits, fmt.Sprintf("no quick refusals: %v; refused callers wait until they give up", err))
 	}
 	return nil
 }

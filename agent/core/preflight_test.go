@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/cilium/ebpf"
 
@@ -43,11 +44,11 @@ func TestPreflightNames(t *testing.T) {
 		text   string
 	}{
 		{"bad no BPF file system", func(t *testing.T, m *machine) { m.config.BPFFS = filepath.Join(t.TempDir(), "demarc") },
-			[]string{"pins", "programs", "attach", "ring buffer", "self-test"}, "is not in a BPF file system"},
+			[]string{"pins", "programs", "memory", "attach", "refusals", "ring buffer", "self-test"}, "is not in a BPF file system"},
 		{"bad no cgroup2", func(t *testing.T, m *machine) { m.config.CgroupRoot = t.TempDir() },
-			[]string{"cgroup2", "cgroup namespace", "pins", "programs", "attach", "ring buffer", "self-test"}, "is not in a cgroup2 file system"},
+			[]string{"cgroup2", "cgroup namespace", "pins", "programs", "memory", "attach", "refusals", "ring buffer", "self-test"}, "is not in a cgroup2 file system"},
 		{"bad cgroup_root missing", func(t *testing.T, m *machine) { m.config.CgroupRoot += "/absent" },
-			[]string{"cgroup2", "cgroup namespace", "pins", "programs", "attach", "ring buffer", "self-test"}, "no such file"},
+			[]string{"cgroup2", "cgroup namespace", "pins", "programs", "memory", "attach", "refusals", "ring buffer", "self-test"}, "no such file"},
 		{"bad state_dir of others", func(t *testing.T, m *machine) {
 			must(t, os.Mkdir(m.config.StateDir, 0o700))
 			must(t, os.Chmod(m.config.StateDir, 0o777))
@@ -156,5 +157,25 @@ func TestI09RootIsALimit(t *testing.T) {
 	}
 	if limits := m.start().Status().Limits; len(beside(limits)) != len(limits)-1 {
 		t.Errorf("limits %q", limits)
+	}
+}
+
+// A machine whose clock stands at its epoch is guarded all the same, and says what
+// that is worth.
+func TestWallLimit(t *testing.T) {
+	for _, tt := range []struct {
+		now  string
+		want string
+	}{
+		{"2026-11-24T00:00:00Z", ""},
+		{"2038-01-19T03:14:08Z", ""},
+		{"1970-01-01T00:00:05Z", "the wall clock says 1970-01-01: "},
+		{"2025-12-31T23:59:59Z", "the wall clock says 2025-12-31: "},
+	} {
+		now, err := time.Parse(time.RFC3339, tt.now)
+		must(t, err)
+		if got := wallLimit(now); !strings.HasPrefix(got, tt.want) || (got == "") != (tt.want == "") {
+			t.Errorf("%s: %q, want %q", tt.now, got, tt.want)
+		}
 	}
 }

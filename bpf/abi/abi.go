@@ -13,7 +13,7 @@ import (
 )
 
 // Version of the layouts. Pinned maps of another version are not adopted.
-const Version = 1
+const Version = 2
 
 // Sizes shared with abi.h.
 const (

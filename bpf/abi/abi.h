@@ -15,7 +15,7 @@
 #include <linux/types.h>
 #endif
 
-#define DEMARC_ABI_VERSION 1
+#define DEMARC_ABI_VERSION 2
 
 /* Generations that can be loaded at once: active, candidate, fallback and one
  * being emptied. A generation lives in one slot of every outer map. */

@@ -21,7 +21,30 @@ type check struct {
 	Tried   string `json:"tried"`
 	Problem string `json:"problem,omitempty"`
 	Limit   string `json:"limit,omitempty"`
+	Means   string `json:"means,omitempty"`
 	Fix     string `json:"fix,omitempty"`
+}
+
+// meanings say what it means that a check finds something missing; docs/operate.md
+// has the same. Of a limit, the core says so itself.
+var meanings = map[string]string{
+	"privileges":       "nothing can be loaded",
+	"trust":            "images could not be judged",
+	"state":            "the policy would not survive a reboot",
+	"keyring":          "no workload could prove itself, or others could in its name",
+	"clock":            "windows and tags between hosts are off",
+	"cgroup2":          "workloads could not be told apart",
+	"cgroup namespace": "paths would name other cgroups than the policy means",
+	"btf":              "programs cannot be fitted to this kernel",
+	"pins":             "what is in force is not this version's, or not demarc's: it goes on, and this core keeps away",
+	"devices":          "what passes no socket hook is not seen, and UDP proofs do not cross hosts",
+	"programs":         "nothing can be enforced",
+	"memory":           "workloads and flows that find no room are refused",
+	"attach":           "some traffic would pass unseen",
+	"refusals":         "refused callers wait until they give up",
+	"ring buffer":      "nobody would hear what was denied",
+	"guard":            "what root undoes is seen and put back, not prevented",
+	"self-test":        "tables could not be proved before they decide",
 }
 
 type preflightOptions struct {
@@ -57,6 +80,11 @@ func preflightRun(ctx context.Context, env *environment, o preflightOptions) err
 	if err := json.Unmarshal(stdout.Bytes(), &checks); err != nil || len(checks) == 0 {
 		return coreFailed(runErr, stderr.String())
 	}
+	for i := range checks {
+		if c := &checks[i]; !c.OK || c.Limit != "" {
+			c.Means = meanings[c.Name]
+		}
+	}
 	if o.output == "json" {
 		err = document(env.Stdout, o.output, checks)
 	} else {
@@ -82,9 +110,9 @@ func printChecks(env *environment, checks []check) error {
 		case c.Limit != "":
 			result = "limit: " + c.Limit
 		}
-		rows = append(rows, []string{c.Name, c.Tried, result, fix})
+		rows = append(rows, []string{c.Name, c.Tried, result, c.Means, fix})
 	}
-	return table(env.Stdout, []string{"CHECK", "TRIED", "RESULT", "WHAT TO DO"}, rows)
+	return table(env.Stdout, []string{"CHECK", "TRIED", "RESULT", "WHICH MEANS", "WHAT TO DO"}, rows)
 }
 
 // coreFailed says why the core gave no checks, in the core's words if it has any.

@@ -29,6 +29,10 @@ type Node struct {
 	Core  *Process // nil while stopped
 	Agent *Process // nil while stopped, and on a node that has none
 
+	// CoreProgram is the binary of the core: that of this checkout, until a test
+	// puts another one there to start next.
+	CoreProgram string
+
 	lab     *Lab
 	home    *Namespace // where the daemons run: they need no network
 	dir     string
@@ -81,6 +85,7 @@ func (l *Lab) Node(policy string, o NodeOptions) *Node {
 		return nil
 	})
 	n.configure()
+	n.CoreProgram = l.binary("demarc-core")
 	n.StartCore()
 	if !o.CoreOnly {
 		n.StartAgent()
@@ -143,9 +148,7 @@ func (n *Node) Cgroup(path string) *Cgroup {
 // is in force again then.
 func (n *Node) StartCore() {
 	n.lab.t.Helper()
-	n.Core = n.home.Start(n.lab.Cgroup("daemons"), Command{
-		Path: n.lab.binary("demarc-core"), Args: []string{"run", "--config", n.CoreConfig()},
-	})
+	n.Core = n.home.Start(n.lab.Cgroup("daemons"), n.CoreCommand())
 	n.await(n.Core, "core answers", func() (err error) {
 		n.link, err = dialCore(n.coreSocket(), n.options.CoreOnly, &n.book)
 		return err
@@ -156,6 +159,14 @@ func (n *Node) StartCore() {
 		}
 	}
 }
+
+// CoreCommand is how the core is started.
+func (n *Node) CoreCommand() Command {
+	return Command{Path: n.CoreProgram, Args: []string{"run", "--config", n.CoreConfig()}}
+}
+
+// CoreSocket is where the core answers.
+func (n *Node) CoreSocket() string { return n.coreSocket() }
 
 // StartAgent starts the agent and waits until it is connected to the core.
 func (n *Node) StartAgent() {

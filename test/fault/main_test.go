@@ -1,0 +1,9 @@
+package fault
+
+import (
+	"testing"
+
+	"github.com/demarc/demarc/test/netlab"
+)
+
+func TestMain(m *testing.M) { netlab.Main(m) }
