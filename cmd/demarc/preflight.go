@@ -37,6 +37,7 @@ var meanings = map[string]string{
 	"cgroup namespace": "paths would name other cgroups than the policy means",
 	"btf":              "programs cannot be fitted to this kernel",
 	"pins":             "what is in force is not this version's, or not demarc's: it goes on, and this core keeps away",
+	"read-only maps":   "the agent could get a writable descriptor of what it may only read",
 	"devices":          "what passes no socket hook is not seen, and UDP proofs do not cross hosts",
 	"programs":         "nothing can be enforced",
 	"memory":           "workloads and flows that find no room are refused",
