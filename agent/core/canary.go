@@ -1,13 +1,11 @@
 package core
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"io/fs"
 	"net"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"syscall"
 	"time"
@@ -64,61 +62,78 @@ func openCanary(t *tree) (_ *canary, err error) {
 		return nil, err
 	}
 	here, there := os.NewFile(uintptr(pair[0]), "canary"), os.NewFile(uintptr(pair[1]), "canary")
-	defer here.Close()
-	defer there.Close()
-	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
-	defer cancel()
-	child := exec.CommandContext(ctx, "/proc/self/exe", CanaryCommand)
-	child.Env, child.ExtraFiles = []string{}, []*os.File{there}
-	child.SysProcAttr = &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: int(cgroup.Fd()), Cloneflags: unix.CLONE_NEWNET}
-	if said, err := child.CombinedOutput(); err != nil {
-		return nil, fmt.Errorf("%w %s", err, said)
+	child, err := os.StartProcess("/proc/self/exe", []string{"demarc-core", CanaryCommand}, &os.ProcAttr{
+		Env: []string{}, Files: []*os.File{nil, nil, nil, there},
+		Sys: &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: int(cgroup.Fd()), Cloneflags: unix.CLONE_NEWNET},
+	})
+	there.Close()
+	if err != nil {
+		here.Close()
+		return nil, err
 	}
+	defer child.Wait()
+	defer child.Kill()
 	conn, err := net.FileConn(here)
+	here.Close()
 	if err != nil {
 		return nil, err
 	}
 	defer conn.Close()
-	var hello string
-	files, err := proto.ReadFrame(conn.(*net.UnixConn), &hello)
-	if err != nil || len(files) != 1 {
-		proto.CloseFiles(files)
-		return nil, fmt.Errorf("%d sockets came: %w", len(files), err)
+	if err := conn.SetReadDeadline(time.Now().Add(30 * time.Second)); err != nil {
+		return nil, err
 	}
-	defer files[0].Close()
+	var problem string
+	files, err := proto.ReadFrame(conn.(*net.UnixConn), &problem)
+	defer proto.CloseFiles(files)
+	if err != nil {
+		return nil, err
+	}
+	if len(files) != 1 {
+		return nil, errors.New(problem)
+	}
 	c.socket, err = unix.FcntlInt(files[0].Fd(), unix.F_DUPFD_CLOEXEC, 0)
 	return c, err
 }
 
-// Canary is what the child does.
+// Canary is what the child does: it sends the socket, or what went wrong, to its
+// parent.
 func Canary() error {
 	conn, err := net.FileConn(os.NewFile(3, "core"))
 	if err != nil {
 		return err
 	}
+	s, err := selfTalk()
+	if err != nil {
+		return proto.WriteFrame(conn.(*net.UnixConn), err.Error())
+	}
+	return proto.WriteFrame(conn.(*net.UnixConn), "", os.NewFile(uintptr(s), "canary"))
+}
+
+// selfTalk makes a socket that is connected to itself.
+func selfTalk() (int, error) {
 	s, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
-		return err
+		return 0, err
 	}
 	lo, err := unix.NewIfreq("lo")
 	if err != nil {
-		return err
+		return 0, err
 	}
 	lo.SetUint16(unix.IFF_UP)
 	if err := unix.IoctlIfreq(s, unix.SIOCSIFFLAGS, lo); err != nil {
-		return fmt.Errorf("set lo up: %w", err)
+		return 0, fmt.Errorf("set lo up: %w", err)
 	}
 	if err := unix.Bind(s, &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}); err != nil {
-		return fmt.Errorf("bind: %w", err)
+		return 0, fmt.Errorf("bind: %w", err)
 	}
 	self, err := unix.Getsockname(s)
+	if err == nil {
+		err = unix.Connect(s, self)
+	}
 	if err != nil {
-		return err
+		return 0, fmt.Errorf("connect: %w", err)
 	}
-	if err := unix.Connect(s, self); err != nil {
-		return fmt.Errorf("connect: %w", err)
-	}
-	return proto.WriteFrame(conn.(*net.UnixConn), "", os.NewFile(uintptr(s), "canary"))
+	return s, nil
 }
 
 func (c *canary) close() {

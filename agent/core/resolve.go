@@ -21,7 +21,7 @@ type selectors struct {
 
 // newSelectors takes the selectors that need no metadata from an image.
 func newSelectors(img *image.Image) *selectors {
-	s := &selectors{paths: map[string]uint32{pathKey(canaryPath): uint32(image.Canary)}, units: map[string]abi.Unit{}, claims: map[string]uint32{}}
+	s := &selectors{paths: map[string]uint32{}, units: map[string]abi.Unit{}, claims: map[string]uint32{}}
 	patterns := map[string][]abi.UnitMatch{}
 	for i := range img.Selectors {
 		sel := &img.Selectors[i]
@@ -48,6 +48,7 @@ func newSelectors(img *image.Image) *selectors {
 		copy(unit.Match[:], all)
 		s.units[before] = unit
 	}
+	s.paths[pathKey(canaryPath)] = uint32(image.Canary) // whatever the image says
 	return s
 }
 

@@ -187,7 +187,7 @@ func (f *traffic) connect(to string) error {
 
 func (f *traffic) denyStream(to string) error {
 	f.note(&f.reply.Tried)
-	c, err := dialStream(DialArgs{To: to, Timeout: 20 * time.Millisecond})
+	c, err := dialStream(DialArgs{To: to, Timeout: time.Second})
 	if err == nil {
 		c.Close()
 	}

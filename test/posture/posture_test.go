@@ -221,8 +221,8 @@ var held = regexp.MustCompile(`^(` + strings.Join([]string{
 	`anon_inode:bpf_link`,                  // what it attached
 	`anon_inode:\[?(eventpoll|eventfd)\]?`, // of the Go runtime
 	`anon_inode:btf`,                       // types of its own programs
-	`socket:\[\d+\]`,                       // of the agent, and rtnetlink
-	`/.*/state/lock`,
+	`socket:\[\d+\]`,                       // of the agent, rtnetlink, and the canary
+	`/.*/state/(lock|audit\.log)`,
 	`/.*/cpu\.(max|cfs_quota_us|cfs_period_us)`, // the Go runtime follows its share of the CPUs
 }, "|") + `)$`)
 
