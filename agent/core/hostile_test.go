@@ -300,7 +300,6 @@ func TestX24Frames(t *testing.T) {
 func settled(t *testing.T, files, goroutines int) (int, int) {
 	t.Helper()
 	for end := time.Now().Add(30 * time.Second); ; time.Sleep(10 * time.Millisecond) {
-		runtime.GC() // descriptors that a test left to its cleanup
 		entries, err := os.ReadDir("/proc/self/fd")
 		must(t, err)
 		n := runtime.NumGoroutine()
