@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"runtime/debug"
 	"slices"
 	"strings"
 	"testing"
@@ -214,6 +215,7 @@ func TestX24Frames(t *testing.T) {
 	b := shop(t, nil)
 	_, err := c.Apply(b, 0)
 	must(t, err)
+	defer debug.SetGCPercent(debug.SetGCPercent(-1)) // it would close what is forgotten
 	before, goroutines := settled(t, 0, 0)
 	other := dial(t, c)
 	_, given, err := other.Hello()
@@ -446,6 +448,16 @@ func TestX24SlowToClose(t *testing.T) {
 			conn.Close()
 		}
 	}, c.config.Socket())
+	for end := time.Now().Add(time.Minute); ; time.Sleep(10 * time.Millisecond) {
+		stacks := make([]byte, 1<<20)
+		stacks = stacks[:runtime.Stack(stacks, true)]
+		if strings.Count(string(stacks), "proto.CloseFiles(") >= maxConnections {
+			break
+		}
+		if time.Now().After(end) {
+			t.Fatalf("the core waits for nobody:\n%s", stacks)
+		}
+	}
 	if _, given, err := dial(t, c).Hello(); err != nil {
 		t.Errorf("root is not served: %v", err)
 	} else {
