@@ -13,6 +13,7 @@ import (
 	"net"
 	"os"
 	"os/signal"
+	"strings"
 	"syscall"
 
 	"github.com/demarc/demarc/agent/core"
@@ -68,7 +69,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer, getenv fu
 		return 2
 	}
 	if err != nil {
-		fmt.Fprintf(stderr, "demarc-core: %v\n", err)
+		fmt.Fprintf(stderr, "demarc-core: %s\n", strings.ReplaceAll(err.Error(), "\n", "; "))
 		var refused *proto.Refused
 		if errors.As(err, &refused) && refused.Hint != "" {
 			fmt.Fprintf(stderr, "hint: %s\n", refused.Hint)

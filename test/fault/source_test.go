@@ -132,7 +132,7 @@ func TestI03FirstBoot(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if got, said := s.try(Machine{}, record); got != refused || !strings.Contains(said, "stored image") {
+	if got, said := s.try(Machine{}, record); got != refused || !strings.Contains(said, "stored") {
 		t.Errorf("with corrupt images: %s, %s", got, said)
 	}
 }
