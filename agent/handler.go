@@ -36,6 +36,7 @@ type service struct {
 	binder  *binder // nil without an inventory
 	cgroups *cgroups
 	log     *zap.Logger
+	checked checkedImage
 }
 
 // routes is the API as a handler.
@@ -280,7 +281,7 @@ func (s *service) image(w http.ResponseWriter, r *http.Request) {
 }
 
 // offered is the image in a request's body, and a file with it for the core.
-func offered(w http.ResponseWriter, r *http.Request) (*image.Image, *os.File, error) {
+func (s *service) offered(w http.ResponseWriter, r *http.Request) (*image.Image, *os.File, error) {
 	rc := http.NewResponseController(w)
 	_ = rc.SetReadDeadline(time.Now().Add(bodyTimeout))
 	b, err := io.ReadAll(http.MaxBytesReader(w, r.Body, image.MaxSize))
@@ -295,6 +296,9 @@ func offered(w http.ResponseWriter, r *http.Request) (*image.Image, *os.File, er
 	if err == nil {
 		err = image.Verify(img)
 	}
+	if err == nil {
+		err = s.translated(img, b)
+	}
 	if err != nil {
 		return nil, nil, &api.Error{Code: http.StatusUnprocessableEntity, Message: err.Error(), Hint: "build the image again with: demarc policy build FILE -o IMAGE"}
 	}
@@ -307,7 +311,7 @@ func offered(w http.ResponseWriter, r *http.Request) (*image.Image, *os.File, er
 
 // preview has the core look at an image, and changes nothing.
 func (s *service) preview(w http.ResponseWriter, r *http.Request) (any, error) {
-	_, f, err := offered(w, r)
+	_, f, err := s.offered(w, r)
 	if err != nil {
 		return nil, err
 	}
@@ -330,7 +334,7 @@ func (s *service) apply(w http.ResponseWriter, r *http.Request) (any, error) {
 			return nil, &api.Error{Code: http.StatusBadRequest, Message: fmt.Sprintf("within: %.40q is not a time", text), Hint: "give one like 60s"}
 		}
 	}
-	img, f, err := offered(w, r)
+	img, f, err := s.offered(w, r)
 	if err != nil {
 		return nil, err
 	}
