@@ -42,6 +42,10 @@ type Changes struct {
 	Declared Latency   `json:"declared_ms"` // call -> a new connection
 	Revoked  Latency   `json:"revoked_ms"`  // call -> the last packet that came through
 	Replaced Latency   `json:"replaced_ms"` // call -> answer
+	// Agent and Core are the CPU time of one replacement, in ms: where the machine has
+	// other work, that tells more than the clock.
+	Agent    float64   `json:"agent_cpu_ms"`
+	Core     float64   `json:"core_cpu_ms"`
 	Goals    []Goal    `json:"goals"`
 	Controls []string  `json:"controls"`
 	Raw      []Changed `json:"changes"`
@@ -84,7 +88,7 @@ func (c *Changes) String() string {
 	} {
 		fmt.Fprintf(&b, "  %-40s n=%-4d p50 %9.1f  p99 %9.1f  max %9.1f\n", row.what, row.N, row.P50, row.P99, row.Max)
 	}
-	b.WriteByte('\n')
+	fmt.Fprintf(&b, "  CPU time of one replacement: agent %.0f, core %.0f\n\n", c.Agent, c.Core)
 	for _, control := range c.Controls {
 		fmt.Fprintf(&b, "control: %s\n", control)
 	}

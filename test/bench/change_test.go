@@ -91,6 +91,7 @@ func TestChange(t *testing.T) {
 	steady := startPeer(t, client, node.Cgroup("/large/w000000"), "steady", address(steadyPort))
 	steady.await("connected")
 	sender := startPeer(t, client, node.Cgroup("/large/w000000"), "send", address(changingPort))
+	agentBefore, coreBefore := cpuTime(t, node.Agent), cpuTime(t, node.Core)
 	for range changes {
 		sender.ask("connect")
 		sender.await("refused")
@@ -121,6 +122,8 @@ func TestChange(t *testing.T) {
 		outcome.Raw = append(outcome.Raw, one)
 		t.Logf("%.0f ms until declared, %.0f until revoked, %.0f until answered", one.Declared, one.Revoked, one.Replaced)
 	}
+	outcome.Agent = milliseconds(cpuTime(t, node.Agent)-agentBefore) / float64(2*changes)
+	outcome.Core = milliseconds(cpuTime(t, node.Core)-coreBefore) / float64(2*changes)
 	steady.ask("stop")
 	steady.await("stopped")
 	if steady.refused != 0 || steady.made == 0 {
@@ -161,6 +164,22 @@ func changing(t testing.TB, workloads, crossings int, with bool) *image.Image {
 }
 
 func milliseconds(d time.Duration) float64 { return float64(d) / float64(time.Millisecond) }
+
+// cpuTime is what a process has used, in steps of 10 ms.
+func cpuTime(t testing.TB, p *netlab.Process) time.Duration {
+	t.Helper()
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", p.PID()))
+	check(t, err)
+	_, rest, _ := strings.Cut(string(text), ") ")
+	fields := strings.Fields(rest)
+	ticks := 0
+	for _, field := range fields[11:13] { // utime and stime: 14th and 15th of all
+		n, err := strconv.Atoi(field)
+		check(t, err)
+		ticks += n
+	}
+	return time.Duration(ticks) * 10 * time.Millisecond
+}
 
 // monotonic is the clock that all processes share.
 func monotonic() time.Duration {
