@@ -23,7 +23,7 @@ const births = 10000
 // old, and what is declared works at the first attempt.
 //
 //	web (new cgroups /lab/web/N)  ->  db  udp/7000, tcp/7000 declared; 7001 not
-func TestFirstPacket(t *testing.T) {
+func TestX13FirstPacket(t *testing.T) {
 	e := newEnds(t, `crossings:
   - {name: web-db, from: [workload/web], to: [workload/db], ports: [tcp/7000, udp/7000], log: none}
 `, netlab.NodeOptions{CoreOnly: true})

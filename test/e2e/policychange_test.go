@@ -30,7 +30,7 @@ func on(port uint16) netlab.Match {
 
 // A change that takes a crossing away takes its flows with it, before `apply` says
 // that it is done, and no others.
-func TestPolicyChangeCutsFlows(t *testing.T) {
+func TestX16PolicyChangeCutsFlows(t *testing.T) {
 	e := newEnds(t, changeBefore, netlab.NodeOptions{})
 	e.server.serve(7000)
 	e.server.serve(7001)

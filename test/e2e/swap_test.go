@@ -40,7 +40,7 @@ var crossingAt = map[bool]map[uint16]string{
 // The policy is swapped under traffic, first as fast as the core can, then a
 // thousand times a second: each verdict is that of the one policy or of the other,
 // with its crossing and its epoch, and what both allow is never refused.
-func TestJ11SwapMidPacket(t *testing.T) {
+func TestJ11X15SwapMidPacket(t *testing.T) {
 	e := newEnds(t, swapOld, netlab.NodeOptions{CoreOnly: true})
 	for port := range crossingAt[true] {
 		e.server.serve(port)

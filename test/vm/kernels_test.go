@@ -148,8 +148,37 @@ func testKernel(t *testing.T, programs, series string) *machine {
 	m.run("demarc", "status", "--wait", "enforcing", "--timeout", patience.String())
 	m.healthy()
 	m.control(outside)
+	m.clockSteps(outside)
 	m.stop()
 	return m
+}
+
+// clockSteps sets the wall clock a day forward, and two back. A crossing's window
+// ends when it would have, and opens again for no step; tags hold all the while. (X9)
+func (m *machine) clockSteps(outside *netlab.Namespace) {
+	m.t.Helper()
+	const brief, day = 20 * time.Second, 1257 << abi.TagSlotShift // whole slots: see boot
+	until := time.Now().Add(m.ahead + brief).Truncate(time.Second)
+	text := strings.Replace(document(fmt.Sprintf(single, outside.IP4, outside.IP6)), "version: 1", "version: 2", 1)
+	m.set(policyFile, strings.Replace(text, "identity: none}\n  - {name: visit", "identity: none, until: "+until.UTC().Format(time.RFC3339)+"}\n  - {name: visit", 1))
+	m.run("demarc", "apply", policyFile)
+	end := until.Add(-m.ahead)
+	inside, away := netip.AddrPortFrom(m.ns.IP4, 7000), netip.AddrPortFrom(outside.IP4, 443)
+	web := m.workload("web")
+	m.step(day)
+	if got := web.reaches("tcp", away, long); got != "" && time.Now().Before(end) {
+		m.t.Errorf("a day ahead, a crossing that goes on: %s", got)
+	}
+	time.Sleep(time.Until(end.Add(time.Second)))
+	for _, by := range []time.Duration{0, -2 * day} {
+		m.step(by)
+		if got := web.reaches("tcp", inside, long); got != "" {
+			m.t.Errorf("stepped by %s, proven: %s", by, got)
+		}
+		if got := web.reaches("tcp", away, long); got != "connect: EPERM" {
+			m.t.Errorf("stepped by %s, a crossing that has ended: %q", by, got)
+		}
+	}
 }
 
 // control shows that what is declared works.

@@ -36,7 +36,8 @@ type machine struct {
 	qemu   *netlab.Process
 	calls  *rpc.Client
 	hello  talk.Machine
-	frames uint16 // sentinels so far
+	frames uint16        // sentinels so far
+	ahead  time.Duration // its wall clock, of this host's
 }
 
 // patience is for what an emulated machine does on a busy host. It only says when
@@ -59,9 +60,17 @@ func boot(t *testing.T, programs string, lab *netlab.Lab, series ...string) []*m
 	now := time.Now()
 	clock := time.Unix(0, (now.UnixNano()>>abi.TagSlotShift+1)<<abi.TagSlotShift)
 	for _, m := range all {
-		call[bool](m, "SetClock", clock.Add(time.Since(now)))
+		m.ahead = clock.Sub(now)
+		m.step(0)
 	}
 	return all
+}
+
+// step sets the machine's wall clock forward or back.
+func (m *machine) step(by time.Duration) {
+	m.t.Helper()
+	m.ahead += by
+	call[bool](m, "SetClock", time.Now().Add(m.ahead))
 }
 
 func start(t *testing.T, lab *netlab.Lab, series string, content func(*machine) []byte) *machine {
