@@ -68,7 +68,8 @@ func (c Coverage) String() string {
 //     notes a closed window if none is open. So the judges agree on the two together if
 //     they agree on the peer without an address and on the address with a stranger.
 //   - Time. Only windows of crossings that the question reaches matter, and those of
-//     crossings in rules that it looks up; the answer can change only at their edges.
+//     crossings in rules that it looks up. Each edge is asked about, and a time before all:
+//     from one edge to the next nothing changes.
 //   - Proof. All kinds are asked about. Without a proof nothing depends on the peer. A
 //     bad proof, and a subject that no policy knows, are refused before anything else is
 //     looked at.
@@ -271,6 +272,9 @@ func (c *checker) piece(base Query, p piece) error {
 	q := base
 	q.Proof = abi.ProofIdentity
 	for _, q.Peer = range c.peersOf(p) {
+		if q.Peer == c.stranger { // asked about above
+			continue
+		}
 		if err := c.askAt(q, p, nowhere); err != nil {
 			return err
 		}
@@ -388,10 +392,10 @@ func (c *checker) windows(p piece, kind image.PeerKind, value uint32) {
 	}
 }
 
-// edge adds an instant at which a window opens or closes, and the second before.
+// edge adds an instant at which a window opens or closes.
 func (c *checker) edge(t time.Time) {
 	if !t.IsZero() {
-		c.instants = append(c.instants, t.Add(-time.Second), t)
+		c.instants = append(c.instants, t)
 	}
 }
 

@@ -63,9 +63,16 @@ func ports(change func(a, b *image.PortRange) bool) func(*rand.Rand, *image.Imag
 	}
 }
 
+// prefix changes one whose class a rule names.
 func prefix(change func(*image.Image, *image.Prefix) bool) func(*rand.Rand, *image.Image) bool {
 	return func(r *rand.Rand, img *image.Image) bool {
-		return some(r, len(img.Addresses), func(i int) bool { return change(img, &img.Addresses[i]) }) >= 0
+		ruled := map[uint16]bool{}
+		for i := range img.Rules {
+			if p := img.Rules[i].Peer; p.Kind() == image.PeerAddress {
+				ruled[uint16(p.Value())] = true
+			}
+		}
+		return some(r, len(img.Addresses), func(i int) bool { return ruled[img.Addresses[i].Class] && change(img, &img.Addresses[i]) }) >= 0
 	}
 }
 
@@ -119,6 +126,21 @@ func addRule(peer func(*rand.Rand, *image.Image) image.Peer) func(*rand.Rand, *i
 			}
 		}
 		return false
+	}
+}
+
+// limitedBefore puts a crossing with a window before the only one that a rule has.
+func limitedBefore(kind image.PeerKind) func(*rand.Rand, *image.Image) bool {
+	return func(r *rand.Rand, img *image.Image) bool {
+		first := slices.IndexFunc(img.Crossings, func(c image.Crossing) bool { return limited(&c) })
+		i := some(r, len(img.Rules), func(i int) bool {
+			x := &img.Rules[i]
+			return first >= 0 && x.Peer.Kind() == kind && len(x.Crossings) == 1 && int(x.Crossings[0]) > first && !limited(&img.Crossings[x.Crossings[0]])
+		})
+		if i >= 0 {
+			img.Rules[i].Crossings = []uint32{uint32(first), img.Rules[i].Crossings[0]}
+		}
+		return i >= 0
 	}
 }
 
@@ -180,9 +202,32 @@ var mutations = []mutation{
 	{name: "rule without its last crossing", spoil: rule(func(_ *rand.Rand, _ *image.Image, x *image.Rule) {
 		x.Crossings = x.Crossings[:len(x.Crossings)-1]
 	}, func(x *image.Rule) bool { return len(x.Crossings) > 1 })},
-	{name: "rule with its crossings in another order", spoil: rule(func(_ *rand.Rand, _ *image.Image, x *image.Rule) {
-		slices.Reverse(x.Crossings)
-	}, func(x *image.Rule) bool { return len(x.Crossings) > 1 })},
+	{name: "rule without its last crossing, which opens when the one before it closes", spoil: func(r *rand.Rand, img *image.Image) bool {
+		i := some(r, len(img.Rules), func(i int) bool {
+			x := img.Rules[i].Crossings
+			return len(x) > 1 && limited(&img.Crossings[x[len(x)-1]])
+		})
+		if i >= 0 {
+			img.Rules[i].Crossings = img.Rules[i].Crossings[:len(img.Rules[i].Crossings)-1]
+		}
+		return i >= 0
+	}},
+	{name: "rule for an identity with a limited crossing before its own", spoil: limitedBefore(image.PeerIdentity)},
+	{name: "rule for a zone with a limited crossing before its own", spoil: limitedBefore(image.PeerZone)},
+	{name: "rule for an address with a limited crossing before its own", spoil: limitedBefore(image.PeerAddress)},
+	{name: "rule for anyone with a limited crossing before its own", spoil: limitedBefore(image.PeerAny)},
+	{name: "rule for somebody provable with a limited crossing before its own", spoil: limitedBefore(image.PeerProven)},
+	{name: "rule with its crossings in another order", spoil: func(r *rand.Rand, img *image.Image) bool {
+		i := some(r, len(img.Rules), func(i int) bool {
+			x := img.Rules[i].Crossings
+			return img.Rules[i].Peer.Kind() == image.PeerIdentity && len(x) > 1 && !limited(&img.Crossings[x[len(x)-1]])
+		})
+		if i >= 0 {
+			img.Rules[i].Crossings = slices.Clone(img.Rules[i].Crossings)
+			slices.Reverse(img.Rules[i].Crossings)
+		}
+		return i >= 0
+	}},
 	{name: "workload of another zone", spoil: workload(func(img *image.Image, w *image.Workload) { w.Zone = (w.Zone + 1) % uint16(len(img.Zones)) })},
 	{name: "workload of another identity", spoil: workload(func(_ *image.Image, w *image.Workload) { w.ID ^= 1 << 20 })},
 	{name: "zones in another order", spoil: func(_ *rand.Rand, img *image.Image) bool {
@@ -331,6 +376,8 @@ func varied(workloads, crossings int) *policy.Policy {
 		add(name(i), name(10+i), 22, window)
 		add(name(i), name(10+i), 22, nil)
 		add(name(i), name(20+i), 23, window)
+		add(name(i), name(30+i), 24, func(c *policy.Crossing) { c.Until = policytest.Epoch })
+		add(name(i), name(30+i), 24, func(c *policy.Crossing) { c.Since = policytest.Epoch })
 	}
 	add(policytest.Network("x-inner"), name(1), 25, noProof)
 	add(policytest.Network("x-outer"), name(1), 26, noProof)

@@ -36,12 +36,12 @@ const leastChanges = 50
 
 // Changes is the whole outcome.
 type Changes struct {
-	Machine  Machine   `json:"machine"`
-	Rules    int       `json:"rules"`
-	Image    int       `json:"image_bytes"`
-	Declared Latency   `json:"declared_ms"` // call -> a new connection
-	Revoked  Latency   `json:"revoked_ms"`  // call -> the last packet that came through
-	Replaced Latency   `json:"replaced_ms"` // call -> answer
+	Machine  Machine `json:"machine"`
+	Rules    int     `json:"rules"`
+	Image    int     `json:"image_bytes"`
+	Declared Latency `json:"declared_ms"` // call -> a new connection
+	Revoked  Latency `json:"revoked_ms"`  // call -> the last packet that came through
+	Replaced Latency `json:"replaced_ms"` // call -> answer
 	// Agent and Core are the CPU time of one replacement, in ms: where the machine has
 	// other work, that tells more than the clock.
 	Agent    float64   `json:"agent_cpu_ms"`
