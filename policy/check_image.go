@@ -12,7 +12,7 @@ import (
 )
 
 // maxQuestions bounds Check: some minutes. 10,000 workloads with 100,000 crossings need
-// 1.4 million questions; the most that an image can hold, MaxExpansion combinations,
+// 1.2 million questions; the most that an image can hold, MaxExpansion combinations,
 // can need more than this.
 const maxQuestions = 40_000_000
 
