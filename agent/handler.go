@@ -39,6 +39,7 @@ type service struct {
 	cgroups *cgroups
 	limits  []string // what the agent's own confinement lacks
 	log     *zap.Logger
+	checked checkedImage
 }
 
 // routes is the API as a handler.
@@ -307,7 +308,7 @@ func (s *service) audit(w http.ResponseWriter, r *http.Request) {
 }
 
 // offered is the image in a request's body, and a file with it for the core.
-func offered(w http.ResponseWriter, r *http.Request) (*image.Image, *os.File, error) {
+func (s *service) offered(w http.ResponseWriter, r *http.Request) (*image.Image, *os.File, error) {
 	rc := http.NewResponseController(w)
 	_ = rc.SetReadDeadline(time.Now().Add(bodyTimeout))
 	b, err := io.ReadAll(http.MaxBytesReader(w, r.Body, envelope.MaxSize))
@@ -326,6 +327,9 @@ func offered(w http.ResponseWriter, r *http.Request) (*image.Image, *os.File, er
 	if err == nil {
 		err = image.Verify(img)
 	}
+	if err == nil {
+		err = s.translated(img, b)
+	}
 	if err != nil {
 		return nil, nil, &api.Error{Code: http.StatusUnprocessableEntity, Message: err.Error(), Hint: "build the image again with: demarc policy build FILE -o IMAGE"}
 	}
@@ -338,7 +342,7 @@ func offered(w http.ResponseWriter, r *http.Request) (*image.Image, *os.File, er
 
 // preview has the core look at an image, and changes nothing.
 func (s *service) preview(w http.ResponseWriter, r *http.Request) (any, error) {
-	_, f, err := offered(w, r)
+	_, f, err := s.offered(w, r)
 	if err != nil {
 		return nil, err
 	}
@@ -361,7 +365,7 @@ func (s *service) apply(w http.ResponseWriter, r *http.Request) (any, error) {
 			return nil, &api.Error{Code: http.StatusBadRequest, Message: fmt.Sprintf("within: %.40q is not a time", text), Hint: "give one like 60s"}
 		}
 	}
-	img, f, err := offered(w, r)
+	img, f, err := s.offered(w, r)
 	if err != nil {
 		return nil, err
 	}

@@ -24,6 +24,10 @@ func (p *Policy) Evaluate(q Query) Decision { return p.Evaluator().Evaluate(q) }
 // while it is used.
 func (p *Policy) Evaluator() *Evaluator {
 	e := &Evaluator{policy: p, workloads: map[image.ID]*Workload{}, networks: map[string]*Network{}}
+	e.crossings = make([]int32, len(p.Crossings))
+	for i := range e.crossings {
+		e.crossings[i] = int32(i)
+	}
 	ids := p.IDs()
 	for i := range p.Workloads {
 		w := &p.Workloads[i]
@@ -42,6 +46,13 @@ type Evaluator struct {
 	policy    *Policy
 	workloads map[image.ID]*Workload
 	networks  map[string]*Network
+
+	// crossings are those that are looked at, in the order of the policy: all of them,
+	// but for Check, which knows of the others that they cannot matter.
+	crossings []int32
+	// inside, where it is not nil, names the networks that contain the address of the
+	// question: Check has found that out once for all questions.
+	inside map[string]bool
 }
 
 // Evaluate answers a query. The rules apply in the order they stand here.
@@ -103,7 +114,7 @@ func (e *Evaluator) Evaluate(q Query) Decision {
 // window; -1 if there is none. It also says whether one was passed over only
 // because of its window.
 func (e *Evaluator) first(q Query, also func(*Crossing) bool) (index int, closed bool) {
-	for i := range e.policy.Crossings {
+	for _, i := range e.crossings {
 		c := &e.policy.Crossings[i]
 		if !e.has(subjectSide(c, q), q.Subject) || !covers(c.Ports, q.Port) || !also(c) {
 			continue
@@ -112,7 +123,7 @@ func (e *Evaluator) first(q Query, also func(*Crossing) bool) (index int, closed
 			closed = true
 			continue
 		}
-		return i, closed
+		return int(i), closed
 	}
 	return -1, closed
 }
@@ -151,7 +162,7 @@ func (e *Evaluator) admits(side []Term, q Query) bool {
 	for _, t := range side {
 		switch t.Kind {
 		case image.TermNetwork:
-			if e.networks[t.Name].contains(q.Address) {
+			if e.inside != nil && e.inside[t.Name] || e.inside == nil && e.networks[t.Name].contains(q.Address) {
 				return true
 			}
 		case image.TermAny:

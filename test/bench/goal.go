@@ -16,7 +16,7 @@ const (
 type Goal struct {
 	ID       string  `json:"id"`
 	What     string  `json:"what"`
-	Unit     string  `json:"unit"` // "ratio" or "ns"
+	Unit     string  `json:"unit"` // "ratio", "ns" or "ms"
 	Must     float64 `json:"must"`
 	Aim      float64 `json:"aim"`
 	Measured float64 `json:"measured"`
@@ -41,7 +41,7 @@ func (g Goal) judge(measured float64, conclusive bool) Goal {
 
 func (g Goal) String() string {
 	form := "%-3s %-58s %7.3f  must %-6g aim %-6g %s"
-	if g.Unit == "ns" {
+	if g.Unit != "ratio" {
 		form = "%-3s %-58s %7.0f  must %-6g aim %-6g %s"
 	}
 	return fmt.Sprintf(form, g.ID, g.What, g.Measured, g.Must, g.Aim, g.Outcome)

@@ -1,0 +1,53 @@
+package agent
+
+import (
+	"crypto/sha256"
+	"fmt"
+	"sync"
+
+	"go.uber.org/zap"
+
+	"github.com/demarc/demarc/policy"
+	"github.com/demarc/demarc/policy/image"
+)
+
+// mostQuestions bounds what an image may cost before it is handed on, to some seconds.
+// 10,000 workloads with 100,000 crossings need a third of it; what needs more is
+// compared in part, and the log says how far. The build has compared all of it.
+const mostQuestions = 4_000_000
+
+// checkedImage remembers the image that was last compared: a preview is followed by the
+// application of the same.
+type checkedImage struct {
+	mu     sync.Mutex
+	digest [sha256.Size]byte
+}
+
+// translated compares the answers of an image's tables with those of the policy that it
+// declares, as the build did. Verify has made the tables again; this asks them, by
+// the code that defines what a policy means. The policy's text is not here: what the
+// image declares is taken for it, so a compiler that declared something else than was
+// written is not found here, but by the build and by policy diff.
+func (s *service) translated(img *image.Image, encoded []byte) error {
+	digest := sha256.Sum256(encoded)
+	s.checked.mu.Lock()
+	defer s.checked.mu.Unlock()
+	if s.checked.digest == digest {
+		return nil
+	}
+	coverage, err := compareTables(img, mostQuestions)
+	if err != nil {
+		return err
+	}
+	s.log.Info("the image decides as it declares", zap.String("name", img.Name), zap.Stringer("coverage", coverage))
+	s.checked.digest = digest
+	return nil
+}
+
+func compareTables(img *image.Image, most int) (policy.Coverage, error) {
+	declared, err := policy.Declared(img)
+	if err != nil {
+		return policy.Coverage{}, fmt.Errorf("read the declared policy: %w", err)
+	}
+	return policy.CheckWithin(declared, img, most)
+}

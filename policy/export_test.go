@@ -1,0 +1,4 @@
+package policy
+
+// SameDeclarations is for tests that come to Check's end by another way.
+var SameDeclarations = sameDeclarations
