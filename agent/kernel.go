@@ -205,7 +205,9 @@ func (m *donated) Bindings() (map[uint64]uint32, error) {
 	var b abi.Binding
 	walk := m.bindings.Iterate()
 	for walk.Next(&id, &b) {
-		bound[id] = b.Identity[slot]
+		if b.Identity[slot] != uint32(image.Canary) { // the core's own
+			bound[id] = b.Identity[slot]
+		}
 	}
 	if err := walk.Err(); err != nil {
 		return nil, fmt.Errorf("read bindings: %w", err)

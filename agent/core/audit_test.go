@@ -57,7 +57,7 @@ func TestAuditTellsChanges(t *testing.T) {
 		"connected by " + me,
 		"apply by core shop 7", "applied by core shop 7: slot 0, epoch 1",
 		"apply by core shop 8", "applied by core shop 8: slot 1, epoch 2",
-		"refused by core shop 6: apply: image has version 6, and version 7 was in force already",
+		"refused by core shop 6: apply: image has version 6, and version 8 was in force already",
 		"rollback by " + me + " shop 7", "applied by " + me + " shop 7: slot 2, epoch 3",
 		"stop by core shop 7",
 		"start by core: adopted true",

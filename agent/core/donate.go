@@ -46,6 +46,22 @@ func (c *Core) donate() (*proto.Descriptors, error) {
 	return &d, nil
 }
 
+// hand copies the descriptors for one peer. The caller closes the copies; the
+// originals may end with the core while they are being sent.
+func (c *Core) hand() (files []*os.File, err error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, f := range c.donated.Files() {
+		fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 0)
+		if err != nil {
+			proto.CloseFiles(files)
+			return nil, fmt.Errorf("copy descriptor of %s: %w", f.Name(), err)
+		}
+		files = append(files, os.NewFile(uintptr(fd), f.Name()))
+	}
+	return files, nil
+}
+
 // donation looks for a way to write the maps that are handed out: the kernel lets
 // whoever pins a map, which takes no right to write it, open it again for writing.
 func (t *trial) donation() error {

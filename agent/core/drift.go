@@ -83,6 +83,9 @@ func (c *Core) watch() {
 	if c.journal.spare < auditSpare {
 		c.journal.spare++
 	}
+	if n := c.journal.lost; n > 0 && c.record("core", auditHealthy, c.active, "the audit log can be written again") != nil {
+		c.journal.lost = n // this one says nothing new
+	}
 	if err := c.journal.drift(); err != nil {
 		c.log.Error("degraded", "problem", err)
 		_ = c.record("core", auditDrift, c.active, "%v", err)

@@ -393,6 +393,12 @@ func TestI18HookFull(t *testing.T) {
 	others = append(others[1:], fill()...)
 	c.Close()
 	must(t, Detach(m.config))
+	// The kernel lets go of a link that nobody holds any more when it gets to it.
+	for start := time.Now(); attached(t, m) > len(others); time.Sleep(time.Millisecond) {
+		if time.Since(start) > 20*time.Second {
+			t.Fatalf("%d programs are attached, %d of them not ours", attached(t, m), len(others))
+		}
+	}
 	others = append(others, fill()...)
 	if again, err := m.open(hooks{}); err == nil {
 		t.Errorf("a start with the hook full: %v", again.Status().State)

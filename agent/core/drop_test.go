@@ -111,14 +111,14 @@ func TestStartCapabilities(t *testing.T) {
 	t.Run("OK all", func(t *testing.T) {
 		s, err := start(t, names)
 		must(t, err)
-		if s.State != proto.StateEnforcing || len(s.Limits) > 0 {
+		if s.State != proto.StateEnforcing || len(beside(s.Limits)) > 0 {
 			t.Errorf("status %+v", s)
 		}
 	})
 	for i, name := range names {
 		t.Run("bad without "+name, func(t *testing.T) {
 			s, err := start(t, slices.Delete(slices.Clone(names), i, i+1))
-			if err == nil && len(s.Limits) == 0 {
+			if err == nil && len(beside(s.Limits)) == 0 {
 				t.Errorf("it is not needed: %+v", s)
 			}
 		})

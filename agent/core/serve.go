@@ -280,7 +280,8 @@ func (c *Core) answer(q proto.Request, files []*os.File, by string) (r proto.Res
 		}
 		c.greeted(by)
 		r.Hello = &proto.Hello{Version: proto.Version, ABI: abi.Version, CgroupRoot: c.tree.dir}
-		return r, c.donated.Files(), false, nil
+		answer, err = c.hand()
+		return r, answer, true, err
 	case proto.OpStatus:
 		r.Status = c.Status()
 	case proto.OpApply:
