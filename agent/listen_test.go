@@ -13,7 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/demarc/demarc/agent/api"
-	"github.com/demarc/demarc/policy/image"
+	"github.com/demarc/demarc/policy/envelope"
 )
 
 // Somebody else made the place of the socket before the agent did, or could put
@@ -75,7 +75,7 @@ func TestJ12Oversized(t *testing.T) {
 	r := start(t, newStandIn(), nil)
 	client := &http.Client{Transport: &http.Transport{Dial: func(string, string) (net.Conn, error) { return net.Dial("unix", r.config.Server) }}}
 	defer client.CloseIdleConnections()
-	res, err := client.Post("http://demarc"+api.PathPolicy, "application/octet-stream", io.LimitReader(zeros{}, image.MaxSize+1))
+	res, err := client.Post("http://demarc"+api.PathPolicy, "application/octet-stream", io.LimitReader(zeros{}, envelope.MaxSize+1))
 	if err != nil {
 		t.Fatal(err)
 	}
