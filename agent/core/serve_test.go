@@ -334,7 +334,13 @@ func FuzzSession(f *testing.F) {
 	f.Add([]byte(`{"op":"bind","path":"/lab/x","identity":16}`))
 	f.Add([]byte(`{"op":"apply"}`))
 	f.Add([]byte(`{"op":"status"}x`))
-	c := &Core{log: slog.New(slog.DiscardHandler), tree: &tree{dir: "/"}, donated: &proto.Descriptors{}, links: &links{}, store: store{dir: f.TempDir(), log: slog.New(slog.DiscardHandler)}}
+	null, err := os.Open(os.DevNull)
+	if err != nil {
+		f.Fatal(err)
+	}
+	defer null.Close()
+	given := &proto.Descriptors{Denied: null, Allowed: null, Counts: null, Rings: null, Faults: null, Bindings: null, State: null}
+	c := &Core{log: slog.New(slog.DiscardHandler), tree: &tree{dir: "/"}, donated: given, links: &links{}, store: store{dir: f.TempDir(), log: slog.New(slog.DiscardHandler)}}
 	f.Fuzz(func(t *testing.T, b []byte) {
 		var q proto.Request
 		if proto.Unmarshal(b, &q) != nil {
