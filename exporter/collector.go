@@ -12,14 +12,15 @@ import (
 // Every series, with labels that take only declared names and fixed words, so that
 // a policy bounds how many there are. docs/metrics.md describes them.
 var (
-	buildInfo  = series("build_info", "Build of this agent; always 1.", "version", "revision", "go")
-	connected  = series("core_connected", "1 while the agent is connected to the core.")
-	enforcing  = series("enforcing", "1 while every program is attached and an enforcing policy decides, as far as the agent knows.")
-	policyInfo = series("policy_info", "Policy in force; always 1.", "name", "version", "digest", "mode")
-	generation = series("policy_generation", "Grows with every change of what is in force.")
-	applied    = series("policy_applied_timestamp_seconds", "When the policy in force was applied.")
-	bindings   = series("bindings", "Cgroups bound to an identity.", "zone", "workload")
-	verdicts   = series("verdicts_total", "Verdicts, counted in the kernel without loss.",
+	buildInfo   = series("build_info", "Build of this agent; always 1.", "version", "revision", "go")
+	connected   = series("core_connected", "1 while the agent is connected to the core.")
+	enforcing   = series("enforcing", "1 while every program is attached and an enforcing policy decides, as far as the agent knows.")
+	policyInfo  = series("policy_info", "Policy in force; always 1.", "name", "version", "digest", "mode")
+	generation  = series("policy_generation", "Grows with every change of what is in force.")
+	applied     = series("policy_applied_timestamp_seconds", "When the policy in force was applied.")
+	bindings    = series("bindings", "Cgroups bound to an identity.", "zone", "workload")
+	quarantined = series("quarantined", "1 for each workload that has its forensic crossings only.", "zone", "workload")
+	verdicts    = series("verdicts_total", "Verdicts, counted in the kernel without loss.",
 		"direction", "verdict", "reason", "crossing", "src_zone", "src_workload", "dst_zone", "dst_workload")
 	ringEvents   = series("ring_events_total", "Events made for a ring, lost ones included.", "ring")
 	ringLost     = series("ring_lost_total", "Events that found no room in a ring.", "ring")
@@ -31,7 +32,7 @@ var (
 	invBound     = series("inventory_bound", "Workloads of the inventory that have their identity.")
 	invProblems  = series("inventory_problems", "Problems with the inventory.")
 	all          = []*prometheus.Desc{
-		buildInfo, connected, enforcing, policyInfo, generation, applied, bindings, verdicts, ringEvents, ringLost,
+		buildInfo, connected, enforcing, policyInfo, generation, applied, bindings, quarantined, verdicts, ringEvents, ringLost,
 		received, flowsLost, readErrors, faults, invWorkloads, invBound, invProblems,
 	}
 )
@@ -70,6 +71,9 @@ func (c Collector) Collect(out chan<- prometheus.Metric) {
 	}
 	for _, b := range s.Bindings {
 		gauge(bindings, float64(b.Count), b.Zone, b.Workload)
+	}
+	for _, p := range s.Quarantined {
+		gauge(quarantined, 1, p.Zone, p.Workload)
 	}
 	for _, v := range s.Verdicts {
 		counter(verdicts, v.Count, v.Direction.String(), v.Verdict.String(), v.Reason.String(), v.Crossing,
