@@ -34,6 +34,8 @@ const (
 // service answers the API.
 type service struct {
 	node    string
+	server  string    // path of the API's socket
+	since   time.Time // of the agent's start
 	link    *link
 	binder  *binder // nil without an inventory
 	cgroups *cgroups
@@ -397,10 +399,10 @@ func (s *service) rollback(_ http.ResponseWriter, r *http.Request) (any, error) 
 }
 
 func uid(r *http.Request) uint32 {
-	if cred, ok := r.Context().Value(caller{}).(*unix.Ucred); ok {
+	if cred := callerOf(r); cred != nil {
 		return cred.Uid
 	}
-	return ^uint32(0)
+	return nobody
 }
 
 // memfd is an unnamed file with b, sealed so that it cannot change while the core
