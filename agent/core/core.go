@@ -14,6 +14,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/cilium/ebpf/link"
@@ -41,6 +42,7 @@ type Core struct {
 	donated *proto.Descriptors
 	stop    func() // ends the upkeep; nil = it never began
 	canary  *canary
+	looks   atomic.Uint64 // of the upkeep
 
 	mu       sync.Mutex
 	active   *generation       // what this core put in force; nil = nothing
