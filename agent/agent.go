@@ -48,8 +48,13 @@ func build(c *Config, log *zap.Logger, l *link) (*Agent, error) {
 		s.binder = newBinder(l, file, log)
 		a.tasks = append(a.tasks, file, s.binder)
 	}
+	s.metrics = &metrics{link: l, binder: s.binder}
 	if c.Metrics != "" {
-		a.tasks = append(a.tasks, exporter.NewServer(c.Metrics, &metrics{link: l, binder: s.binder}))
+		server, err := exporter.NewServer(c.Metrics, c.WebConfig, s.metrics)
+		if err != nil {
+			return nil, err
+		}
+		a.tasks = append(a.tasks, server)
 	}
 	a.tasks = append(a.tasks, newServer(c.Server, s.routes(), s, log))
 	return a, nil

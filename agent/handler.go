@@ -42,6 +42,7 @@ type service struct {
 	limits  []string // what the agent's own confinement lacks
 	log     *zap.Logger
 	checked checkedImage
+	metrics *metrics
 }
 
 // routes is the API as a handler.
@@ -367,13 +368,18 @@ func (s *service) apply(w http.ResponseWriter, r *http.Request) (any, error) {
 			return nil, &api.Error{Code: http.StatusBadRequest, Message: fmt.Sprintf("within: %.40q is not a time", text), Hint: "give one like 60s"}
 		}
 	}
+	start := time.Now()
 	img, f, err := s.offered(w, r)
 	if err != nil {
+		s.metrics.count(0, 0, err)
 		return nil, err
 	}
 	defer f.Close()
+	offered := time.Now()
 	s.log.Info("apply", zap.String("name", img.Name), zap.Uint64("version", img.Version), zap.Duration("within", within), zap.Uint32("uid", uid(r)))
-	if err := s.link.change(func(c core) (*proto.Status, error) { return c.Apply(f, within) }); err != nil {
+	err = s.link.change(func(c core) (*proto.Status, error) { return c.Apply(f, within) })
+	s.metrics.count(offered.Sub(start), time.Since(offered), err)
+	if err != nil {
 		s.log.Warn("apply refused", zap.Error(err))
 		return nil, err
 	}
