@@ -130,6 +130,9 @@ type Status struct {
 	Links       []Link       `json:"links,omitempty"`
 	Claims      int          `json:"claims"` // paths bound by the agent
 	Quarantines []Quarantine `json:"quarantines,omitempty"`
+	Keys        []TagKey     `json:"keys,omitempty"`
+	Proved      time.Time    `json:"proved,omitzero"` // when the canary last proved that the kernel enforces
+	Drifts      uint64       `json:"drifts"`          // things found changed since this core started, each look at each counted
 }
 
 // Quarantine is an identity that has only its forensic crossings.
@@ -141,6 +144,14 @@ type Quarantine struct {
 	Reason    string    `json:"reason"`
 	By        string    `json:"by"`
 	Automatic bool      `json:"automatic,omitempty"` // nobody ordered it
+}
+
+// TagKey is a key of the keyring, without the key.
+type TagKey struct {
+	Epoch   uint8     `json:"epoch"`
+	From    time.Time `json:"from,omitzero"`  // it is sent with; zero = always
+	Until   time.Time `json:"until,omitzero"` // tags are good; zero = for ever
+	Sending bool      `json:"sending,omitempty"`
 }
 
 // Unconfirmed is a change that ends by itself.
