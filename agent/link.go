@@ -54,23 +54,24 @@ var errAway = errors.New("the core is not connected")
 // core restarts. With each connection come new descriptors, which it reads events
 // from into the store.
 type link struct {
-	dial  func(context.Context) (core, error)
-	open  func(*proto.Descriptors) (kernel, error) // takes over the descriptors
-	log   *zap.Logger
-	store *flow.Store
-	book  *flow.Book
-	clock *clock
-	rate  rate // of events
-	ready chan struct{}
-	news  chan struct{} // receives when the connection or the active image changed; one receiver
+	dial    func(context.Context) (core, error)
+	open    func(*proto.Descriptors) (kernel, error) // takes over the descriptors
+	log     *zap.Logger
+	store   *flow.Store
+	signals *signalLog
+	book    *flow.Book
+	clock   *clock
+	rate    rate // of events
+	ready   chan struct{}
+	news    chan struct{} // receives when the connection or the active image changed; one receiver
 
 	asking sync.Mutex // held while the status is asked for and taken in
 
 	mu      sync.RWMutex
 	session *session
 	problem string // why there is no session
-	gaps    [abi.Rings]flow.Gaps
-	rings   [abi.Rings]uint64 // that the gaps are of
+	gaps    [abi.AllRings]flow.Gaps
+	rings   [abi.AllRings]uint64 // that the gaps are of
 }
 
 // session is one connection. Its fields below status are guarded by link.mu.
@@ -89,7 +90,7 @@ type session struct {
 func newLink(dial func(context.Context) (core, error), open func(*proto.Descriptors) (kernel, error), log *zap.Logger) *link {
 	return &link{
 		dial: dial, open: open, log: log,
-		store: flow.NewStore(flow.StoreSize), book: &flow.Book{}, clock: newClock(),
+		store: flow.NewStore(flow.StoreSize), signals: newSignalLog(), book: &flow.Book{}, clock: newClock(),
 		ready: make(chan struct{}), news: make(chan struct{}, 1),
 		problem: "not connected yet",
 	}
@@ -104,6 +105,7 @@ func (l *link) String() string { return "core link" }
 // Run connects again and again until ctx ends. It never gives up.
 func (l *link) Run(ctx context.Context) error {
 	defer l.store.Close()
+	defer l.signals.change(func() { l.signals.closed = true })
 	wait := backoffFirst
 	first := sync.OnceFunc(func() { close(l.ready) })
 	for ctx.Err() == nil {
@@ -185,6 +187,7 @@ func (l *link) connected(parent context.Context, up func()) error {
 	for ring := range abi.Rings {
 		readers.Go(func() { fail(l.read(ring, k)) })
 	}
+	readers.Go(func() { fail(l.readSignals(k)) })
 	l.tell()
 	up()
 
