@@ -47,8 +47,13 @@ func build(c *Config, log *zap.Logger, l *link) (*Agent, error) {
 		s.binder = newBinder(l, file, log)
 		a.tasks = append(a.tasks, file, s.binder)
 	}
+	s.detection = newDetection(c, l, s.resolver(), log)
+	if c.State != "" {
+		s.detection.file = newFindingsFile(c.State)
+	}
+	a.tasks = append(a.tasks, s.detection)
 	if c.Metrics != "" {
-		a.tasks = append(a.tasks, exporter.NewServer(c.Metrics, &metrics{link: l, binder: s.binder}))
+		a.tasks = append(a.tasks, exporter.NewServer(c.Metrics, &metrics{link: l, binder: s.binder, detection: s.detection}))
 	}
 	a.tasks = append(a.tasks, newServer(c.Server, s.routes(), log))
 	return a, nil

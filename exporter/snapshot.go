@@ -4,6 +4,7 @@ package exporter
 import (
 	"time"
 
+	"github.com/demarc/demarc/agent/detect"
 	"github.com/demarc/demarc/bpf/abi"
 )
 
@@ -27,6 +28,9 @@ type Snapshot struct {
 	Received   [abi.Rings]uint64 // events that the agent read
 	Missed     [abi.Rings]uint64 // gaps in their numbers
 	ReadErrors uint64            // times that the kernel's counters could not be read
+
+	Findings map[detect.Series]uint64 // each once for every severity that it reached
+	Unseen   uint64                   // events that no detector looked at
 }
 
 // Policy is the image in force.

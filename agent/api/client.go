@@ -22,6 +22,7 @@ import (
 
 	"github.com/demarc/demarc/agent/core/audit"
 	"github.com/demarc/demarc/agent/core/proto"
+	"github.com/demarc/demarc/agent/detect"
 	"github.com/demarc/demarc/policy/image"
 )
 
@@ -144,19 +145,30 @@ func (c *Client) Image(ctx context.Context) ([]byte, error) {
 // Flows streams lines; query holds filters and options. The sequence ends at the
 // stream's end or with one error.
 func (c *Client) Flows(ctx context.Context, query url.Values) iter.Seq2[Line, error] {
-	return func(yield func(Line, error) bool) {
-		res, err := c.do(ctx, http.MethodGet, PathFlows+"?"+query.Encode(), nil)
+	return stream[Line](ctx, c, PathFlows, query)
+}
+
+// Findings streams the findings that a query asks for: detect.Filter, and follow.
+func (c *Client) Findings(ctx context.Context, query url.Values) iter.Seq2[detect.Finding, error] {
+	return stream[detect.Finding](ctx, c, PathFindings, query)
+}
+
+// stream reads the JSON lines of an answer.
+func stream[T any](ctx context.Context, c *Client, path string, query url.Values) iter.Seq2[T, error] {
+	return func(yield func(T, error) bool) {
+		var none T
+		res, err := c.do(ctx, http.MethodGet, path+"?"+query.Encode(), nil)
 		if err != nil {
-			yield(Line{}, err)
+			yield(none, err)
 			return
 		}
 		defer res.Body.Close()
 		d := json.NewDecoder(bufio.NewReader(res.Body))
 		for {
-			var line Line
+			var line T
 			if err := d.Decode(&line); err != nil {
 				if !errors.Is(err, io.EOF) {
-					yield(Line{}, fmt.Errorf("read flows: %w", err))
+					yield(none, fmt.Errorf("read %s: %w", strings.TrimPrefix(path, "/v1/"), err))
 				}
 				return
 			}
