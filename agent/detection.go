@@ -56,7 +56,7 @@ func (d *detection) Run(ctx context.Context) error {
 	}
 	cursor := d.link.store.Oldest()
 	close(d.ready)
-	var events [batch]abi.Event
+	var events [256]abi.Event
 	for cursor.Wait(ctx) {
 		n, lost := cursor.Read(events[:])
 		d.follow()
