@@ -58,6 +58,8 @@ func (s *service) routes() http.Handler {
 	mux.Handle("POST "+api.PathPreview, changing(s.preview))
 	mux.Handle("POST "+api.PathConfirm, changing(s.confirm))
 	mux.Handle("POST "+api.PathRollback, changing(s.rollback))
+	mux.Handle("POST "+api.PathQuarantine, changing(s.quarantine))
+	mux.Handle("POST "+api.PathRelease, changing(s.release))
 	mux.Handle("/", answer(func(r *http.Request) (any, error) {
 		return nil, &api.Error{Code: http.StatusNotFound, Message: fmt.Sprintf("there is no %s %.100q here", r.Method, r.URL.Path), Hint: "use the demarc command of the same version"}
 	}))
@@ -166,6 +168,12 @@ const cgroupsShown = 16
 
 func (s *service) identities() ([]api.Identity, error) {
 	var out []api.Identity
+	quarantined := map[uint32]*time.Time{}
+	if st := s.link.view().Status; st != nil {
+		for _, q := range st.Quarantines {
+			quarantined[q.Identity] = &q.Until
+		}
+	}
 	err := s.inForce(func(names *flow.Names, bound map[uint64]uint32, root string) {
 		at := make(map[uint32]int)
 		for _, w := range names.Image.Workloads {
@@ -174,6 +182,7 @@ func (s *service) identities() ([]api.Identity, error) {
 			for _, r := range w.Roles {
 				id.Roles = append(id.Roles, r.Name)
 			}
+			id.Quarantined = quarantined[uint32(w.ID)]
 			out = append(out, id)
 		}
 		for _, sel := range names.Image.Selectors {

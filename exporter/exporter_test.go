@@ -41,9 +41,10 @@ var full = fixed{
 		{Direction: abi.Egress, Verdict: abi.Deny, Reason: abi.NoCrossingFor, Source: Party{"edge", "web"}, Count: 4},
 		{Direction: abi.Ingress, Verdict: abi.Allow, Reason: abi.ByCrossing, Crossing: "web-api", Source: Party{"edge", "web"}, Destination: Party{"app", "api"}, Count: 9},
 	},
-	Bindings: []Bindings{{Party{"edge", "web"}, 2}, {Party{"", "unmanaged"}, 31}},
-	Rings:    []Ring{{"denied", 10, 1}, {"allowed", 20, 2}},
-	Faults:   &[abi.Faults]uint64{abi.FaultStorage: 3},
+	Bindings:    []Bindings{{Party{"edge", "web"}, 2}, {Party{"", "unmanaged"}, 31}},
+	Quarantined: []Party{{"app", "api"}},
+	Rings:       []Ring{{"denied", 10, 1}, {"allowed", 20, 2}},
+	Faults:      &[abi.Faults]uint64{abi.FaultStorage: 3},
 	Inventory: &Inventory{
 		Workloads: 3, Bound: 2, Problems: 1,
 	},
@@ -165,6 +166,9 @@ demarc_programs 24
 # HELP demarc_programs_attached Programs that the core found attached.
 # TYPE demarc_programs_attached gauge
 demarc_programs_attached 23
+# HELP demarc_quarantined 1 for each workload that has its forensic crossings only.
+# TYPE demarc_quarantined gauge
+demarc_quarantined{workload="api",zone="app"} 1
 # HELP demarc_ring_events_total Events made for a ring, lost ones included.
 # TYPE demarc_ring_events_total counter
 demarc_ring_events_total{ring="allowed"} 20

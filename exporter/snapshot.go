@@ -23,9 +23,11 @@ type Snapshot struct {
 	Verdicts  []Verdict // each combination of names once
 	Maps      []Map     // that can be read
 	Bindings  []Bindings
-	Rings     []Ring // while the core is connected
-	Faults    *[abi.Faults]uint64
-	Inventory *Inventory
+	// Quarantined workloads, each once.
+	Quarantined []Party
+	Rings       []Ring // while the core is connected
+	Faults      *[abi.Faults]uint64
+	Inventory   *Inventory
 
 	Received   [abi.Rings]uint64 // events that the agent read
 	Missed     [abi.Rings]uint64 // gaps in their numbers

@@ -22,6 +22,8 @@ const (
 	PathPreview    = "/v1/policy/preview"  // POST: the image in the body is only looked at, Preview
 	PathConfirm    = "/v1/policy/confirm"  // POST: Status
 	PathRollback   = "/v1/policy/rollback" // POST: Status
+	PathQuarantine = "/v1/quarantine"      // POST ?workload=NAME&for=1h&reason=TEXT: Status
+	PathRelease    = "/v1/release"         // POST ?workload=NAME: Status
 	PathAudit      = "/v1/audit"           // GET: the lines of the core's audit log; AuditSeq and AuditHash say where it ends
 )
 
@@ -116,8 +118,10 @@ type Identity struct {
 	SPIFFE    string   `json:"spiffe,omitempty" yaml:"spiffe,omitempty"`
 	Roles     []string `json:"roles,omitempty" yaml:"roles,omitempty"`
 	Selectors []string `json:"selectors,omitempty" yaml:"selectors,omitempty"`
-	Bindings  int      `json:"bindings" yaml:"bindings"`                   // cgroups that have it
-	Cgroups   []string `json:"cgroups,omitempty" yaml:"cgroups,omitempty"` // their paths, the topmost ones, at most 16
+	// Quarantined is until when it has its forensic crossings only.
+	Quarantined *time.Time `json:"quarantined,omitempty" yaml:"quarantined,omitempty"`
+	Bindings    int        `json:"bindings" yaml:"bindings"`                   // cgroups that have it
+	Cgroups     []string   `json:"cgroups,omitempty" yaml:"cgroups,omitempty"` // their paths, the topmost ones, at most 16
 }
 
 // Name is the identity in one word.

@@ -101,6 +101,17 @@ func (c *Client) Confirm(ctx context.Context) (*Status, error) {
 	return doJSON[*Status](ctx, c, http.MethodPost, PathConfirm, nil)
 }
 
+// Quarantine leaves a workload its forensic crossings only, for a time.
+func (c *Client) Quarantine(ctx context.Context, workload string, lasting time.Duration, reason string) (*Status, error) {
+	v := url.Values{"workload": {workload}, "for": {lasting.String()}, "reason": {reason}}
+	return doJSON[*Status](ctx, c, http.MethodPost, PathQuarantine+"?"+v.Encode(), nil)
+}
+
+// Release ends a workload's quarantine.
+func (c *Client) Release(ctx context.Context, workload string) (*Status, error) {
+	return doJSON[*Status](ctx, c, http.MethodPost, PathRelease+"?"+url.Values{"workload": {workload}}.Encode(), nil)
+}
+
 // Audit returns the core's audit log, and where it ends. The caller closes it.
 func (c *Client) Audit(ctx context.Context) (io.ReadCloser, *audit.Head, error) {
 	res, err := c.do(ctx, http.MethodGet, PathAudit, nil)
