@@ -71,3 +71,9 @@ const (
 	flagOutbound = 1
 	flagInbound  = 2
 )
+
+// Bits of the flags of a crossing; from flagsSide on they are its side.
+const (
+	flagDecoy = 1
+	flagsSide = 1
+)
