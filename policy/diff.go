@@ -209,7 +209,7 @@ func crossingFields(p *Policy) map[string][]field {
 			{"side", [...]string{"both", "egress", "ingress", ""}[c.Side&3]},
 			{"log", [...]string{"denied", "all", "none", ""}[c.Log&3]},
 			{"refuse", [...]string{"reject", "drop"}[c.Refuse&1]},
-			{"decoy", fmt.Sprint(c.Decoy)}, {"limit", limit},
+			{"decoy", fmt.Sprint(c.Decoy)}, {"forensic", fmt.Sprint(c.Forensic)}, {"limit", limit},
 			{"since", timeText(c.Since)}, {"until", timeText(c.Until)}, {"purpose", c.Purpose},
 		}
 	}

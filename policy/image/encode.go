@@ -156,6 +156,9 @@ func (e *encoder) crossing(c *Crossing) {
 	if c.Decoy {
 		flags |= flagDecoy
 	}
+	if c.Forensic {
+		flags |= flagForensic
+	}
 	b.u8(flags)
 	b.u64(c.Rate)
 	b.u64(c.Burst)
