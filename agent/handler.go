@@ -33,16 +33,17 @@ const (
 
 // service answers the API.
 type service struct {
-	node    string
-	server  string    // path of the API's socket
-	since   time.Time // of the agent's start
-	link    *link
-	binder  *binder // nil without an inventory
-	cgroups *cgroups
-	limits  []string // what the agent's own confinement lacks
-	log     *zap.Logger
-	checked checkedImage
-	metrics *metrics
+	node      string
+	server    string    // path of the API's socket
+	since     time.Time // of the agent's start
+	link      *link
+	binder    *binder // nil without an inventory
+	cgroups   *cgroups
+	detection *detection
+	limits    []string // what the agent's own confinement lacks
+	log       *zap.Logger
+	checked   checkedImage
+	metrics   *metrics
 }
 
 // routes is the API as a handler.
@@ -52,6 +53,7 @@ func (s *service) routes() http.Handler {
 	mux.Handle("GET "+api.PathIdentities, answer(func(*http.Request) (any, error) { return s.identities() }))
 	mux.Handle("GET "+api.PathZones, answer(func(*http.Request) (any, error) { return s.zones() }))
 	mux.HandleFunc("GET "+api.PathFlows, s.flows)
+	mux.HandleFunc("GET "+api.PathFindings, s.findings)
 	mux.HandleFunc("GET "+api.PathPolicy, s.image)
 	mux.HandleFunc("GET "+api.PathAudit, s.audit)
 	mux.Handle("POST "+api.PathPolicy, changing(s.apply))
@@ -129,6 +131,9 @@ func (s *service) status() *api.Status {
 	})
 	if out.Core.Problem != "" {
 		out.Problems = append(out.Problems, "core: "+out.Core.Problem)
+	}
+	if problem, _ := s.detection.status(); problem != "" {
+		out.Problems = append(out.Problems, problem)
 	}
 	if s.binder != nil {
 		out.Inventory = s.binder.status()

@@ -16,6 +16,7 @@ import (
 const (
 	PathStatus     = "/v1/status"          // GET: Status
 	PathFlows      = "/v1/flows"           // GET: lines of Line
+	PathFindings   = "/v1/findings"        // GET: lines of detect.Finding
 	PathIdentities = "/v1/identities"      // GET: []Identity
 	PathZones      = "/v1/zones"           // GET: []Zone
 	PathPolicy     = "/v1/policy"          // GET: the active image; POST: apply the image in the body, Status; ?within=60s: unless it is confirmed

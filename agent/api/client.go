@@ -22,6 +22,7 @@ import (
 
 	"github.com/demarc/demarc/agent/core/audit"
 	"github.com/demarc/demarc/agent/core/proto"
+	"github.com/demarc/demarc/agent/detect"
 	"github.com/demarc/demarc/policy/image"
 )
 
@@ -193,6 +194,32 @@ func (c *Client) FlowLines(ctx context.Context, query url.Values) iter.Seq2[[]by
 		}
 		if err := lines.Err(); err != nil {
 			yield(nil, fmt.Errorf("read flows: %w", err))
+		}
+	}
+}
+
+// Findings streams the findings that a query asks for: detect.Filter, and follow. It
+// ends as Flows does.
+func (c *Client) Findings(ctx context.Context, query url.Values) iter.Seq2[detect.Finding, error] {
+	return func(yield func(detect.Finding, error) bool) {
+		res, err := c.do(ctx, http.MethodGet, PathFindings+"?"+query.Encode(), nil)
+		if err != nil {
+			yield(detect.Finding{}, err)
+			return
+		}
+		defer res.Body.Close()
+		d := json.NewDecoder(bufio.NewReader(res.Body))
+		for {
+			var f detect.Finding
+			if err := d.Decode(&f); err != nil {
+				if !errors.Is(err, io.EOF) {
+					yield(f, fmt.Errorf("read findings: %w", err))
+				}
+				return
+			}
+			if !yield(f, nil) {
+				return
+			}
 		}
 	}
 }
