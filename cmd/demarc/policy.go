@@ -18,7 +18,8 @@ import (
 func newPolicyCommand(env *environment) *cobra.Command {
 	return group("policy", "Check, compile, explain and compare policies",
 		newPolicyCheckCommand(env), newPolicyBuildCommand(env), newPolicyExplainCommand(env), newPolicyDiffCommand(env),
-		newPolicyTestCommand(env), newPolicyFmtCommand(env), newPolicySchemaCommand(env), newPolicyImportCommand(env),
+		newPolicyTestCommand(env), newPolicyFmtCommand(env), newPolicySchemaCommand(env),
+				newPolicyImportCommand(env), newPolicyLearnCommand(env),
 	)
 }
 
