@@ -19,6 +19,7 @@ type Config struct {
 	Server    string // path of the agent's socket
 	Core      string // path of the core's socket
 	Metrics   string // HOST:PORT; "" = no metrics
+	WebConfig string // file with TLS and users for the metrics; "" = neither
 	Inventory string // file of the `file` provider; "" = not used
 	LogLevel  zapcore.Level
 	LogJSON   bool
@@ -30,7 +31,8 @@ type document struct {
 	Server  string `yaml:"server"`
 	Core    string `yaml:"core"`
 	Metrics struct {
-		Listen string `yaml:"listen"`
+		Listen    string `yaml:"listen"`
+		WebConfig string `yaml:"web_config"`
 	} `yaml:"metrics"`
 	Identity struct {
 		Providers []string `yaml:"providers"`
@@ -82,6 +84,14 @@ func ParseConfig(file string, src []byte) (*Config, error) {
 	}
 	if c.Metrics != "" && !validListen(c.Metrics) {
 		return nil, f.Errorf("$.metrics.listen", "for example 127.0.0.1:9477", "%q is no HOST:PORT", c.Metrics)
+	}
+	if c.WebConfig = d.Metrics.WebConfig; c.WebConfig != "" {
+		if c.Metrics == "" {
+			return nil, f.Errorf("$.metrics.web_config", "set metrics.listen, too", "web_config is not used without metrics")
+		}
+		if !filepath.IsAbs(c.WebConfig) {
+			c.WebConfig = filepath.Join(filepath.Dir(file), c.WebConfig)
+		}
 	}
 	for i, p := range d.Identity.Providers {
 		if p != "file" {

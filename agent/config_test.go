@@ -29,6 +29,8 @@ journal: {}
 detect: {}
 log: {level: debug, format: json}
 `, Config{Node: "n1", Server: "/run/n1/agent.sock", Core: "/run/n1/core.sock", Metrics: "127.0.0.1:9477", Inventory: "/etc/demarc/inventory.yaml", LogLevel: zapcore.DebugLevel, LogJSON: true}},
+		{"OK web config", "metrics: {listen: \":9477\", web_config: web.yaml}\n",
+			Config{Node: host, Server: "/run/demarc-agent/agent.sock", Core: "/run/demarc/core.sock", Metrics: ":9477", WebConfig: "/etc/demarc/web.yaml"}},
 		{"OK plain path, absolute inventory", "server: /a.sock\nidentity: {providers: [file], inventory: /i.yaml}\n",
 			Config{Node: host, Server: "/a.sock", Core: "/run/demarc/core.sock", Inventory: "/i.yaml"}},
 	} {
@@ -53,6 +55,7 @@ func TestParseConfigRefuses(t *testing.T) {
 		{"bad same socket", "server: /a\ncore: /a\n", "a.yaml:1:9: server and core are the same socket\nhint: the agent and the core each need a socket of their own"},
 		{"bad node", "node: \"a b\"\n", "a.yaml:1:7: node name \"a b\" is no name\nhint: use at most 253 printable ASCII characters"},
 		{"bad listen", "metrics: {listen: 9477}\n", "a.yaml:1:19: \"9477\" is no HOST:PORT\nhint: for example 127.0.0.1:9477"},
+		{"bad unused web config", "metrics: {web_config: x}\n", "a.yaml:1:23: web_config is not used without metrics\nhint: set metrics.listen, too"},
 		{"bad provider", "identity: {providers: [file, cri], inventory: x}\n", "a.yaml:1:30: unknown identity provider \"cri\"\nhint: this version has one provider: file"},
 		{"bad no inventory", "identity: {providers: [file]}\n", "a.yaml:1:23: provider file needs an inventory\nhint: set identity.inventory to its file"},
 		{"bad unused inventory", "identity: {inventory: x}\n", "a.yaml:1:23: the inventory is not used by any provider\nhint: add `providers: [file]`"},

@@ -17,6 +17,7 @@ import (
 	"kernel.org/pub/linux/libs/security/libcap/psx"
 
 	"github.com/demarc/demarc/agent/core/calls"
+	"github.com/demarc/demarc/exporter"
 )
 
 // Confine gives up, for good and on every thread, whatever the agent has no use
@@ -101,6 +102,13 @@ func limitFiles(c *Config) error {
 		}
 		rules = append(rules, landlock.BindTCP(uint16(number)),
 			landlock.ROFiles("/etc/hosts", "/etc/resolv.conf", "/etc/nsswitch.conf").IgnoreIfMissing())
+		if c.WebConfig != "" { // read again at each connection: certificates are renewed
+			dirs, err := exporter.WebDirectories(c.WebConfig)
+			if err != nil {
+				return err
+			}
+			rules = append(rules, landlock.RODirs(dirs...))
+		}
 	}
 	return landlock.V9.BestEffort().Restrict(rules...)
 }

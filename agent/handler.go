@@ -35,12 +35,15 @@ const (
 // service answers the API.
 type service struct {
 	node    string
+	server  string    // path of the API's socket
+	since   time.Time // of the agent's start
 	link    *link
 	binder  *binder // nil without an inventory
 	cgroups *cgroups
 	limits  []string // what the agent's own confinement lacks
 	log     *zap.Logger
 	checked checkedImage
+	metrics *metrics
 }
 
 // routes is the API as a handler.
@@ -369,13 +372,18 @@ func (s *service) apply(w http.ResponseWriter, r *http.Request) (any, error) {
 			return nil, &api.Error{Code: http.StatusBadRequest, Message: fmt.Sprintf("within: %.40q is not a time", text), Hint: "give one like 60s"}
 		}
 	}
+	start := time.Now()
 	img, f, err := s.offered(w, r)
 	if err != nil {
+		s.metrics.count(0, 0, err)
 		return nil, err
 	}
 	defer f.Close()
+	offered := time.Now()
 	s.log.Info("apply", zap.String("name", img.Name), zap.Uint64("version", img.Version), zap.Duration("within", within), zap.Uint32("uid", uid(r)))
-	if err := s.link.change(func(c core) (*proto.Status, error) { return c.Apply(f, within) }); err != nil {
+	err = s.link.change(func(c core) (*proto.Status, error) { return c.Apply(f, within) })
+	s.metrics.count(offered.Sub(start), time.Since(offered), err)
+	if err != nil {
 		s.log.Warn("apply refused", zap.Error(err))
 		return nil, err
 	}
@@ -401,10 +409,10 @@ func (s *service) rollback(_ http.ResponseWriter, r *http.Request) (any, error) 
 }
 
 func uid(r *http.Request) uint32 {
-	if cred, ok := r.Context().Value(caller{}).(*unix.Ucred); ok {
+	if cred := callerOf(r); cred != nil {
 		return cred.Uid
 	}
-	return ^uint32(0)
+	return nobody
 }
 
 // memfd is an unnamed file with b, sealed so that it cannot change while the core

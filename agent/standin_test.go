@@ -302,6 +302,8 @@ func (m *memory) Bindings() (map[uint64]uint32, error) {
 	return maps.Clone(m.bindings), nil
 }
 
+func (m *memory) Room() room { return room{Counts: 100, Bindings: 200} }
+
 func (m *memory) Close() error {
 	close(m.closed)
 	return nil
@@ -324,6 +326,8 @@ type running struct {
 	client *api.Client
 	config *Config
 	stop   func() error
+
+	metrics *metrics
 }
 
 // start runs an agent until the test ends.
@@ -362,7 +366,7 @@ func start(t *testing.T, core *standIn, change func(*Config)) *running {
 		t.Fatal(err)
 	}
 	t.Cleanup(client.Close)
-	return &running{core, l, client, config, stop}
+	return &running{core, l, client, config, stop, a.service.metrics}
 }
 
 // eventually waits for something that takes a moment.

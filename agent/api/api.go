@@ -1,8 +1,8 @@
 // Package api is what the agent says on its socket, and a client for it.
 //
-// It is HTTP/1.1, or HTTP/2 without TLS, on a Unix socket. Answers are JSON; flows
-// are JSON lines; images travel as they are. An error is an Error with a status
-// code of 400 and above.
+// It is HTTP/1.1 on a Unix socket. Answers are JSON; flows are JSON lines; images
+// travel as they are. An error is an Error with a status code of 400 and above.
+// HTTP/2 on the same socket is gRPC: Hubble's Observer, in agent/hubble.
 package api
 
 import (

@@ -55,6 +55,12 @@ func ParseConfig(file string, src []byte) (Config, error) {
 	}
 	if c.Keyring == "" {
 		c.Keyring = filepath.Join(c.StateDir, "keyring")
+		// Or the service manager hands it over (LoadCredential= of systemd).
+		if dir := os.Getenv("CREDENTIALS_DIRECTORY"); dir != "" {
+			if _, err := os.Lstat(filepath.Join(dir, "demarc.keyring")); err == nil {
+				c.Keyring = filepath.Join(dir, "demarc.keyring")
+			}
+		}
 	}
 	return c, nil
 }

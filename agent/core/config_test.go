@@ -2,6 +2,8 @@ package core
 
 import (
 	"log/slog"
+	"os"
+	"path/filepath"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -64,5 +66,32 @@ func TestParseConfig(t *testing.T) {
 				t.Errorf("config (-want +got):\n%s", diff)
 			}
 		})
+	}
+}
+
+// A keyring that the service manager hands over is used where the configuration names
+// none.
+func TestKeyringCredential(t *testing.T) {
+	dir := t.TempDir()
+	t.Setenv("CREDENTIALS_DIRECTORY", dir)
+	keyring := func(src string) string {
+		t.Helper()
+		c, err := ParseConfig("f", []byte(src))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return c.Keyring
+	}
+	if got := keyring("{}"); got != "/var/lib/demarc/keyring" {
+		t.Errorf("without the credential: %s", got)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "demarc.keyring"), nil, 0o400); err != nil {
+		t.Fatal(err)
+	}
+	if got := keyring("{}"); got != filepath.Join(dir, "demarc.keyring") {
+		t.Errorf("with the credential: %s", got)
+	}
+	if got := keyring(`{"keyring": "/k"}`); got != "/k" {
+		t.Errorf("with the credential and a path: %s", got)
 	}
 }

@@ -14,6 +14,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/cilium/ebpf/link"
@@ -41,7 +42,11 @@ type Core struct {
 	donated *proto.Descriptors
 	stop    func() // ends the upkeep; nil = it never began
 	canary  *canary
+<<<<<<< HEAD
 	flipped func() // for tests
+=======
+	looks   atomic.Uint64 // of the upkeep
+>>>>>>> main
 
 	mu       sync.Mutex
 	active   *generation       // what this core put in force; nil = nothing
@@ -55,6 +60,8 @@ type Core struct {
 	journal  *journal
 	foreign  []string  // programs of others at our hooks
 	looked   time.Time // when everything was last as it should be
+	proved   time.Time // when the canary last did
+	drifts   uint64    // incidents found
 	swept    time.Time // when to walk over all cgroups again
 	walled   uint64    // when the kernel was last told the time, ns of CLOCK_BOOTTIME; 0 = not by this core
 }
@@ -526,6 +533,7 @@ func (c *Core) status() *proto.Status {
 		}
 	}
 	c.attend("canary", c.prove())
+	s.Keys, s.Proved, s.Drifts = c.keys.describe(), c.proved, c.drifts
 	taps, problems := c.devices.status()
 	s.Links, s.Problems = append(s.Links, taps...), append(s.Problems, problems...)
 	for _, l := range s.Links {

@@ -98,6 +98,7 @@ func (c *Core) watch() {
 		all = append(all, look()...)
 	}
 	all = append(all, c.devices.drift()...)
+	c.drifts += uint64(len(all))
 	now := time.Now()
 	var err error
 	if len(all) > 0 {

@@ -122,6 +122,17 @@ type Status struct {
 	Unconfirmed *Unconfirmed `json:"unconfirmed,omitempty"` // the change that waits to be confirmed
 	Links       []Link       `json:"links,omitempty"`
 	Claims      int          `json:"claims"` // paths bound by the agent
+	Keys        []TagKey     `json:"keys,omitempty"`
+	Proved      time.Time    `json:"proved,omitzero"` // when the canary last proved that the kernel enforces
+	Drifts      uint64       `json:"drifts"`          // things found changed since this core started, each look at each counted
+}
+
+// TagKey is a key of the keyring, without the key.
+type TagKey struct {
+	Epoch   uint8     `json:"epoch"`
+	From    time.Time `json:"from,omitzero"`  // it is sent with; zero = always
+	Until   time.Time `json:"until,omitzero"` // tags are good; zero = for ever
+	Sending bool      `json:"sending,omitempty"`
 }
 
 // Unconfirmed is a change that ends by itself.
