@@ -42,11 +42,8 @@ type Core struct {
 	donated *proto.Descriptors
 	stop    func() // ends the upkeep; nil = it never began
 	canary  *canary
-<<<<<<< HEAD
-	flipped func() // for tests
-=======
+	flipped func()        // for tests
 	looks   atomic.Uint64 // of the upkeep
->>>>>>> main
 
 	mu       sync.Mutex
 	active   *generation       // what this core put in force; nil = nothing
