@@ -34,16 +34,17 @@ const (
 
 // service answers the API.
 type service struct {
-	node    string
-	server  string    // path of the API's socket
-	since   time.Time // of the agent's start
-	link    *link
-	binder  *binder // nil without an inventory
-	cgroups *cgroups
-	limits  []string // what the agent's own confinement lacks
-	log     *zap.Logger
-	checked checkedImage
-	metrics *metrics
+	node      string
+	server    string    // path of the API's socket
+	since     time.Time // of the agent's start
+	link      *link
+	binder    *binder // nil without an inventory
+	cgroups   *cgroups
+	detection *detection
+	limits    []string // what the agent's own confinement lacks
+	log       *zap.Logger
+	checked   checkedImage
+	metrics   *metrics
 }
 
 // routes is the API as a handler.
@@ -53,12 +54,15 @@ func (s *service) routes() http.Handler {
 	mux.Handle("GET "+api.PathIdentities, answer(func(*http.Request) (any, error) { return s.identities() }))
 	mux.Handle("GET "+api.PathZones, answer(func(*http.Request) (any, error) { return s.zones() }))
 	mux.HandleFunc("GET "+api.PathFlows, s.flows)
+	mux.HandleFunc("GET "+api.PathFindings, s.findings)
 	mux.HandleFunc("GET "+api.PathPolicy, s.image)
 	mux.HandleFunc("GET "+api.PathAudit, s.audit)
 	mux.Handle("POST "+api.PathPolicy, changing(s.apply))
 	mux.Handle("POST "+api.PathPreview, changing(s.preview))
 	mux.Handle("POST "+api.PathConfirm, changing(s.confirm))
 	mux.Handle("POST "+api.PathRollback, changing(s.rollback))
+	mux.Handle("POST "+api.PathQuarantine, changing(s.quarantine))
+	mux.Handle("POST "+api.PathRelease, changing(s.release))
 	mux.Handle("/", answer(func(r *http.Request) (any, error) {
 		return nil, &api.Error{Code: http.StatusNotFound, Message: fmt.Sprintf("there is no %s %.100q here", r.Method, r.URL.Path), Hint: "use the demarc command of the same version"}
 	}))
@@ -129,6 +133,9 @@ func (s *service) status() *api.Status {
 	if out.Core.Problem != "" {
 		out.Problems = append(out.Problems, "core: "+out.Core.Problem)
 	}
+	if problem, _ := s.detection.status(); problem != "" {
+		out.Problems = append(out.Problems, problem)
+	}
 	if s.binder != nil {
 		out.Inventory = s.binder.status()
 		out.Problems = append(out.Problems, out.Inventory.Problems...)
@@ -167,6 +174,12 @@ const cgroupsShown = 16
 
 func (s *service) identities() ([]api.Identity, error) {
 	var out []api.Identity
+	quarantined := map[uint32]*time.Time{}
+	if st := s.link.view().Status; st != nil {
+		for _, q := range st.Quarantines {
+			quarantined[q.Identity] = &q.Until
+		}
+	}
 	err := s.inForce(func(names *flow.Names, bound map[uint64]uint32, root string) {
 		at := make(map[uint32]int)
 		for _, w := range names.Image.Workloads {
@@ -175,6 +188,7 @@ func (s *service) identities() ([]api.Identity, error) {
 			for _, r := range w.Roles {
 				id.Roles = append(id.Roles, r.Name)
 			}
+			id.Quarantined = quarantined[uint32(w.ID)]
 			out = append(out, id)
 		}
 		for _, sel := range names.Image.Selectors {

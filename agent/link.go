@@ -34,6 +34,8 @@ type core interface {
 	Unbind(path string) error
 	Forget() error
 	Audit() (*proto.Audit, []*os.File, error)
+	Quarantine(id uint32, lasting time.Duration, reason string, automatic bool) (*proto.Status, error)
+	Release(id uint32) (*proto.Status, error)
 	Close() error
 }
 

@@ -17,9 +17,10 @@ import (
 
 // metrics is the exporter's source: the kernel's numbers under the policy's names.
 type metrics struct {
-	link   *link
-	binder *binder // nil without an inventory
-	errors atomic.Uint64
+	link      *link
+	binder    *binder    // nil without an inventory
+	detection *detection // nil in tests of the rest
+	errors    atomic.Uint64
 	applies
 }
 
@@ -55,6 +56,7 @@ func (m *metrics) Snapshot() exporter.Snapshot {
 		if v.Status != nil {
 			s.State, s.Enforcing = string(v.Status.State), v.Status.State == proto.StateEnforcing
 			s.Core = coreOf(v.Status)
+			s.Quarantined = m.quarantined(v.Status.Quarantines)
 			if g := v.Status.Active; g != nil {
 				s.Policy = &exporter.Policy{Name: g.Name, Digest: g.Digest, Mode: g.Mode, Version: g.Version, Generation: g.Epoch, Applied: g.Since}
 				if v.Names != nil {
@@ -74,6 +76,10 @@ func (m *metrics) Snapshot() exporter.Snapshot {
 		s.Inventory = &exporter.Inventory{Workloads: i.Workloads, Bound: i.Bound, Problems: len(i.Problems)}
 	}
 	s.ReadErrors = m.errors.Load()
+	if m.detection != nil {
+		s.Findings = m.detection.found.Counts()
+		_, s.Unseen = m.detection.status()
+	}
 	return s
 }
 
@@ -151,6 +157,15 @@ func (m *metrics) party(id uint32) exporter.Party {
 		return exporter.Party{Zone: zone, Workload: workload}
 	}
 	return exporter.Party{Zone: unknown, Workload: unknown}
+}
+
+func (m *metrics) quarantined(all []proto.Quarantine) (out []exporter.Party) {
+	for _, q := range all {
+		if p := m.party(q.Identity); !slices.Contains(out, p) {
+			out = append(out, p)
+		}
+	}
+	return out
 }
 
 func (m *metrics) verdicts(counts map[abi.CountKey]uint64) []exporter.Verdict {

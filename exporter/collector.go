@@ -13,17 +13,18 @@ import (
 // Every series, with labels that take only declared names and fixed words, so that
 // a policy bounds how many there are. docs/metrics.md describes them.
 var (
-	buildInfo  = series("build_info", "Build of this agent; always 1.", "version", "revision", "go")
-	connected  = series("core_connected", "1 while the agent is connected to the core.")
-	enforcing  = series("enforcing", "1 while every program is attached and an enforcing policy decides, as far as the agent knows.")
-	state      = series("state", "1 for the state of enforcement, 0 for the others.", "state")
-	policyInfo = series("policy_info", "Policy in force; always 1.", "name", "version", "digest", "mode")
-	generation = series("policy_generation", "Grows with every change of what is in force.")
-	applied    = series("policy_applied_timestamp_seconds", "When the policy in force was applied.")
-	expires    = series("policy_expiry_timestamp_seconds", "When the policy in force expires; only if it does.")
-	grants     = series("crossing_expiry_timestamp_seconds", "When a crossing ends; only for those that do.", "crossing")
-	bindings   = series("bindings", "Cgroups bound to an identity.", "zone", "workload")
-	verdicts   = series("verdicts_total", "Verdicts, counted in the kernel without loss.",
+	buildInfo   = series("build_info", "Build of this agent; always 1.", "version", "revision", "go")
+	connected   = series("core_connected", "1 while the agent is connected to the core.")
+	enforcing   = series("enforcing", "1 while every program is attached and an enforcing policy decides, as far as the agent knows.")
+	state       = series("state", "1 for the state of enforcement, 0 for the others.", "state")
+	policyInfo  = series("policy_info", "Policy in force; always 1.", "name", "version", "digest", "mode")
+	generation  = series("policy_generation", "Grows with every change of what is in force.")
+	applied     = series("policy_applied_timestamp_seconds", "When the policy in force was applied.")
+	expires     = series("policy_expiry_timestamp_seconds", "When the policy in force expires; only if it does.")
+	grants      = series("crossing_expiry_timestamp_seconds", "When a crossing ends; only for those that do.", "crossing")
+	bindings    = series("bindings", "Cgroups bound to an identity.", "zone", "workload")
+	quarantined = series("quarantined", "1 for each workload that has its forensic crossings only.", "zone", "workload")
+	verdicts    = series("verdicts_total", "Verdicts, counted in the kernel without loss.",
 		"direction", "verdict", "reason", "crossing", "src_zone", "src_workload", "dst_zone", "dst_workload")
 	ringEvents   = series("ring_events_total", "Events made for a ring, lost ones included.", "ring")
 	ringLost     = series("ring_lost_total", "Events that found no room in a ring.", "ring")
@@ -31,6 +32,8 @@ var (
 	flowsLost    = series("agent_flows_lost_total", "Events missing between those that the agent read from a ring.", "ring")
 	readErrors   = series("agent_read_errors_total", "Times that the kernel's counters could not be read.")
 	faults       = series("faults_total", "Things that went wrong inside the kernel programs.", "fault")
+	findings     = series("findings_total", "Findings, each once for every severity that it reached.", "technique", "severity", "zone", "workload", "suppressed")
+	unseen       = series("detect_events_lost_total", "Events that no detector looked at.")
 	invWorkloads = series("inventory_workloads", "Workloads in the inventory.")
 	invBound     = series("inventory_bound", "Workloads of the inventory that have their identity.")
 	invProblems  = series("inventory_problems", "Problems with the inventory.")
@@ -52,8 +55,8 @@ var (
 	applyTook   = series("apply_duration_seconds", "How long the last policy took to apply; only after one.", "step")
 
 	all = []*prometheus.Desc{
-		buildInfo, connected, enforcing, state, policyInfo, generation, applied, expires, grants, bindings, verdicts, ringEvents, ringLost,
-		received, flowsLost, readErrors, faults, invWorkloads, invBound, invProblems,
+		buildInfo, connected, enforcing, state, policyInfo, generation, applied, expires, grants, bindings, quarantined, verdicts, ringEvents, ringLost,
+		received, flowsLost, readErrors, faults, findings, unseen, invWorkloads, invBound, invProblems,
 		programs, attached, problems, limits, drift, proved, unconfirmed, deadline, keyFrom, keyUntil, keySending,
 		mapEntries, mapMax, applies, applyTook,
 	}
@@ -116,6 +119,9 @@ func (c Collector) Collect(out chan<- prometheus.Metric) {
 	for _, b := range s.Bindings {
 		gauge(bindings, float64(b.Count), b.Zone, b.Workload)
 	}
+	for _, p := range s.Quarantined {
+		gauge(quarantined, 1, p.Zone, p.Workload)
+	}
 	for _, v := range s.Verdicts {
 		counter(verdicts, v.Count, v.Direction.String(), v.Verdict.String(), v.Reason.String(), v.Crossing,
 			v.Source.Zone, v.Source.Workload, v.Destination.Zone, v.Destination.Workload)
@@ -134,6 +140,10 @@ func (c Collector) Collect(out chan<- prometheus.Metric) {
 			counter(faults, n, abi.Fault(i).String())
 		}
 	}
+	for f, n := range s.Findings {
+		counter(findings, n, f.Technique, f.Severity, f.Zone, f.Workload, f.SuppressedBy)
+	}
+	counter(unseen, s.Unseen)
 	if i := s.Inventory; i != nil {
 		gauge(invWorkloads, float64(i.Workloads))
 		gauge(invBound, float64(i.Bound))

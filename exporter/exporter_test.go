@@ -14,6 +14,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/testutil"
 	"go.uber.org/goleak"
 
+	"github.com/demarc/demarc/agent/detect"
 	"github.com/demarc/demarc/bpf/abi"
 	"github.com/demarc/demarc/internal/version"
 )
@@ -41,15 +42,18 @@ var full = fixed{
 		{Direction: abi.Egress, Verdict: abi.Deny, Reason: abi.NoCrossingFor, Source: Party{"edge", "web"}, Count: 4},
 		{Direction: abi.Ingress, Verdict: abi.Allow, Reason: abi.ByCrossing, Crossing: "web-api", Source: Party{"edge", "web"}, Destination: Party{"app", "api"}, Count: 9},
 	},
-	Bindings: []Bindings{{Party{"edge", "web"}, 2}, {Party{"", "unmanaged"}, 31}},
-	Rings:    []Ring{{"denied", 10, 1}, {"allowed", 20, 2}},
-	Faults:   &[abi.Faults]uint64{abi.FaultStorage: 3},
+	Bindings:    []Bindings{{Party{"edge", "web"}, 2}, {Party{"", "unmanaged"}, 31}},
+	Quarantined: []Party{{"app", "api"}},
+	Rings:       []Ring{{"denied", 10, 1}, {"allowed", 20, 2}},
+	Faults:      &[abi.Faults]uint64{abi.FaultStorage: 3},
 	Inventory: &Inventory{
 		Workloads: 3, Bound: 2, Problems: 1,
 	},
 	Received:   [abi.Rings]uint64{9, 18},
 	Missed:     [abi.Rings]uint64{1, 2},
 	ReadErrors: 5,
+	Findings:   map[detect.Series]uint64{{Technique: "T1046", Severity: "medium", Zone: "edge", Workload: "web"}: 2, {Technique: "T1021.004", Severity: "low", Zone: "edge", Workload: "jump", SuppressedBy: "bastion"}: 1},
+	Unseen:     6,
 }
 
 // build replaces what differs from one build to the next.
@@ -108,6 +112,9 @@ demarc_core_connected 1
 # HELP demarc_crossing_expiry_timestamp_seconds When a crossing ends; only for those that do.
 # TYPE demarc_crossing_expiry_timestamp_seconds gauge
 demarc_crossing_expiry_timestamp_seconds{crossing="break-glass"} 1500
+# HELP demarc_detect_events_lost_total Events that no detector looked at.
+# TYPE demarc_detect_events_lost_total counter
+demarc_detect_events_lost_total 6
 # HELP demarc_drift_total Things in the kernel that the core found changed by somebody else, since it started.
 # TYPE demarc_drift_total counter
 demarc_drift_total 4
@@ -124,6 +131,10 @@ demarc_faults_total{fault="limit-contended"} 0
 demarc_faults_total{fault="port-full"} 0
 demarc_faults_total{fault="replay-full"} 0
 demarc_faults_total{fault="socket-storage"} 3
+# HELP demarc_findings_total Findings, each once for every severity that it reached.
+# TYPE demarc_findings_total counter
+demarc_findings_total{severity="low",suppressed="bastion",technique="T1021.004",workload="jump",zone="edge"} 1
+demarc_findings_total{severity="medium",suppressed="",technique="T1046",workload="web",zone="edge"} 2
 # HELP demarc_inventory_bound Workloads of the inventory that have their identity.
 # TYPE demarc_inventory_bound gauge
 demarc_inventory_bound 2
@@ -165,6 +176,9 @@ demarc_programs 24
 # HELP demarc_programs_attached Programs that the core found attached.
 # TYPE demarc_programs_attached gauge
 demarc_programs_attached 23
+# HELP demarc_quarantined 1 for each workload that has its forensic crossings only.
+# TYPE demarc_quarantined gauge
+demarc_quarantined{workload="api",zone="app"} 1
 # HELP demarc_ring_events_total Events made for a ring, lost ones included.
 # TYPE demarc_ring_events_total counter
 demarc_ring_events_total{ring="allowed"} 20
@@ -217,6 +231,9 @@ demarc_build_info{BUILD} 1
 # HELP demarc_core_connected 1 while the agent is connected to the core.
 # TYPE demarc_core_connected gauge
 demarc_core_connected 0
+# HELP demarc_detect_events_lost_total Events that no detector looked at.
+# TYPE demarc_detect_events_lost_total counter
+demarc_detect_events_lost_total 0
 # HELP demarc_enforcing 1 while every program is attached and an enforcing policy decides, as far as the agent knows.
 # TYPE demarc_enforcing gauge
 demarc_enforcing 0

@@ -75,6 +75,8 @@ func (c Coverage) String() string {
 //   - Time. Only windows of crossings that the question reaches matter, and those of
 //     crossings in rules that it looks up. Each edge is asked about, and a time before all:
 //     from one edge to the next nothing changes.
+//   - Quarantine. It depends on nothing but which crossing decides and whether that one is
+//     forensic. The first is asked about, the second is declared and compared.
 //   - Proof. All kinds are asked about. Without a proof nothing depends on the peer. A
 //     bad proof, and a subject that no policy knows, are refused before anything else is
 //     looked at.

@@ -192,7 +192,7 @@ func (c *compiler) crossings() error {
 		c.img.Crossings[i] = image.Crossing{
 			Name: x.Name, Number: number[i], Line: uint32(x.Pos.Line),
 			From: c.terms(x.From), To: c.terms(x.To), Ports: normalSpans(x.Ports),
-			Need: x.Need, NAT: x.NAT, Log: x.Log, Refuse: x.Refuse, Decoy: x.Decoy,
+			Need: x.Need, NAT: x.NAT, Log: x.Log, Refuse: x.Refuse, Decoy: x.Decoy, Forensic: x.Forensic,
 			Rate: x.Rate, Burst: x.Burst, Since: since, Until: until, Purpose: x.Purpose,
 		}
 	}

@@ -208,7 +208,7 @@ func crossingFields(p *Policy) map[string][]field {
 			{"nat", [...]string{"none", "source", "destination", ""}[c.NAT&3]},
 			{"log", [...]string{"denied", "all", "none", ""}[c.Log&3]},
 			{"refuse", [...]string{"reject", "drop"}[c.Refuse&1]},
-			{"decoy", fmt.Sprint(c.Decoy)}, {"limit", limit},
+			{"decoy", fmt.Sprint(c.Decoy)}, {"forensic", fmt.Sprint(c.Forensic)}, {"limit", limit},
 			{"since", timeText(c.Since)}, {"until", timeText(c.Until)}, {"purpose", c.Purpose},
 		}
 	}

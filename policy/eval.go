@@ -70,6 +70,17 @@ func (e *Evaluator) Evaluate(q Query) Decision {
 		return deny(abi.Unbound)
 	}
 
+	// A quarantined subject has only its forensic crossings: what another one
+	// decides, or none, is denied.
+	d := e.declared(q)
+	if q.Quarantined && (d.Crossing < 0 || !e.policy.Crossings[d.Crossing].Forensic) {
+		return deny(abi.Quarantined)
+	}
+	return d
+}
+
+// declared answers for a subject that is known and not quarantined.
+func (e *Evaluator) declared(q Query) Decision {
 	// Allowed by the first crossing that has the subject on this side, the port,
 	// and the peer on the other, in its window.
 	admits := func(c *Crossing) bool { return e.admits(peerSide(c, q), q) }

@@ -197,6 +197,7 @@ func (c *Core) prove() (err error) {
 		return nil // nothing is allowed
 	}
 	asked := []abi.Query{c.active.known}
+	asked[0].Crossing = abi.TablesAlone
 	asked[0].Verdict = abi.Deny
 	if err := ask(c.objects, asked); err != nil {
 		return err

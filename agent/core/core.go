@@ -45,22 +45,23 @@ type Core struct {
 	flipped func()        // for tests
 	looks   atomic.Uint64 // of the upkeep
 
-	mu       sync.Mutex
-	active   *generation       // what this core put in force; nil = nothing
-	fallback *generation       // what comes back unless active is confirmed; active itself if nothing was before; nil = confirmed
-	previous *proto.Generation // what rollback returns to; nil = nothing
-	retired  int               // slot that packets may still be judged in; -1 = none
-	standing []string          // problems that last until the core is started again
-	troubles map[string]string // problems that the upkeep found, by part
-	keys     keys
-	floor    floor
-	journal  *journal
-	foreign  []string  // programs of others at our hooks
-	looked   time.Time // when everything was last as it should be
-	proved   time.Time // when the canary last did
-	drifts   uint64    // incidents found
-	swept    time.Time // when to walk over all cgroups again
-	walled   uint64    // when the kernel was last told the time, ns of CLOCK_BOOTTIME; 0 = not by this core
+	mu          sync.Mutex
+	active      *generation       // what this core put in force; nil = nothing
+	fallback    *generation       // what comes back unless active is confirmed; active itself if nothing was before; nil = confirmed
+	previous    *proto.Generation // what rollback returns to; nil = nothing
+	retired     int               // slot that packets may still be judged in; -1 = none
+	standing    []string          // problems that last until the core is started again
+	troubles    map[string]string // problems that the upkeep found, by part
+	keys        keys
+	floor       floor
+	journal     *journal
+	quarantines map[uint32]quarantined
+	foreign     []string  // programs of others at our hooks
+	looked      time.Time // when everything was last as it should be
+	proved      time.Time // when the canary last did
+	drifts      uint64    // incidents found
+	swept       time.Time // when to walk over all cgroups again
+	walled      uint64    // when the kernel was last told the time, ns of CLOCK_BOOTTIME; 0 = not by this core
 }
 
 // hooks let tests break a start. The zero value breaks nothing.
@@ -77,7 +78,8 @@ type hooks struct {
 func Open(config Config, log *slog.Logger) (*Core, error) { return open(config, log, hooks{}) }
 
 func open(config Config, log *slog.Logger, h hooks) (_ *Core, err error) {
-	c := &Core{config: config, log: log, pins: newPins(config.BPFFS), store: store{dir: config.StateDir, log: log}, retired: -1, troubles: map[string]string{}, flipped: h.flipped}
+	c := &Core{config: config, log: log, pins: newPins(config.BPFFS), store: store{dir: config.StateDir, log: log}, retired: -1, flipped: h.flipped,
+		troubles: map[string]string{}, quarantines: map[uint32]quarantined{}}
 	if c.flipped == nil {
 		c.flipped = func() {}
 	}
@@ -124,6 +126,9 @@ func open(config Config, log *slog.Logger, h hooks) (_ *Core, err error) {
 		return nil, err
 	}
 	if err := c.setWall(); err != nil {
+		return nil, err
+	}
+	if err := c.resumeQuarantines(); err != nil {
 		return nil, err
 	}
 	if err := c.resume(t.committed); err != nil {
@@ -510,7 +515,7 @@ func (c *Core) Status() *proto.Status {
 
 func (c *Core) status() *proto.Status {
 	s := &proto.Status{State: proto.StateIdle, Previous: c.previous, Links: c.links.status(), Limits: append(c.limits[:len(c.limits):len(c.limits)], c.foreign...),
-		Problems: append([]string(nil), c.standing...)}
+		Problems: append([]string(nil), c.standing...), Quarantines: c.listQuarantines()}
 	if c.active != nil {
 		s.Active, s.State, s.Claims = c.active.describe(), proto.StateEnforcing, len(c.active.selectors.claims)
 		if c.active.flags&abi.ActiveObserve != 0 {

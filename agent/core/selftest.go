@@ -291,6 +291,7 @@ func (t *selftest) judgeSome(batch []image.Query) error {
 		asked[i] = abi.Query{
 			Slot: t.gen.slot, Subject: uint32(q.Subject), Peer: uint32(q.Peer), Port: q.Port.Number, Proto: kernelProto(q.Port.Proto),
 			Direction: q.Direction, Proof: q.Proof, Bad: q.Bad, Now: t.gen.clock.at(q.Now.Unix()), Address: q.Address.As16(),
+			Crossing: abi.TablesAlone,
 		}
 	}
 	if err := ask(t.objects, asked); err != nil {

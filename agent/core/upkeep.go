@@ -49,6 +49,7 @@ func (c *Core) upkeep() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.settle()
+	c.endQuarantines()
 	c.watch()
 	c.attend("clock", c.setWall())
 	c.attend("keyring", c.upkeepKeys())

@@ -71,3 +71,9 @@ const (
 	flagOutbound = 1
 	flagInbound  = 2
 )
+
+// Bits of the flags in a crossing's record.
+const (
+	flagDecoy    = 1
+	flagForensic = 2
+)

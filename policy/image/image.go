@@ -181,22 +181,24 @@ type Network struct {
 
 // Crossing is a declared flow.
 type Crossing struct {
-	Name    string
-	Number  uint32 // stable number of the name, for counters and events; never 0
-	Line    uint32 // line in the policy's source, for explanations
-	From    []Term // sorted
-	To      []Term // sorted
-	Ports   []Span // sorted, disjoint, not adjacent within one protocol
-	Need    Need   // what terms that name workloads or zones must prove
-	NAT     NAT
-	Log     Log
-	Refuse  Refuse
-	Decoy   bool
-	Rate    uint64 // new flows per hour for each direction on each host, at most MaxRate; 0 = unlimited
-	Burst   uint64 // flows that may come at once; >= 1 where Rate > 0
-	Since   int64  // Unix seconds; 0 = always
-	Until   int64  // Unix seconds, exclusive; 0 = for ever
-	Purpose string
+	Name   string
+	Number uint32 // stable number of the name, for counters and events; never 0
+	Line   uint32 // line in the policy's source, for explanations
+	From   []Term // sorted
+	To     []Term // sorted
+	Ports  []Span // sorted, disjoint, not adjacent within one protocol
+	Need   Need   // what terms that name workloads or zones must prove
+	NAT    NAT
+	Log    Log
+	Refuse Refuse
+	Decoy  bool
+	// Forensic crossings are what a quarantined workload keeps.
+	Forensic bool
+	Rate     uint64 // new flows per hour for each direction on each host, at most MaxRate; 0 = unlimited
+	Burst    uint64 // flows that may come at once; >= 1 where Rate > 0
+	Since    int64  // Unix seconds; 0 = always
+	Until    int64  // Unix seconds, exclusive; 0 = for ever
+	Purpose  string
 }
 
 // Span is an inclusive range of ports of one protocol.

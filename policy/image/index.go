@@ -20,6 +20,8 @@ type Query struct {
 	Peer      ID         // its identity, with abi.ProofIdentity
 	Bad       abi.Reason // what was wrong, with abi.ProofBad
 	Now       time.Time
+
+	Quarantined bool // the subject is, now
 }
 
 // Decision is a verdict, its reason, and the index of the crossing behind it.
@@ -76,6 +78,15 @@ func (x *Index) Decide(q Query) Decision {
 		return refuse(abi.Unbound)
 	}
 
+	d := x.declared(q)
+	if q.Quarantined && (d.Crossing < 0 || !x.img.Crossings[d.Crossing].Forensic) {
+		return refuse(abi.Quarantined)
+	}
+	return d
+}
+
+// declared answers for a subject that is known and not quarantined.
+func (x *Index) declared(q Query) Decision {
 	best := alternatives{img: x.img, now: q.Now.Unix(), crossing: -1}
 	class, known := x.portClass(q.Port)
 	if !known {
