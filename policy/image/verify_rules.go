@@ -51,7 +51,7 @@ func (v *verifier) rules() error {
 				return fmt.Errorf("rule for %s is missing", want.RuleKey)
 			}
 			got := &v.img.Rules[at]
-			switch order := compareKeys(got.RuleKey, want.RuleKey); {
+			switch order := got.Compare(want.RuleKey); {
 			case order < 0:
 				return fmt.Errorf("rule for %s: no crossing declares it", got.RuleKey)
 			case order > 0:
@@ -176,9 +176,10 @@ func (v *verifier) peers(terms []Term) []Peer {
 	return slices.Compact(out) // an address class can lie in two networks of one crossing
 }
 
-func compareKeys(a, b RuleKey) int {
-	return cmp.Or(cmp.Compare(a.Subject, b.Subject), cmp.Compare(a.Peer, b.Peer),
-		cmp.Compare(a.Class, b.Class), cmp.Compare(a.Direction, b.Direction))
+// Compare says which of two keys comes first in an image.
+func (k RuleKey) Compare(b RuleKey) int {
+	return cmp.Or(cmp.Compare(k.Subject, b.Subject), cmp.Compare(k.Peer, b.Peer),
+		cmp.Compare(k.Class, b.Class), cmp.Compare(k.Direction, b.Direction))
 }
 
 func (k RuleKey) String() string {
