@@ -171,6 +171,9 @@ func (n *Node) CoreCommand() Command {
 // CoreSocket is where the core answers.
 func (n *Node) CoreSocket() string { return n.coreSocket() }
 
+// AgentSocket is where the agent serves its API.
+func (n *Node) AgentSocket() string { return n.agentSocket() }
+
 // StartAgent starts the agent and waits until it is connected to the core.
 func (n *Node) StartAgent() {
 	n.lab.t.Helper()
