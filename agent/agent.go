@@ -48,7 +48,12 @@ func build(c *Config, log *zap.Logger, l *link) (*Agent, error) {
 		s.binder = newBinder(l, file, log)
 		a.tasks = append(a.tasks, file, s.binder)
 	}
-	s.metrics = &metrics{link: l, binder: s.binder}
+	s.detection = newDetection(c, l, s.resolver(), log)
+	if c.State != "" {
+		s.detection.file = newFindingsFile(c.State)
+	}
+	a.tasks = append(a.tasks, s.detection)
+	s.metrics = &metrics{link: l, binder: s.binder, detection: s.detection}
 	if c.Metrics != "" {
 		server, err := exporter.NewServer(c.Metrics, c.WebConfig, s.metrics)
 		if err != nil {

@@ -91,6 +91,9 @@ func limitFiles(c *Config) error {
 	if c.Inventory != "" { // its directory: the file is replaced as it changes
 		rules = append(rules, landlock.RODirs(filepath.Dir(c.Inventory)))
 	}
+	if c.State != "" {
+		rules = append(rules, landlock.PathAccess(ll.AccessFSReadDir|ll.AccessFSReadFile|ll.AccessFSWriteFile|ll.AccessFSTruncate|ll.AccessFSMakeReg|ll.AccessFSRemoveFile, c.State))
+	}
 	if c.Metrics != "" {
 		_, port, err := net.SplitHostPort(c.Metrics)
 		if err != nil {
@@ -146,6 +149,7 @@ func landlockLimit() string {
 // may. Whatever else is called ends it; the service manager starts it again, and
 // enforcement goes on meanwhile.
 var ownCalls = []uint32{
+	unix.SYS_RENAMEAT, unix.SYS_FSYNC, // of findings, in the state directory
 	unix.SYS_UNLINKAT, unix.SYS_MKDIRAT, unix.SYS_FLOCK, unix.SYS_FCHMOD, unix.SYS_FCHMODAT,
 	unix.SYS_RSEQ, unix.SYS_SET_ROBUST_LIST, // of the C library, where tests look for races
 }

@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"bytes"
 	"cmp"
 	"errors"
 	"fmt"
@@ -33,16 +34,17 @@ const (
 
 // service answers the API.
 type service struct {
-	node    string
-	server  string    // path of the API's socket
-	since   time.Time // of the agent's start
-	link    *link
-	binder  *binder // nil without an inventory
-	cgroups *cgroups
-	limits  []string // what the agent's own confinement lacks
-	log     *zap.Logger
-	checked checkedImage
-	metrics *metrics
+	node      string
+	server    string    // path of the API's socket
+	since     time.Time // of the agent's start
+	link      *link
+	binder    *binder // nil without an inventory
+	cgroups   *cgroups
+	detection *detection
+	limits    []string // what the agent's own confinement lacks
+	log       *zap.Logger
+	checked   checkedImage
+	metrics   *metrics
 }
 
 // routes is the API as a handler.
@@ -52,6 +54,7 @@ func (s *service) routes() http.Handler {
 	mux.Handle("GET "+api.PathIdentities, answer(func(*http.Request) (any, error) { return s.identities() }))
 	mux.Handle("GET "+api.PathZones, answer(func(*http.Request) (any, error) { return s.zones() }))
 	mux.HandleFunc("GET "+api.PathFlows, s.flows)
+	mux.HandleFunc("GET "+api.PathFindings, s.findings)
 	mux.HandleFunc("GET "+api.PathPolicy, s.image)
 	mux.HandleFunc("GET "+api.PathAudit, s.audit)
 	mux.Handle("POST "+api.PathPolicy, changing(s.apply))
@@ -134,6 +137,9 @@ func (s *service) status() *api.Status {
 	})
 	if out.Core.Problem != "" {
 		out.Problems = append(out.Problems, "core: "+out.Core.Problem)
+	}
+	if problem, _ := s.detection.status(); problem != "" {
+		out.Problems = append(out.Problems, problem)
 	}
 	if s.binder != nil {
 		out.Inventory = s.binder.status()
@@ -328,7 +334,10 @@ func (s *service) audit(w http.ResponseWriter, r *http.Request) {
 func (s *service) offered(w http.ResponseWriter, r *http.Request) (*image.Image, *os.File, error) {
 	rc := http.NewResponseController(w)
 	_ = rc.SetReadDeadline(time.Now().Add(bodyTimeout))
-	b, err := io.ReadAll(http.MaxBytesReader(w, r.Body, envelope.MaxSize))
+	var body bytes.Buffer
+	body.Grow(int(min(max(r.ContentLength, 0), envelope.MaxSize)) + bytes.MinRead)
+	_, err := body.ReadFrom(http.MaxBytesReader(w, r.Body, envelope.MaxSize))
+	b := body.Bytes()
 	var tooLarge *http.MaxBytesError
 	switch {
 	case errors.As(err, &tooLarge):
@@ -337,9 +346,9 @@ func (s *service) offered(w http.ResponseWriter, r *http.Request) (*image.Image,
 		return nil, nil, &api.Error{Code: http.StatusBadRequest, Message: "read image: " + err.Error()}
 	}
 	var img *image.Image
-	body, _, err := envelope.Open(b)
+	encoded, _, err := envelope.Open(b)
 	if err == nil {
-		img, err = image.Decode(body)
+		img, err = image.Decode(encoded)
 	}
 	if err == nil {
 		err = image.Verify(img)

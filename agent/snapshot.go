@@ -17,9 +17,10 @@ import (
 
 // metrics is the exporter's source: the kernel's numbers under the policy's names.
 type metrics struct {
-	link   *link
-	binder *binder // nil without an inventory
-	errors atomic.Uint64
+	link      *link
+	binder    *binder    // nil without an inventory
+	detection *detection // nil in tests of the rest
+	errors    atomic.Uint64
 	applies
 }
 
@@ -75,6 +76,10 @@ func (m *metrics) Snapshot() exporter.Snapshot {
 		s.Inventory = &exporter.Inventory{Workloads: i.Workloads, Bound: i.Bound, Problems: len(i.Problems)}
 	}
 	s.ReadErrors = m.errors.Load()
+	if m.detection != nil {
+		s.Findings = m.detection.found.Counts()
+		_, s.Unseen = m.detection.status()
+	}
 	return s
 }
 

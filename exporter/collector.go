@@ -32,6 +32,8 @@ var (
 	flowsLost    = series("agent_flows_lost_total", "Events missing between those that the agent read from a ring.", "ring")
 	readErrors   = series("agent_read_errors_total", "Times that the kernel's counters could not be read.")
 	faults       = series("faults_total", "Things that went wrong inside the kernel programs.", "fault")
+	findings     = series("findings_total", "Findings, each once for every severity that it reached.", "technique", "severity", "zone", "workload", "suppressed")
+	unseen       = series("detect_events_lost_total", "Events that no detector looked at.")
 	invWorkloads = series("inventory_workloads", "Workloads in the inventory.")
 	invBound     = series("inventory_bound", "Workloads of the inventory that have their identity.")
 	invProblems  = series("inventory_problems", "Problems with the inventory.")
@@ -54,7 +56,7 @@ var (
 
 	all = []*prometheus.Desc{
 		buildInfo, connected, enforcing, state, policyInfo, generation, applied, expires, grants, bindings, quarantined, verdicts, ringEvents, ringLost,
-		received, flowsLost, readErrors, faults, invWorkloads, invBound, invProblems,
+		received, flowsLost, readErrors, faults, findings, unseen, invWorkloads, invBound, invProblems,
 		programs, attached, problems, limits, drift, proved, unconfirmed, deadline, keyFrom, keyUntil, keySending,
 		mapEntries, mapMax, applies, applyTook,
 	}
@@ -138,6 +140,10 @@ func (c Collector) Collect(out chan<- prometheus.Metric) {
 			counter(faults, n, abi.Fault(i).String())
 		}
 	}
+	for f, n := range s.Findings {
+		counter(findings, n, f.Technique, f.Severity, f.Zone, f.Workload, f.SuppressedBy)
+	}
+	counter(unseen, s.Unseen)
 	if i := s.Inventory; i != nil {
 		gauge(invWorkloads, float64(i.Workloads))
 		gauge(invBound, float64(i.Bound))

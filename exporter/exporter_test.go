@@ -14,6 +14,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/testutil"
 	"go.uber.org/goleak"
 
+	"github.com/demarc/demarc/agent/detect"
 	"github.com/demarc/demarc/bpf/abi"
 	"github.com/demarc/demarc/internal/version"
 )
@@ -51,6 +52,8 @@ var full = fixed{
 	Received:   [abi.Rings]uint64{9, 18},
 	Missed:     [abi.Rings]uint64{1, 2},
 	ReadErrors: 5,
+	Findings:   map[detect.Series]uint64{{Technique: "T1046", Severity: "medium", Zone: "edge", Workload: "web"}: 2, {Technique: "T1021.004", Severity: "low", Zone: "edge", Workload: "jump", SuppressedBy: "bastion"}: 1},
+	Unseen:     6,
 }
 
 // build replaces what differs from one build to the next.
@@ -109,6 +112,9 @@ demarc_core_connected 1
 # HELP demarc_crossing_expiry_timestamp_seconds When a crossing ends; only for those that do.
 # TYPE demarc_crossing_expiry_timestamp_seconds gauge
 demarc_crossing_expiry_timestamp_seconds{crossing="break-glass"} 1500
+# HELP demarc_detect_events_lost_total Events that no detector looked at.
+# TYPE demarc_detect_events_lost_total counter
+demarc_detect_events_lost_total 6
 # HELP demarc_drift_total Things in the kernel that the core found changed by somebody else, since it started.
 # TYPE demarc_drift_total counter
 demarc_drift_total 4
@@ -125,6 +131,10 @@ demarc_faults_total{fault="limit-contended"} 0
 demarc_faults_total{fault="port-full"} 0
 demarc_faults_total{fault="replay-full"} 0
 demarc_faults_total{fault="socket-storage"} 3
+# HELP demarc_findings_total Findings, each once for every severity that it reached.
+# TYPE demarc_findings_total counter
+demarc_findings_total{severity="low",suppressed="bastion",technique="T1021.004",workload="jump",zone="edge"} 1
+demarc_findings_total{severity="medium",suppressed="",technique="T1046",workload="web",zone="edge"} 2
 # HELP demarc_inventory_bound Workloads of the inventory that have their identity.
 # TYPE demarc_inventory_bound gauge
 demarc_inventory_bound 2
@@ -221,6 +231,9 @@ demarc_build_info{BUILD} 1
 # HELP demarc_core_connected 1 while the agent is connected to the core.
 # TYPE demarc_core_connected gauge
 demarc_core_connected 0
+# HELP demarc_detect_events_lost_total Events that no detector looked at.
+# TYPE demarc_detect_events_lost_total counter
+demarc_detect_events_lost_total 0
 # HELP demarc_enforcing 1 while every program is attached and an enforcing policy decides, as far as the agent knows.
 # TYPE demarc_enforcing gauge
 demarc_enforcing 0

@@ -4,6 +4,7 @@ package exporter
 import (
 	"time"
 
+	"github.com/demarc/demarc/agent/detect"
 	"github.com/demarc/demarc/bpf/abi"
 )
 
@@ -32,7 +33,10 @@ type Snapshot struct {
 	Received   [abi.Rings]uint64 // events that the agent read
 	Missed     [abi.Rings]uint64 // gaps in their numbers
 	ReadErrors uint64            // times that the kernel's counters could not be read
-	Applies    Applies
+
+	Findings map[detect.Series]uint64 // each once for every severity that it reached
+	Unseen   uint64                   // events that no detector looked at
+	Applies  Applies
 }
 
 // States are the words for the state of enforcement; a snapshot's is one of them.

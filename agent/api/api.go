@@ -16,6 +16,7 @@ import (
 const (
 	PathStatus     = "/v1/status"          // GET: Status
 	PathFlows      = "/v1/flows"           // GET: lines of Line
+	PathFindings   = "/v1/findings"        // GET: lines of detect.Finding
 	PathIdentities = "/v1/identities"      // GET: []Identity
 	PathZones      = "/v1/zones"           // GET: []Zone
 	PathPolicy     = "/v1/policy"          // GET: the active image; POST: apply the image in the body, Status; ?within=60s: unless it is confirmed
@@ -26,6 +27,10 @@ const (
 	PathRelease    = "/v1/release"         // POST ?workload=NAME: Status
 	PathAudit      = "/v1/audit"           // GET: the lines of the core's audit log; AuditSeq and AuditHash say where it ends
 )
+
+// Expression is a parameter of PathFlows beside the filters: CEL on the flow in Hubble's
+// form, which is called _flow there.
+const Expression = "cel-expression"
 
 // Headers of the answer to PathAudit: number and hash (hex) of the last record.
 const (

@@ -4,7 +4,7 @@ import (
 	"encoding/binary"
 	"encoding/hex"
 	"hash/fnv"
-	"strconv"
+	"strings"
 
 	flowpb "github.com/cilium/cilium/api/v1/flow"
 	"google.golang.org/protobuf/types/known/timestamppb"
@@ -88,7 +88,20 @@ func Flow(f *flow.Flow) *flowpb.Flow {
 		out.TraceObservationPoint = flowpb.TraceObservationPoint_TO_NETWORK
 	}
 	out.PolicyLog = []string{"reason=" + f.Reason.String()}
+	out.Summary = summary(f)
 	return out
+}
+
+// summary is what Hubble's clients show at a line's end: "TCP no-crossing".
+func summary(f *flow.Flow) string {
+	s := f.Reason.String()
+	if f.Protocol != "" {
+		s = strings.ToUpper(f.Protocol) + " " + s
+	}
+	if f.Crossing != "" {
+		s += " " + f.Crossing
+	}
+	return s
 }
 
 // uuid is the same for the same event wherever it is asked for: of the node's name,
@@ -184,37 +197,20 @@ func layer4(f *flow.Flow) *flowpb.Layer4 {
 // endpoint is one side. An identity that was claimed with a bad proof is nobody's,
 // and shows as a label only.
 func endpoint(e *flow.Endpoint) *flowpb.Endpoint {
-	out := &flowpb.Endpoint{Identity: identityUnknown}
-	if e.Claimed {
-		out.Labels = []string{"demarc:claims=" + claimed(e)}
-		return out
-	}
+	out := &flowpb.Endpoint{Identity: identityUnknown, Labels: e.Labels()}
 	switch {
+	case e.Claimed:
 	case e.Workload != "":
 		out.Identity, out.Namespace, out.PodName = e.Identity, e.Zone, e.Workload
 		out.Workloads = []*flowpb.Workload{{Name: e.Workload, Kind: workloadKind}}
-		out.Labels = []string{"demarc:workload=" + e.Workload, "demarc:zone=" + e.Zone}
 	case e.Reserved == "pending":
-		out.Identity, out.Labels = identityInit, []string{"reserved:init"}
+		out.Identity = identityInit
 	case e.Reserved != "": // processes of the host itself
-		out.Identity, out.Namespace, out.Labels = identityHost, e.Zone, []string{"reserved:host", "demarc:" + e.Reserved}
-		if e.Zone != "" {
-			out.Labels = append(out.Labels, "demarc:zone="+e.Zone)
-		}
+		out.Identity, out.Namespace = identityHost, e.Zone
 	case e.Identity != 0:
 		out.Identity = e.Identity
 	case e.Address.IsValid():
-		out.Identity, out.Labels = identityWorld, []string{"reserved:world"}
-		for _, n := range e.Networks {
-			out.Labels = append(out.Labels, "demarc:network="+n)
-		}
+		out.Identity = identityWorld
 	}
 	return out
-}
-
-func claimed(e *flow.Endpoint) string {
-	if e.Workload != "" {
-		return e.Zone + "/" + e.Workload
-	}
-	return strconv.FormatUint(uint64(e.Identity), 10)
 }

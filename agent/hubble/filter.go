@@ -9,6 +9,8 @@ import (
 	"strings"
 
 	flowpb "github.com/cilium/cilium/api/v1/flow"
+
+	"github.com/demarc/demarc/agent/flow"
 )
 
 // predicate says whether a flow is one of those asked for.
@@ -270,6 +272,26 @@ func named(b *builder, field string, values []string, of func(*flowpb.Flow) (nam
 		return (namespace != "" || name != "") && slices.ContainsFunc(all, func(w wanted) bool {
 			return (w.namespace == "" || w.namespace == namespace) && strings.HasPrefix(name, w.prefix)
 		})
+	})
+}
+
+// labelled takes label selectors; see flow.ParseSelector.
+func labelled(b *builder, field string, values []string, of func(*flowpb.Flow) []string) {
+	if !bounded(b, field, values) {
+		return
+	}
+	var all []func([]string) bool
+	for _, v := range values {
+		s, err := flow.ParseSelector(v)
+		if err != nil {
+			b.fail(field, "%q: %v", v, err)
+			return
+		}
+		all = append(all, s)
+	}
+	b.add(func(f *flowpb.Flow) bool {
+		has := of(f)
+		return slices.ContainsFunc(all, func(s func([]string) bool) bool { return s(has) })
 	})
 }
 

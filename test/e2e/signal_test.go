@@ -78,7 +78,9 @@ func TestDecoy(t *testing.T) {
 	// Past connect(2) it is no different.
 	w.p.Socket("u", "udp4")
 	w.p.Refused(send("u", w.decoy.At4(7001)), "EPERM")
-	w.nothing(func(p netlab.Packet) bool { return p.Dst.Port() == 7001 && p.Dst.Addr() == w.decoy.IP4 && p.Proto != unix.IPPROTO_ICMP })
+	w.nothing(func(p netlab.Packet) bool {
+		return p.Dst.Port() == 7001 && p.Dst.Addr() == w.decoy.IP4 && p.Proto != unix.IPPROTO_ICMP
+	})
 	w.p.Socket("fast", "tcp4")
 	w.p.Connect("fast", w.decoy.At4(7002).String())
 }

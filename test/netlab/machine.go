@@ -88,10 +88,10 @@ func (m *Machine) Write(file, content string, mode os.FileMode) {
 	m.lab.check(os.Chmod(path, mode), "write %s", file)
 }
 
-// Install puts one of demarc's programs there.
+// Install puts one of demarc's programs there, as it is released.
 func (m *Machine) Install(program, file string) {
 	m.lab.t.Helper()
-	b, err := os.ReadFile(m.lab.binary(program))
+	b, err := os.ReadFile(m.lab.release(program))
 	m.lab.check(err, "read %s", program)
 	m.Write(file, string(b), 0o755)
 }
@@ -259,7 +259,11 @@ func becomeMachine(dir, name string) error {
 		return err
 	}
 	_ = os.Remove("/outside")
+	// As on a host: systemd hands credentials over by mounts that spread.
+	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_SHARED, ""); err != nil {
+		return err
+	}
 	return unix.Exec("/lib/systemd/systemd", []string{"/lib/systemd/systemd", "--system", "--unit=multi-user.target",
-		"--log-target=console", "--log-level=notice", "--show-status=false"},
+		"--show-status=false"},
 		[]string{"container=demarc-lab", "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG=C.UTF-8"})
 }

@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -83,12 +84,33 @@ func (h *host) file(name string) string {
 	return string(b)
 }
 
-// enable does what systemctl enable does, before there is a systemd to ask.
+// enable has a unit started by a target, without a systemd that could be asked.
 func (h *host) enable(unit, target string) {
 	h.t.Helper()
 	wants := h.Path("/etc/systemd/system/" + target + ".wants")
-	if err := errors.Join(os.MkdirAll(wants, 0o755), os.Symlink("/usr/lib/systemd/system/"+unit, filepath.Join(wants, unit))); err != nil {
+	if err := os.MkdirAll(wants, 0o755); err != nil {
 		h.t.Fatal(err)
+	}
+	for _, dir := range []string{"/etc/systemd/system/", "/usr/lib/systemd/system/", "/lib/systemd/system/"} {
+		if _, err := os.Lstat(h.Path(dir + unit)); err != nil {
+			if _, err := os.Lstat(dir + unit); err != nil || dir == "/etc/systemd/system/" {
+				continue
+			}
+		}
+		if err := os.Symlink(dir+unit, filepath.Join(wants, unit)); err != nil && !errors.Is(err, os.ErrExist) {
+			h.t.Fatal(err)
+		}
+		return
+	}
+	h.t.Fatalf("enable %s: there is no such unit", unit)
+}
+
+// ip changes a device of the host's, from outside.
+func (h *host) ip(args ...string) {
+	h.t.Helper()
+	p := h.Start(h.lab.Cgroup("daemons"), netlab.Command{Path: "/usr/sbin/ip", Args: args})
+	if status := p.Wait(time.Minute); status != 0 {
+		h.t.Fatalf("ip %v: %d: %s", args, status, p.Output())
 	}
 }
 

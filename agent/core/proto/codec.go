@@ -14,7 +14,7 @@ import (
 )
 
 // MaxFiles bounds the descriptors that travel with one frame.
-const MaxFiles = 10
+const MaxFiles = 8
 
 // Refused is an answer that says no. Hint says how to mend it, and may be empty.
 type Refused struct {

@@ -1,32 +1,47 @@
-package hubble
+package flow
 
 import (
-	"slices"
+	"strconv"
 	"strings"
 
-	flowpb "github.com/cilium/cilium/api/v1/flow"
 	"k8s.io/apimachinery/pkg/labels"
 )
 
-// labelled takes label selectors as Kubernetes does, in which a key may name the
-// label's source: "demarc:zone in (edge, app)".
-func labelled(b *builder, field string, values []string, of func(*flowpb.Flow) []string) {
-	if !bounded(b, field, values) {
-		return
+// ParseSelector makes a predicate on labels "source:key=value" of a label selector as
+// Kubernetes writes them, in which a key may name the label's source:
+// "demarc:zone in (edge, app)".
+func ParseSelector(s string) (func(labels []string) bool, error) {
+	selector, err := labels.Parse(dotted(s))
+	if err != nil {
+		return nil, err
 	}
-	var all []labels.Selector
-	for _, v := range values {
-		s, err := labels.Parse(dotted(v))
-		if err != nil {
-			b.fail(field, "%q: %v", v, err)
-			return
+	return func(has []string) bool { return selector.Matches(labelSet(has)) }, nil
+}
+
+// Labels are what a selector finds an endpoint by. An identity that was claimed with a
+// bad proof is nobody's, and shows as a label of its own only.
+func (e *Endpoint) Labels() (out []string) {
+	switch {
+	case e.Claimed && e.Workload != "":
+		return []string{"demarc:claims=" + e.Zone + "/" + e.Workload}
+	case e.Claimed:
+		return []string{"demarc:claims=" + strconv.FormatUint(uint64(e.Identity), 10)}
+	case e.Workload != "":
+		return []string{"demarc:workload=" + e.Workload, "demarc:zone=" + e.Zone}
+	case e.Reserved == "pending":
+		return []string{"reserved:init"}
+	case e.Reserved != "": // processes of the host itself
+		out = []string{"reserved:host", "demarc:" + e.Reserved}
+		if e.Zone != "" {
+			out = append(out, "demarc:zone="+e.Zone)
 		}
-		all = append(all, s)
+	case e.Identity == 0 && e.Address.IsValid():
+		out = []string{"reserved:world"}
+		for _, n := range e.Networks {
+			out = append(out, "demarc:network="+n)
+		}
 	}
-	b.add(func(f *flowpb.Flow) bool {
-		has := labelSet(of(f))
-		return slices.ContainsFunc(all, func(s labels.Selector) bool { return s.Matches(has) })
-	})
+	return out
 }
 
 // anySource stands for a key that names no source.
