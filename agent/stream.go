@@ -11,6 +11,7 @@ import (
 
 	"github.com/demarc/demarc/agent/api"
 	"github.com/demarc/demarc/agent/flow"
+	"github.com/demarc/demarc/agent/hubble"
 )
 
 // parseRequest reads the query parameters strictly: a misspelt filter must not
@@ -21,6 +22,20 @@ func parseRequest(v url.Values, now time.Time) (*flow.Query, error) {
 		return nil, badRequest("%s", err)
 	}
 	q := &flow.Query{Match: filter.Match, Last: -1}
+	for _, not := range []bool{false, true} {
+		name := api.Expression
+		if not {
+			name = flow.Negated + name
+		}
+		holds, err := hubble.Expressions(v[name], not)
+		if err != nil {
+			return nil, badRequest("%s", err)
+		}
+		if before := q.Match; holds != nil {
+			q.Match = func(f *flow.Flow) bool { return before(f) && holds(f) }
+		}
+		delete(v, name)
+	}
 	for name, values := range v {
 		value := values[len(values)-1]
 		switch name {

@@ -28,6 +28,10 @@ const (
 	PathAudit      = "/v1/audit"           // GET: the lines of the core's audit log; AuditSeq and AuditHash say where it ends
 )
 
+// Expression is a parameter of PathFlows beside the filters: CEL on the flow in Hubble's
+// form, which is called _flow there.
+const Expression = "cel-expression"
+
 // Headers of the answer to PathAudit: number and hash (hex) of the last record.
 const (
 	AuditSeq  = "Demarc-Audit-Seq"
