@@ -165,6 +165,9 @@ func newChecker(p *Policy, img *image.Image) (*checker, error) {
 		c.facing[d] = map[Term][]int32{}
 		q := Query{Direction: abi.Direction(d)}
 		for i := range p.Crossings {
+			if !p.Crossings[i].Side.HoldsAt(image.Direction(d)) {
+				continue
+			}
 			for _, t := range subjectSide(&p.Crossings[i], q) {
 				t.Pos = Pos{}
 				c.facing[d][t] = append(c.facing[d][t], int32(i))

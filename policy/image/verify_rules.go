@@ -110,11 +110,14 @@ func (v *verifier) sides() (sides [2]map[Term][]uint32) {
 		sides[d] = make(map[Term][]uint32)
 	}
 	for i := range v.img.Crossings {
-		for _, t := range v.img.Crossings[i].From {
-			sides[Egress][t] = append(sides[Egress][t], uint32(i))
-		}
-		for _, t := range v.img.Crossings[i].To {
-			sides[Ingress][t] = append(sides[Ingress][t], uint32(i))
+		c := &v.img.Crossings[i]
+		for d, terms := range [...][]Term{Egress: c.From, Ingress: c.To} {
+			if !c.Side.HoldsAt(Direction(d)) {
+				continue
+			}
+			for _, t := range terms {
+				sides[d][t] = append(sides[d][t], uint32(i))
+			}
 		}
 	}
 	return sides
