@@ -22,8 +22,8 @@ var shapes = []struct {
 	into string
 }{
 	{regexp.MustCompile(`(?s)-----BEGIN [A-Z0-9 ]*PRIVATE KEY-----.*?(-----END [A-Z0-9 ]*PRIVATE KEY-----|\z)`), Mark},
-	{regexp.MustCompile(`\$(2[abxy]?|5|6|y|argon2id?|7)\$[A-Za-z0-9./$=,+-]{8,}`), Mark},                       // password hashes
-	{regexp.MustCompile(`\beyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{4,}\.[A-Za-z0-9_-]*`), Mark},                    // JSON web tokens
+	{regexp.MustCompile(`\$(2[abxy]?|5|6|y|argon2id?|7)\$[A-Za-z0-9./$=,+-]{8,}`), Mark},                        // password hashes
+	{regexp.MustCompile(`\beyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{4,}\.[A-Za-z0-9_-]*`), Mark},                     // JSON web tokens
 	{regexp.MustCompile(`\b(gh[pousr]_|github_pat_|glpat-|xox[abeprs]-|sk-|AKIA|ASIA)[A-Za-z0-9_-]{8,}`), Mark}, // tokens of services
 	{regexp.MustCompile(`://[^/\s:@"']*:[^/\s@"']+@`), "://" + Mark + "@"},
 	{regexp.MustCompile(`(?i)\b(bearer|basic|digest|negotiate)\s+[A-Za-z0-9._~+/=-]{8,}`), "$1 " + Mark},
