@@ -10,7 +10,7 @@ OBJECT := agent/core/demarc_bpfel.o
 ROOT_TESTS := ./agent/core/... ./test/...
 
 .DEFAULT_GOAL := help
-.PHONY: help build generate check-generate lint test test-kernels test-hubble test-faults unit root demo tcb fuzz bench bench-micro clean
+.PHONY: help build generate check-generate lint test test-kernels test-hubble test-faults lateral unit root demo tcb fuzz bench bench-micro clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -62,6 +62,10 @@ FAULTS ?= 200
 test-faults: ## the core killed and failed at FAULTS (200) places of each phase of its life, under load
 	scripts/install test
 	DEMARC_FAULTS=$(FAULTS) test/run -count=1 -v -timeout 4h ./test/fault
+
+lateral: ## what intruders do, with their tools, and what is found of it; a benign day, and what is not
+	scripts/install test
+	DEMARC_LATERAL=all test/run -count=1 -v -timeout 30m ./test/lateral
 
 demo: ## nginx -> API -> PostgreSQL in namespaces of its own, and what is refused
 	scripts/install demo

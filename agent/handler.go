@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"bytes"
 	"cmp"
 	"errors"
 	"fmt"
@@ -328,7 +329,10 @@ func (s *service) audit(w http.ResponseWriter, r *http.Request) {
 func (s *service) offered(w http.ResponseWriter, r *http.Request) (*image.Image, *os.File, error) {
 	rc := http.NewResponseController(w)
 	_ = rc.SetReadDeadline(time.Now().Add(bodyTimeout))
-	b, err := io.ReadAll(http.MaxBytesReader(w, r.Body, envelope.MaxSize))
+	var body bytes.Buffer
+	body.Grow(int(min(max(r.ContentLength, 0), envelope.MaxSize)) + bytes.MinRead)
+	_, err := body.ReadFrom(http.MaxBytesReader(w, r.Body, envelope.MaxSize))
+	b := body.Bytes()
 	var tooLarge *http.MaxBytesError
 	switch {
 	case errors.As(err, &tooLarge):
@@ -337,9 +341,9 @@ func (s *service) offered(w http.ResponseWriter, r *http.Request) (*image.Image,
 		return nil, nil, &api.Error{Code: http.StatusBadRequest, Message: "read image: " + err.Error()}
 	}
 	var img *image.Image
-	body, _, err := envelope.Open(b)
+	encoded, _, err := envelope.Open(b)
 	if err == nil {
-		img, err = image.Decode(body)
+		img, err = image.Decode(encoded)
 	}
 	if err == nil {
 		err = image.Verify(img)

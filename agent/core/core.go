@@ -42,6 +42,7 @@ type Core struct {
 	donated *proto.Descriptors
 	stop    func() // ends the upkeep; nil = it never began
 	canary  *canary
+	flipped func()        // for tests
 	looks   atomic.Uint64 // of the upkeep
 
 	mu          sync.Mutex
@@ -68,6 +69,7 @@ type hooks struct {
 	load      func() error            // before the programs are loaded
 	tcx       func() error            // in the place of probeTCX
 	attaching func(name string) error // before each program is attached
+	flipped   func()                  // when an image has come into force
 }
 
 // Open checks what enforcement needs, adopts what a former core left in the
@@ -76,7 +78,11 @@ type hooks struct {
 func Open(config Config, log *slog.Logger) (*Core, error) { return open(config, log, hooks{}) }
 
 func open(config Config, log *slog.Logger, h hooks) (_ *Core, err error) {
-	c := &Core{config: config, log: log, pins: newPins(config.BPFFS), store: store{dir: config.StateDir, log: log}, retired: -1, troubles: map[string]string{}, quarantines: map[uint32]quarantined{}}
+	c := &Core{config: config, log: log, pins: newPins(config.BPFFS), store: store{dir: config.StateDir, log: log}, retired: -1, flipped: h.flipped,
+		troubles: map[string]string{}, quarantines: map[uint32]quarantined{}}
+	if c.flipped == nil {
+		c.flipped = func() {}
+	}
 	defer func() {
 		if err != nil {
 			c.Close()
@@ -348,6 +354,14 @@ func (c *Core) install(g *generation, how change) (err error) {
 	}()
 	on := abi.ActiveFlags(before.Active)&abi.ActiveOn != 0
 	g.slot = c.freeSlot(before, on)
+	staged := make(chan error, 1) // the disk is slow, and nobody has to wait for it yet
+	go func() {
+		if how.durable {
+			staged <- c.store.stage(g.came)
+		}
+		close(staged)
+	}()
+	defer func() { <-staged }()
 	s := scanner{objects: c.objects, tree: c.tree, slot: g.slot, selectors: g.selectors}
 	if err := s.prepare(); err != nil {
 		return err
@@ -379,16 +393,18 @@ func (c *Core) install(g *generation, how change) (err error) {
 	if g.bindings, _, err = s.scan("/"); err != nil {
 		return err
 	}
-	if err := runSelftest(c.objects, g); err != nil {
+	questions, err := newSelftest(c.objects, g, c.active)
+	if err != nil {
+		return err
+	}
+	if err := questions.before(); err != nil {
 		return err
 	}
 	if how.preview != nil {
-		return how.preview()
+		return errors.Join(questions.after(), how.preview())
 	}
-	if how.durable {
-		if err := c.store.stage(g.came); err != nil {
-			return err
-		}
+	if err := <-staged; err != nil {
+		return err
 	}
 
 	g.epoch, g.flags = before.NextEpoch(), activeFlags(g.image)
@@ -413,6 +429,10 @@ func (c *Core) install(g *generation, how change) (err error) {
 		if err := c.pins.commit(c.objects.spec, c.tree); err != nil {
 			return err
 		}
+	}
+	c.flipped()
+	if err := questions.after(); err != nil {
+		return err
 	}
 	if how.durable && how.within == 0 {
 		if err := c.store.commit(); err != nil {
