@@ -10,7 +10,7 @@ OBJECT := agent/core/demarc_bpfel.o
 ROOT_TESTS := ./agent/core/... ./test/...
 
 .DEFAULT_GOAL := help
-.PHONY: help build generate check-generate lint test test-kernels test-hubble test-faults unit root demo tcb fuzz bench bench-micro clean
+.PHONY: help build generate check-generate lint test test-kernels test-hubble test-faults lateral unit root demo tcb fuzz bench bench-micro clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -63,6 +63,10 @@ test-faults: ## the core killed and failed at FAULTS (200) places of each phase 
 	scripts/install test
 	DEMARC_FAULTS=$(FAULTS) test/run -count=1 -v -timeout 4h ./test/fault
 
+lateral: ## what intruders do, with their tools, and what is found of it; a benign day, and what is not
+	scripts/install test
+	DEMARC_LATERAL=all test/run -count=1 -v -timeout 30m ./test/lateral
+
 demo: ## nginx -> API -> PostgreSQL in namespaces of its own, and what is refused
 	scripts/install demo
 	@test/run --demo
@@ -88,10 +92,13 @@ bench: ## the largest policies, CHANGES (50) of one, ROUNDS (15) of traffic besi
 	exit $$status
 
 REPEAT ?= 200000
-bench-micro: ## single packets by BPF_PROG_TEST_RUN, REPEAT (200000) times, net of an empty program
+bench-micro: ## single packets, REPEAT (200000) times, net of an empty program; events through the agent, up to a million a second
 	scripts/install bench
 	@mkdir -p $(BIN)
-	REPEAT=$(REPEAT) BENCH_JSON=$(CURDIR)/$(BIN)/bench-micro.json test/run -count=1 -v -timeout 20m -run '^TestPackets$$' ./test/bench
+	status=0; \
+	REPEAT=$(REPEAT) BENCH_JSON=$(CURDIR)/$(BIN)/bench-micro.json test/run -count=1 -v -timeout 20m -run '^TestPackets$$' ./test/bench || status=1; \
+	REPEAT=$(REPEAT) BENCH_JSON=$(CURDIR)/$(BIN)/bench-events.json test/run -count=1 -v -timeout 20m -run '^TestEvents$$' ./test/bench || status=1; \
+	exit $$status
 
 clean: ## remove what the build made, and kernels that were fetched
 	rm -rf $(BIN) $(KERNEL_CACHE)
