@@ -10,7 +10,7 @@ OBJECT := agent/core/demarc_bpfel.o
 ROOT_TESTS := ./agent/core/... ./test/...
 
 .DEFAULT_GOAL := help
-.PHONY: help build generate check-generate lint test test-kernels test-faults unit root demo tcb fuzz bench bench-micro clean
+.PHONY: help build generate check-generate lint test test-kernels test-hubble test-faults lateral unit root demo tcb fuzz bench bench-micro clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,6 +31,7 @@ lint: ## formatting and vet
 	@unformatted=$$(gofmt -l $$(git ls-files '*.go')); [ -z "$$unformatted" ] || { echo "gofmt would change:"; echo "$$unformatted"; exit 1; }
 	$(GO) vet ./...
 	$(GO) vet -tags kernels ./test/vm/...
+	$(GO) vet -tags hubble ./test/e2e
 
 unit:
 	$(GO) test -race $$($(GO) list ./... | grep -v -e /agent/core -e '/test/')
@@ -51,10 +52,20 @@ test-kernels: ## demarc in virtual machines with the kernels KERNELS (6.1 6.12 6
 	test/vm/fetch $(KERNEL_CACHE) $(KERNELS)
 	DEMARC_KERNELS=$(KERNEL_CACHE) DEMARC_KERNEL_SERIES="$(KERNELS)" test/run -tags kernels -count=1 -v -timeout 30m ./test/vm
 
+test-hubble: ## build Cilium's hubble command (some minutes), and compare what it shows with what it should
+	scripts/install test
+	@mkdir -p $(BIN)
+	cd test/hubble && CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-s -w' -o $(CURDIR)/$(BIN)/hubble github.com/cilium/cilium/hubble
+	DEMARC_HUBBLE=$(CURDIR)/$(BIN)/hubble test/run -tags hubble -count=1 -v -timeout 20m -run '^TestHubble$$' ./test/e2e
+
 FAULTS ?= 200
 test-faults: ## the core killed and failed at FAULTS (200) places of each phase of its life, under load
 	scripts/install test
 	DEMARC_FAULTS=$(FAULTS) test/run -count=1 -v -timeout 4h ./test/fault
+
+lateral: ## what intruders do, with their tools, and what is found of it; a benign day, and what is not
+	scripts/install test
+	DEMARC_LATERAL=all test/run -count=1 -v -timeout 30m ./test/lateral
 
 demo: ## nginx -> API -> PostgreSQL in namespaces of its own, and what is refused
 	scripts/install demo

@@ -7,6 +7,7 @@ package agent
 
 import (
 	"context"
+	"time"
 
 	"go.uber.org/zap"
 
@@ -37,7 +38,7 @@ func New(c *Config, log *zap.Logger) (*Agent, error) {
 
 func build(c *Config, log *zap.Logger, l *link) (*Agent, error) {
 	a := &Agent{config: c, log: log, tasks: []Task{l}}
-	a.service = &service{node: c.Node, link: l, cgroups: &cgroups{}, log: log}
+	a.service = &service{node: c.Node, server: c.Server, since: time.Now(), link: l, cgroups: &cgroups{}, log: log}
 	s := a.service
 	if c.Inventory != "" {
 		file := identity.NewFile(c.Inventory)
@@ -47,10 +48,20 @@ func build(c *Config, log *zap.Logger, l *link) (*Agent, error) {
 		s.binder = newBinder(l, file, log)
 		a.tasks = append(a.tasks, file, s.binder)
 	}
-	if c.Metrics != "" {
-		a.tasks = append(a.tasks, exporter.NewServer(c.Metrics, &metrics{link: l, binder: s.binder}))
+	s.detection = newDetection(c, l, s.resolver(), log)
+	if c.State != "" {
+		s.detection.file = newFindingsFile(c.State)
 	}
-	a.tasks = append(a.tasks, newServer(c.Server, s.routes(), log))
+	a.tasks = append(a.tasks, s.detection)
+	s.metrics = &metrics{link: l, binder: s.binder, detection: s.detection}
+	if c.Metrics != "" {
+		server, err := exporter.NewServer(c.Metrics, c.WebConfig, s.metrics)
+		if err != nil {
+			return nil, err
+		}
+		a.tasks = append(a.tasks, server)
+	}
+	a.tasks = append(a.tasks, newServer(c.Server, s.routes(), s, log))
 	return a, nil
 }
 

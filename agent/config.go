@@ -10,6 +10,7 @@ import (
 	"go.uber.org/zap/zapcore"
 
 	"github.com/demarc/demarc/agent/api"
+	"github.com/demarc/demarc/agent/detect"
 	"github.com/demarc/demarc/internal/yamlfile"
 )
 
@@ -19,7 +20,10 @@ type Config struct {
 	Server    string // path of the agent's socket
 	Core      string // path of the core's socket
 	Metrics   string // HOST:PORT; "" = no metrics
+	WebConfig string // file with TLS and users for the metrics; "" = neither
 	Inventory string // file of the `file` provider; "" = not used
+	State     string // directory for what outlives the agent; "" = nothing does
+	Detect    *detect.Config
 	LogLevel  zapcore.Level
 	LogJSON   bool
 }
@@ -30,14 +34,16 @@ type document struct {
 	Server  string `yaml:"server"`
 	Core    string `yaml:"core"`
 	Metrics struct {
-		Listen string `yaml:"listen"`
+		Listen    string `yaml:"listen"`
+		WebConfig string `yaml:"web_config"`
 	} `yaml:"metrics"`
 	Identity struct {
 		Providers []string `yaml:"providers"`
 		Inventory string   `yaml:"inventory"`
 	} `yaml:"identity"`
 	Journal map[string]any `yaml:"journal"`
-	Detect  map[string]any `yaml:"detect"`
+	State   string         `yaml:"state"`
+	Detect  *detect.Config `yaml:"detect"`
 	Log     struct {
 		Level  string `yaml:"level"`
 		Format string `yaml:"format"`
@@ -56,7 +62,7 @@ func ReadConfig(file string) (*Config, error) {
 // ParseConfig checks a configuration. Relative paths in it are relative to the
 // directory of the file.
 func ParseConfig(file string, src []byte) (*Config, error) {
-	d := document{Server: api.DefaultServer, Core: "unix:///run/demarc/core.sock"}
+	d := document{Server: api.DefaultServer, Core: "unix:///run/demarc/core.sock", Detect: detect.DefaultConfig()}
 	d.Log.Level, d.Log.Format = "info", "text"
 	f, err := yamlfile.Decode(file, src, &d)
 	if err != nil {
@@ -83,6 +89,14 @@ func ParseConfig(file string, src []byte) (*Config, error) {
 	if c.Metrics != "" && !validListen(c.Metrics) {
 		return nil, f.Errorf("$.metrics.listen", "for example 127.0.0.1:9477", "%q is no HOST:PORT", c.Metrics)
 	}
+	if c.WebConfig = d.Metrics.WebConfig; c.WebConfig != "" {
+		if c.Metrics == "" {
+			return nil, f.Errorf("$.metrics.web_config", "set metrics.listen, too", "web_config is not used without metrics")
+		}
+		if !filepath.IsAbs(c.WebConfig) {
+			c.WebConfig = filepath.Join(filepath.Dir(file), c.WebConfig)
+		}
+	}
 	for i, p := range d.Identity.Providers {
 		if p != "file" {
 			return nil, f.Errorf(fmt.Sprintf("$.identity.providers[%d]", i), "this version has one provider: file", "unknown identity provider %q", p)
@@ -100,8 +114,14 @@ func ParseConfig(file string, src []byte) (*Config, error) {
 	if len(d.Journal) > 0 {
 		return nil, f.Errorf("$.journal", "leave the section empty", "the journal is not available in this version")
 	}
-	if len(d.Detect) > 0 {
-		return nil, f.Errorf("$.detect", "leave the section empty", "detection is not available in this version")
+	if c.Detect = d.Detect; c.Detect == nil {
+		c.Detect = detect.DefaultConfig() // the section is there, and empty
+	}
+	if problem := c.Detect.Check(); problem != nil {
+		return nil, f.Errorf("$.detect."+problem.Path, problem.Hint, "%s", problem.Message)
+	}
+	if c.State = d.State; c.State != "" && !filepath.IsAbs(c.State) {
+		return nil, f.Errorf("$.state", "for example /var/lib/demarc-agent", "%q is no absolute path", c.State)
 	}
 	if err := c.LogLevel.UnmarshalText([]byte(d.Log.Level)); err != nil || c.LogLevel > zapcore.ErrorLevel {
 		return nil, f.Errorf("$.log.level", "use debug, info, warn or error", "unknown log level %q", d.Log.Level)

@@ -6,6 +6,8 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"go.uber.org/zap/zapcore"
+
+	"github.com/demarc/demarc/agent/detect"
 )
 
 func TestParseConfig(t *testing.T) {
@@ -13,12 +15,14 @@ func TestParseConfig(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	tuned := detect.DefaultConfig()
+	tuned.Mode, tuned.Modes, tuned.PortScan.Count = detect.Off, map[string]detect.Mode{"T1046": detect.Automatic}, 20
 	for _, c := range []struct {
 		name, src string
 		want      Config
 	}{
-		{"OK only comments", "# nothing\n", Config{Node: host, Server: "/run/demarc-agent/agent.sock", Core: "/run/demarc/core.sock"}},
-		{"OK empty", "", Config{Node: host, Server: "/run/demarc-agent/agent.sock", Core: "/run/demarc/core.sock"}},
+		{"OK only comments", "# nothing\n", Config{Node: host, Server: "/run/demarc-agent/agent.sock", Core: "/run/demarc/core.sock", Detect: detect.DefaultConfig()}},
+		{"OK empty", "", Config{Node: host, Server: "/run/demarc-agent/agent.sock", Core: "/run/demarc/core.sock", Detect: detect.DefaultConfig()}},
 		{"OK all", `
 node: n1
 server: unix:///run/n1/agent.sock
@@ -28,9 +32,13 @@ identity: {providers: [file], inventory: inventory.yaml}
 journal: {}
 detect: {}
 log: {level: debug, format: json}
-`, Config{Node: "n1", Server: "/run/n1/agent.sock", Core: "/run/n1/core.sock", Metrics: "127.0.0.1:9477", Inventory: "/etc/demarc/inventory.yaml", LogLevel: zapcore.DebugLevel, LogJSON: true}},
+`, Config{Node: "n1", Server: "/run/n1/agent.sock", Core: "/run/n1/core.sock", Metrics: "127.0.0.1:9477", Inventory: "/etc/demarc/inventory.yaml", LogLevel: zapcore.DebugLevel, LogJSON: true, Detect: detect.DefaultConfig()}},
+		{"OK web config", "metrics: {listen: \":9477\", web_config: web.yaml}\n",
+			Config{Node: host, Server: "/run/demarc-agent/agent.sock", Core: "/run/demarc/core.sock", Metrics: ":9477", WebConfig: "/etc/demarc/web.yaml", Detect: detect.DefaultConfig()}},
 		{"OK plain path, absolute inventory", "server: /a.sock\nidentity: {providers: [file], inventory: /i.yaml}\n",
-			Config{Node: host, Server: "/a.sock", Core: "/run/demarc/core.sock", Inventory: "/i.yaml"}},
+			Config{Node: host, Server: "/a.sock", Core: "/run/demarc/core.sock", Inventory: "/i.yaml", Detect: detect.DefaultConfig()}},
+		{"OK detect", "state: /var/lib/demarc-agent\ndetect: {mode: off, modes: {T1046: automatic}, portScan: {count: 20}}\n",
+			Config{Node: host, Server: "/run/demarc-agent/agent.sock", Core: "/run/demarc/core.sock", State: "/var/lib/demarc-agent", Detect: tuned}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			got, err := ParseConfig("/etc/demarc/agent.yaml", []byte(c.src))
@@ -53,11 +61,17 @@ func TestParseConfigRefuses(t *testing.T) {
 		{"bad same socket", "server: /a\ncore: /a\n", "a.yaml:1:9: server and core are the same socket\nhint: the agent and the core each need a socket of their own"},
 		{"bad node", "node: \"a b\"\n", "a.yaml:1:7: node name \"a b\" is no name\nhint: use at most 253 printable ASCII characters"},
 		{"bad listen", "metrics: {listen: 9477}\n", "a.yaml:1:19: \"9477\" is no HOST:PORT\nhint: for example 127.0.0.1:9477"},
+		{"bad unused web config", "metrics: {web_config: x}\n", "a.yaml:1:23: web_config is not used without metrics\nhint: set metrics.listen, too"},
 		{"bad provider", "identity: {providers: [file, cri], inventory: x}\n", "a.yaml:1:30: unknown identity provider \"cri\"\nhint: this version has one provider: file"},
 		{"bad no inventory", "identity: {providers: [file]}\n", "a.yaml:1:23: provider file needs an inventory\nhint: set identity.inventory to its file"},
 		{"bad unused inventory", "identity: {inventory: x}\n", "a.yaml:1:23: the inventory is not used by any provider\nhint: add `providers: [file]`"},
 		{"bad journal", "journal: {path: /x}\n", "a.yaml:1:10: the journal is not available in this version\nhint: leave the section empty"},
-		{"bad detect", "detect: {scan: on}\n", "a.yaml:1:9: detection is not available in this version\nhint: leave the section empty"},
+		{"bad detect", "detect: {scan: on}\n", "a.yaml:1:10: unknown field \"scan\"\nhint: check the spelling; unknown keys are never ignored"},
+		{"bad technique", "detect: {modes: {T9: off}}\n", "a.yaml:1:17: no detector reports technique \"T9\"\nhint: docs/detection.md lists them"},
+		{"bad mode", "detect: {modes: {T1046: perhaps}}\n", "a.yaml:1:17: unknown mode \"perhaps\" of T1046\nhint: use off, advise or automatic"},
+		{"bad threshold", "detect:\n  portScan: {count: 0}\n", "a.yaml:2:21: 0 is out of bounds\nhint: use 1 to 256"},
+		{"bad time", "detect: {upward: {within: -1s}}\n", "a.yaml:1:27: -1s is out of bounds\nhint: use a duration such as 5m, at most 720h"},
+		{"bad state", "state: here\n", "a.yaml:1:8: \"here\" is no absolute path\nhint: for example /var/lib/demarc-agent"},
 		{"bad level", "log: {level: loud}\n", "a.yaml:1:14: unknown log level \"loud\"\nhint: use debug, info, warn or error"},
 		{"bad fatal level", "log: {level: fatal}\n", "a.yaml:1:14: unknown log level \"fatal\"\nhint: use debug, info, warn or error"},
 		{"bad format", "log: {format: xml}\n", "a.yaml:1:15: unknown log format \"xml\"\nhint: use text or json"},

@@ -17,6 +17,7 @@ import (
 	"kernel.org/pub/linux/libs/security/libcap/psx"
 
 	"github.com/demarc/demarc/agent/core/calls"
+	"github.com/demarc/demarc/exporter"
 )
 
 // Confine gives up, for good and on every thread, whatever the agent has no use
@@ -90,6 +91,9 @@ func limitFiles(c *Config) error {
 	if c.Inventory != "" { // its directory: the file is replaced as it changes
 		rules = append(rules, landlock.RODirs(filepath.Dir(c.Inventory)))
 	}
+	if c.State != "" {
+		rules = append(rules, landlock.PathAccess(ll.AccessFSReadDir|ll.AccessFSReadFile|ll.AccessFSWriteFile|ll.AccessFSTruncate|ll.AccessFSMakeReg|ll.AccessFSRemoveFile, c.State))
+	}
 	if c.Metrics != "" {
 		_, port, err := net.SplitHostPort(c.Metrics)
 		if err != nil {
@@ -101,6 +105,13 @@ func limitFiles(c *Config) error {
 		}
 		rules = append(rules, landlock.BindTCP(uint16(number)),
 			landlock.ROFiles("/etc/hosts", "/etc/resolv.conf", "/etc/nsswitch.conf").IgnoreIfMissing())
+		if c.WebConfig != "" { // read again at each connection: certificates are renewed
+			dirs, err := exporter.WebDirectories(c.WebConfig)
+			if err != nil {
+				return err
+			}
+			rules = append(rules, landlock.RODirs(dirs...))
+		}
 	}
 	return landlock.V9.BestEffort().Restrict(rules...)
 }
@@ -138,6 +149,7 @@ func landlockLimit() string {
 // may. Whatever else is called ends it; the service manager starts it again, and
 // enforcement goes on meanwhile.
 var ownCalls = []uint32{
+	unix.SYS_RENAMEAT, unix.SYS_FSYNC, // of findings, in the state directory
 	unix.SYS_UNLINKAT, unix.SYS_MKDIRAT, unix.SYS_FLOCK, unix.SYS_FCHMOD, unix.SYS_FCHMODAT,
 	unix.SYS_RSEQ, unix.SYS_SET_ROBUST_LIST, // of the C library, where tests look for races
 }

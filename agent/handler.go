@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"bytes"
 	"cmp"
 	"errors"
 	"fmt"
@@ -33,13 +34,17 @@ const (
 
 // service answers the API.
 type service struct {
-	node    string
-	link    *link
-	binder  *binder // nil without an inventory
-	cgroups *cgroups
-	limits  []string // what the agent's own confinement lacks
-	log     *zap.Logger
-	checked checkedImage
+	node      string
+	server    string    // path of the API's socket
+	since     time.Time // of the agent's start
+	link      *link
+	binder    *binder // nil without an inventory
+	cgroups   *cgroups
+	detection *detection
+	limits    []string // what the agent's own confinement lacks
+	log       *zap.Logger
+	checked   checkedImage
+	metrics   *metrics
 }
 
 // routes is the API as a handler.
@@ -49,12 +54,15 @@ func (s *service) routes() http.Handler {
 	mux.Handle("GET "+api.PathIdentities, answer(func(*http.Request) (any, error) { return s.identities() }))
 	mux.Handle("GET "+api.PathZones, answer(func(*http.Request) (any, error) { return s.zones() }))
 	mux.HandleFunc("GET "+api.PathFlows, s.flows)
+	mux.HandleFunc("GET "+api.PathFindings, s.findings)
 	mux.HandleFunc("GET "+api.PathPolicy, s.image)
 	mux.HandleFunc("GET "+api.PathAudit, s.audit)
 	mux.Handle("POST "+api.PathPolicy, changing(s.apply))
 	mux.Handle("POST "+api.PathPreview, changing(s.preview))
 	mux.Handle("POST "+api.PathConfirm, changing(s.confirm))
 	mux.Handle("POST "+api.PathRollback, changing(s.rollback))
+	mux.Handle("POST "+api.PathQuarantine, changing(s.quarantine))
+	mux.Handle("POST "+api.PathRelease, changing(s.release))
 	mux.Handle("/", answer(func(r *http.Request) (any, error) {
 		return nil, &api.Error{Code: http.StatusNotFound, Message: fmt.Sprintf("there is no %s %.100q here", r.Method, r.URL.Path), Hint: "use the demarc command of the same version"}
 	}))
@@ -125,6 +133,9 @@ func (s *service) status() *api.Status {
 	if out.Core.Problem != "" {
 		out.Problems = append(out.Problems, "core: "+out.Core.Problem)
 	}
+	if problem, _ := s.detection.status(); problem != "" {
+		out.Problems = append(out.Problems, problem)
+	}
 	if s.binder != nil {
 		out.Inventory = s.binder.status()
 		out.Problems = append(out.Problems, out.Inventory.Problems...)
@@ -163,6 +174,12 @@ const cgroupsShown = 16
 
 func (s *service) identities() ([]api.Identity, error) {
 	var out []api.Identity
+	quarantined := map[uint32]*time.Time{}
+	if st := s.link.view().Status; st != nil {
+		for _, q := range st.Quarantines {
+			quarantined[q.Identity] = &q.Until
+		}
+	}
 	err := s.inForce(func(names *flow.Names, bound map[uint64]uint32, root string) {
 		at := make(map[uint32]int)
 		for _, w := range names.Image.Workloads {
@@ -171,6 +188,7 @@ func (s *service) identities() ([]api.Identity, error) {
 			for _, r := range w.Roles {
 				id.Roles = append(id.Roles, r.Name)
 			}
+			id.Quarantined = quarantined[uint32(w.ID)]
 			out = append(out, id)
 		}
 		for _, sel := range names.Image.Selectors {
@@ -311,7 +329,10 @@ func (s *service) audit(w http.ResponseWriter, r *http.Request) {
 func (s *service) offered(w http.ResponseWriter, r *http.Request) (*image.Image, *os.File, error) {
 	rc := http.NewResponseController(w)
 	_ = rc.SetReadDeadline(time.Now().Add(bodyTimeout))
-	b, err := io.ReadAll(http.MaxBytesReader(w, r.Body, envelope.MaxSize))
+	var body bytes.Buffer
+	body.Grow(int(min(max(r.ContentLength, 0), envelope.MaxSize)) + bytes.MinRead)
+	_, err := body.ReadFrom(http.MaxBytesReader(w, r.Body, envelope.MaxSize))
+	b := body.Bytes()
 	var tooLarge *http.MaxBytesError
 	switch {
 	case errors.As(err, &tooLarge):
@@ -320,9 +341,9 @@ func (s *service) offered(w http.ResponseWriter, r *http.Request) (*image.Image,
 		return nil, nil, &api.Error{Code: http.StatusBadRequest, Message: "read image: " + err.Error()}
 	}
 	var img *image.Image
-	body, _, err := envelope.Open(b)
+	encoded, _, err := envelope.Open(b)
 	if err == nil {
-		img, err = image.Decode(body)
+		img, err = image.Decode(encoded)
 	}
 	if err == nil {
 		err = image.Verify(img)
@@ -365,13 +386,18 @@ func (s *service) apply(w http.ResponseWriter, r *http.Request) (any, error) {
 			return nil, &api.Error{Code: http.StatusBadRequest, Message: fmt.Sprintf("within: %.40q is not a time", text), Hint: "give one like 60s"}
 		}
 	}
+	start := time.Now()
 	img, f, err := s.offered(w, r)
 	if err != nil {
+		s.metrics.count(0, 0, err)
 		return nil, err
 	}
 	defer f.Close()
+	offered := time.Now()
 	s.log.Info("apply", zap.String("name", img.Name), zap.Uint64("version", img.Version), zap.Duration("within", within), zap.Uint32("uid", uid(r)))
-	if err := s.link.change(func(c core) (*proto.Status, error) { return c.Apply(f, within) }); err != nil {
+	err = s.link.change(func(c core) (*proto.Status, error) { return c.Apply(f, within) })
+	s.metrics.count(offered.Sub(start), time.Since(offered), err)
+	if err != nil {
 		s.log.Warn("apply refused", zap.Error(err))
 		return nil, err
 	}
@@ -397,10 +423,10 @@ func (s *service) rollback(_ http.ResponseWriter, r *http.Request) (any, error) 
 }
 
 func uid(r *http.Request) uint32 {
-	if cred, ok := r.Context().Value(caller{}).(*unix.Ucred); ok {
+	if cred := callerOf(r); cred != nil {
 		return cred.Uid
 	}
-	return ^uint32(0)
+	return nobody
 }
 
 // memfd is an unnamed file with b, sealed so that it cannot change while the core

@@ -32,9 +32,14 @@ type kernel interface {
 	Faults() ([abi.Faults]uint64, error)
 	// Bindings returns the identity of every bound cgroup in the active generation.
 	Bindings() (map[uint64]uint32, error)
+	// Room says how many entries there may be.
+	Room() room
 	// Close ends the waiting readers; it may be called while they wait.
 	Close() error
 }
+
+// room is how many entries maps have place for.
+type room struct{ Counts, Bindings int }
 
 // donated are the maps behind the descriptors that the core donated.
 type donated struct {
@@ -213,6 +218,10 @@ func (m *donated) Bindings() (map[uint64]uint32, error) {
 		return nil, fmt.Errorf("read bindings: %w", err)
 	}
 	return bound, nil
+}
+
+func (m *donated) Room() room {
+	return room{Counts: int(m.counts.MaxEntries()), Bindings: int(m.bindings.MaxEntries())}
 }
 
 func (m *donated) Close() error {

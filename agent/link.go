@@ -34,6 +34,8 @@ type core interface {
 	Unbind(path string) error
 	Forget() error
 	Audit() (*proto.Audit, []*os.File, error)
+	Quarantine(id uint32, lasting time.Duration, reason string, automatic bool) (*proto.Status, error)
+	Release(id uint32) (*proto.Status, error)
 	Close() error
 }
 
@@ -58,6 +60,7 @@ type link struct {
 	store *flow.Store
 	book  *flow.Book
 	clock *clock
+	rate  rate // of events
 	ready chan struct{}
 	news  chan struct{} // receives when the connection or the active image changed; one receiver
 
@@ -264,6 +267,11 @@ func (l *link) refreshIfIdle() {
 // ask is refresh with l.asking held.
 func (l *link) ask() error {
 	l.clock.adjust()
+	var seen uint64
+	for _, c := range l.store.Counts() {
+		seen += c.Received
+	}
+	l.rate.note(time.Now(), seen)
 	return l.with(func(c core) error {
 		status, err := c.Status()
 		if err != nil {

@@ -3,30 +3,65 @@ package agent
 import (
 	"cmp"
 	"slices"
+	"sync"
 	"sync/atomic"
+	"time"
 
+	"github.com/demarc/demarc/agent/api"
 	"github.com/demarc/demarc/agent/core/proto"
 	"github.com/demarc/demarc/agent/flow"
 	"github.com/demarc/demarc/bpf/abi"
 	"github.com/demarc/demarc/exporter"
+	"github.com/demarc/demarc/policy/image"
 )
 
 // metrics is the exporter's source: the kernel's numbers under the policy's names.
 type metrics struct {
-	link   *link
-	binder *binder // nil without an inventory
-	errors atomic.Uint64
+	link      *link
+	binder    *binder    // nil without an inventory
+	detection *detection // nil in tests of the rest
+	errors    atomic.Uint64
+	applies
+}
+
+// applies counts what became of images, and how long the last one took.
+type applies struct {
+	mu   sync.Mutex
+	last exporter.Applies
+}
+
+// count takes in one that ended: how long its parts took, and whether it is in force.
+func (a *applies) count(check, core time.Duration, err error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if err != nil {
+		a.last.Refused++
+		return
+	}
+	a.last.Applied++
+	a.last.Check, a.last.Core = check, core
+}
+
+func (a *applies) read() exporter.Applies {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.last
 }
 
 // Snapshot implements exporter.Source.
 func (m *metrics) Snapshot() exporter.Snapshot {
-	var s exporter.Snapshot
+	s := exporter.Snapshot{State: string(api.StateUnknown), Applies: m.applies.read()}
 	m.link.look(func(v view, k kernel) {
 		s.Connected = v.Connected
 		if v.Status != nil {
-			s.Enforcing = v.Status.State == proto.StateEnforcing
+			s.State, s.Enforcing = string(v.Status.State), v.Status.State == proto.StateEnforcing
+			s.Core = coreOf(v.Status)
+			s.Quarantined = m.quarantined(v.Status.Quarantines)
 			if g := v.Status.Active; g != nil {
 				s.Policy = &exporter.Policy{Name: g.Name, Digest: g.Digest, Mode: g.Mode, Version: g.Version, Generation: g.Epoch, Applied: g.Since}
+				if v.Names != nil {
+					s.Policy.Expires, s.Policy.Grants = ends(v.Names.Image)
+				}
 			}
 		}
 		if k != nil {
@@ -41,6 +76,10 @@ func (m *metrics) Snapshot() exporter.Snapshot {
 		s.Inventory = &exporter.Inventory{Workloads: i.Workloads, Bound: i.Bound, Problems: len(i.Problems)}
 	}
 	s.ReadErrors = m.errors.Load()
+	if m.detection != nil {
+		s.Findings = m.detection.found.Counts()
+		_, s.Unseen = m.detection.status()
+	}
 	return s
 }
 
@@ -48,6 +87,7 @@ func (m *metrics) Snapshot() exporter.Snapshot {
 func (m *metrics) read(s *exporter.Snapshot, k kernel) {
 	if counts, err := k.Counts(); m.good(err) {
 		s.Verdicts = m.verdicts(counts)
+		s.Maps = append(s.Maps, exporter.Map{Name: "counts", Entries: len(counts), Max: k.Room().Counts})
 	}
 	if states, err := k.Rings(); m.good(err) {
 		for i, name := range ringNames {
@@ -59,7 +99,37 @@ func (m *metrics) read(s *exporter.Snapshot, k kernel) {
 	}
 	if bound, err := k.Bindings(); m.good(err) {
 		s.Bindings = m.bindings(bound)
+		s.Maps = append(s.Maps, exporter.Map{Name: "bindings", Entries: len(bound), Max: k.Room().Bindings})
 	}
+}
+
+func coreOf(s *proto.Status) *exporter.Core {
+	c := &exporter.Core{Programs: len(s.Links), Problems: len(s.Problems), Limits: len(s.Limits), Drifts: s.Drifts, Proved: s.Proved}
+	for _, l := range s.Links {
+		if l.Attached {
+			c.Attached++
+		}
+	}
+	if s.Unconfirmed != nil {
+		c.Unconfirmed = s.Unconfirmed.Until
+	}
+	for _, k := range s.Keys {
+		c.Keys = append(c.Keys, exporter.Key{Epoch: k.Epoch, From: k.From, Until: k.Until, Sending: k.Sending})
+	}
+	return c
+}
+
+// ends says when an image expires, and which of its crossings do.
+func ends(img *image.Image) (expires time.Time, grants []exporter.Grant) {
+	if img.NotAfter != 0 {
+		expires = time.Unix(img.NotAfter, 0)
+	}
+	for _, c := range img.Crossings {
+		if c.Until != 0 {
+			grants = append(grants, exporter.Grant{Crossing: c.Name, Until: time.Unix(c.Until, 0)})
+		}
+	}
+	return expires, grants
 }
 
 func (m *metrics) good(err error) bool {
@@ -87,6 +157,15 @@ func (m *metrics) party(id uint32) exporter.Party {
 		return exporter.Party{Zone: zone, Workload: workload}
 	}
 	return exporter.Party{Zone: unknown, Workload: unknown}
+}
+
+func (m *metrics) quarantined(all []proto.Quarantine) (out []exporter.Party) {
+	for _, q := range all {
+		if p := m.party(q.Identity); !slices.Contains(out, p) {
+			out = append(out, p)
+		}
+	}
+	return out
 }
 
 func (m *metrics) verdicts(counts map[abi.CountKey]uint64) []exporter.Verdict {

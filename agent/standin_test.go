@@ -9,6 +9,7 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"syscall"
 	"testing"
@@ -79,18 +80,19 @@ func ids(t *testing.T, encoded []byte) map[string]uint32 {
 type standIn struct {
 	events [abi.Rings]chan []byte
 
-	mu       sync.Mutex
-	up       bool
-	closed   chan struct{} // of the current connection
-	images   [][]byte      // applied ones, the active one last
-	epoch    uint32
-	claims   map[string]uint32
-	asked    []string // claims in the order they were asked for
-	refuse   error
-	counts   map[abi.CountKey]uint64
-	rings    [abi.Rings]abi.RingState
-	bindings map[uint64]uint32
-	root     string
+	mu          sync.Mutex
+	up          bool
+	closed      chan struct{} // of the current connection
+	images      [][]byte      // applied ones, the active one last
+	epoch       uint32
+	claims      map[string]uint32
+	asked       []string // claims in the order they were asked for
+	refuse      error
+	counts      map[abi.CountKey]uint64
+	rings       [abi.Rings]abi.RingState
+	bindings    map[uint64]uint32
+	root        string
+	quarantines []proto.Quarantine
 }
 
 func newStandIn() *standIn {
@@ -163,7 +165,8 @@ func (s *standIn) status() *proto.Status {
 	sum := sha256.Sum256(b)
 	img, _ := image.Decode(b)
 	return &proto.Status{State: proto.StateEnforcing, Claims: len(s.claims), Links: []proto.Link{{Name: "egress", Attached: true}},
-		Active: &proto.Generation{Epoch: s.epoch, Name: img.Name, Version: img.Version, Digest: hex.EncodeToString(sum[:]), Mode: "enforce", Since: time.Unix(1000, 0).UTC()}}
+		Quarantines: slices.Clone(s.quarantines),
+		Active:      &proto.Generation{Epoch: s.epoch, Name: img.Name, Version: img.Version, Digest: hex.EncodeToString(sum[:]), Mode: "enforce", Since: time.Unix(1000, 0).UTC()}}
 }
 
 func (c *connection) Preview(*os.File) (*proto.Preview, error) { return &proto.Preview{}, nil }
@@ -206,6 +209,26 @@ func (c *connection) Image() (*os.File, error) {
 		return nil, proto.Refuse("", "no policy is active")
 	}
 	return memfd(c.images[len(c.images)-1])
+}
+
+func (c *connection) Quarantine(id uint32, lasting time.Duration, reason string, automatic bool) (*proto.Status, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if err := c.ask(); err != nil {
+		return nil, err
+	}
+	c.quarantines = []proto.Quarantine{{Identity: id, Until: time.Unix(5000, 0).UTC().Add(lasting), Reason: reason, Automatic: automatic}}
+	return c.status(), nil
+}
+
+func (c *connection) Release(id uint32) (*proto.Status, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if err := c.ask(); err != nil {
+		return nil, err
+	}
+	c.quarantines = slices.DeleteFunc(c.quarantines, func(q proto.Quarantine) bool { return q.Identity == id })
+	return c.status(), nil
 }
 
 // Audit is a log of one record.
@@ -302,6 +325,8 @@ func (m *memory) Bindings() (map[uint64]uint32, error) {
 	return maps.Clone(m.bindings), nil
 }
 
+func (m *memory) Room() room { return room{Counts: 100, Bindings: 200} }
+
 func (m *memory) Close() error {
 	close(m.closed)
 	return nil
@@ -324,6 +349,8 @@ type running struct {
 	client *api.Client
 	config *Config
 	stop   func() error
+
+	metrics *metrics
 }
 
 // start runs an agent until the test ends.
@@ -362,7 +389,7 @@ func start(t *testing.T, core *standIn, change func(*Config)) *running {
 		t.Fatal(err)
 	}
 	t.Cleanup(client.Close)
-	return &running{core, l, client, config, stop}
+	return &running{core, l, client, config, stop, a.service.metrics}
 }
 
 // eventually waits for something that takes a moment.

@@ -98,7 +98,7 @@ GLOBAL int settle_again(struct outcome *o)
 		return 0;
 	decide(&o->query);
 	if (o->query.verdict == DEMARC_DENY || waits_for_group(&o->query))
-		return !refused(o, DEMARC_REVOKED);
+		return !refused(o, o->query.reason == DEMARC_QUARANTINED ? DEMARC_QUARANTINED : DEMARC_REVOKED);
 	return true;
 }
 

@@ -77,6 +77,15 @@ GENERATION(ports, BPF_MAP_TYPE_ARRAY, BPF_F_INNER_MAP, __u32, struct demarc_port
 GENERATION(paths, BPF_MAP_TYPE_LPM_TRIE, BPF_F_NO_PREALLOC, struct demarc_path_key, __u32);
 GENERATION(units, BPF_MAP_TYPE_LPM_TRIE, BPF_F_NO_PREALLOC, struct demarc_path_key, struct demarc_unit);
 
+/* Identities that have only their forensic crossings, and until when. Writer: core.
+ * Miss: not quarantined. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, DEMARC_QUARANTINES);
+	__type(key, __u32);
+	__type(value, __u64);
+} quarantines SEC(".maps");
+
 /* Tag keys by pair of nodes and epoch. Writer: core; readers: sockops, ingress. Miss: no tag can be
  * made or verified. */
 struct {

@@ -140,6 +140,7 @@ static __always_inline int selftest_hook(struct __sk_buff *skb, bool outgoing)
 	o.query.proof = test->proof;
 	o.query.peer = test->peer;
 	o.query.bad = DEMARC_TAG_BAD_MAC;
+	o.query.crossing = DEMARC_TABLES_ALONE;
 	if (test->proof == DEMARC_PROOF_UNKNOWN && (answer || !outgoing)) /* it brings its own */
 		read_proof(skb, &p, answer ? DEMARC_TAG_ANSWER : 0, answer ? p.ack : 0, &o);
 	decide(&o.query);

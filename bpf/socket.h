@@ -115,7 +115,7 @@ static __noinline bool opens_with_tag(struct bpf_sock_addr *ctx, struct outcome 
 	};
 
 	q->crossing = provable_crossing(q->slot, q->subject, DEMARC_EGRESS, PROTO_TCP, q->port, q->now);
-	if (q->crossing == DEMARC_NO_CROSSING_INDEX)
+	if (q->crossing == DEMARC_NO_CROSSING_INDEX || quarantined(q->slot, q->subject, q->crossing, q->now))
 		return false;
 	opening.crossing = q->crossing;
 	opening.until = window_end(q);

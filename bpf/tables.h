@@ -29,6 +29,19 @@ static __always_inline struct demarc_crossing *table_crossing(__u32 slot, __u32 
 	return inner ? bpf_map_lookup_elem(inner, &index) : 0;
 }
 
+/* Until when a subject is quarantined; 0 = it is not. */
+static __always_inline __u64 table_quarantine(__u32 subject)
+{
+	__u32 zero = 0;
+	struct demarc_state *s = bpf_map_lookup_elem(&state, &zero);
+	__u64 *until;
+
+	if (!s || !s->quarantines)
+		return 0;
+	until = bpf_map_lookup_elem(&quarantines, &subject);
+	return until ? *until : 0;
+}
+
 static __always_inline bool is_ipv4(const __u8 *address)
 {
 	const __u32 *word = (const __u32 *)address;

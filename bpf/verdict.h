@@ -98,30 +98,26 @@ static __always_inline void answer(struct demarc_query *q, __u8 verdict, __u8 re
 	q->crossing = crossing;
 }
 
-GLOBAL int decide(struct demarc_query *q)
+/* A subject that is quarantined for now, and a crossing that it may not keep. */
+static __always_inline bool quarantined(__u32 slot, __u32 subject, __u32 index, __u64 now)
+{
+	__u64 until = table_quarantine(subject);
+	struct demarc_crossing *crossing;
+
+	if (!until || now >= until)
+		return false;
+	crossing = index == DEMARC_NO_CROSSING_INDEX ? 0 : table_crossing(slot, index);
+	return !crossing || !(crossing->flags & DEMARC_CROSSING_FORENSIC);
+}
+
+/* What is declared for a subject that is known, quarantined or not. */
+static __always_inline int declared(struct demarc_query *q, struct demarc_subject *subject)
 {
 	struct demarc_match allowed = { .crossing = DEMARC_NO_CROSSING_INDEX };
 	struct demarc_match proven = { .crossing = DEMARC_NO_CROSSING_INDEX };
-	struct demarc_subject *subject, *peer;
 	struct demarc_rule_key key = {};
+	struct demarc_subject *peer;
 	__u32 networks;
-
-	if (!q)
-		return 0;
-	answer(q, DEMARC_DENY, DEMARC_UNDECIDED, DEMARC_NO_CROSSING_INDEX);
-	if (q->proof == DEMARC_PROOF_BAD) {
-		q->reason = q->bad;
-		return 0;
-	}
-	if (q->subject == DEMARC_ID_PENDING) {
-		q->reason = DEMARC_PENDING;
-		return 0;
-	}
-	subject = table_subject(q->slot, q->subject);
-	if (!subject) {
-		q->reason = DEMARC_UNBOUND;
-		return 0;
-	}
 
 	key.subject = q->subject;
 	key.direction = q->direction;
@@ -167,6 +163,34 @@ GLOBAL int decide(struct demarc_query *q)
 	if (q->proof == DEMARC_PROOF_NONE && meets(subject, q->direction, DEMARC_PEER_PROVEN))
 		match_peer(q->slot, &key, DEMARC_PEER_PROVEN, 0, q->now, &proven);
 	q->reason = proven.crossing != DEMARC_NO_CROSSING_INDEX ? DEMARC_TAG_MISSING : DEMARC_NO_CROSSING;
+	return 0;
+}
+
+GLOBAL int decide(struct demarc_query *q)
+{
+	struct demarc_subject *subject;
+	bool alone;
+
+	if (!q)
+		return 0;
+	alone = q->crossing == DEMARC_TABLES_ALONE;
+	answer(q, DEMARC_DENY, DEMARC_UNDECIDED, DEMARC_NO_CROSSING_INDEX);
+	if (q->proof == DEMARC_PROOF_BAD) {
+		q->reason = q->bad;
+		return 0;
+	}
+	if (q->subject == DEMARC_ID_PENDING) {
+		q->reason = DEMARC_PENDING;
+		return 0;
+	}
+	subject = table_subject(q->slot, q->subject);
+	if (!subject) {
+		q->reason = DEMARC_UNBOUND;
+		return 0;
+	}
+	declared(q, subject);
+	if (!alone && quarantined(q->slot, q->subject, q->crossing, q->now))
+		answer(q, DEMARC_DENY, DEMARC_QUARANTINED, DEMARC_NO_CROSSING_INDEX);
 	return 0;
 }
 

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 	"net/http"
 	"sync"
@@ -12,11 +13,13 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
+	"github.com/prometheus/exporter-toolkit/web"
 )
 
 // Server is the task that serves /metrics, /healthz and /readyz over HTTP.
 type Server struct {
 	address string
+	web     string // file with TLS and users; "" = neither
 	handler http.Handler
 	ready   chan struct{}
 
@@ -24,9 +27,14 @@ type Server struct {
 	bound net.Addr
 }
 
-// NewServer makes a server for HOST:PORT.
-func NewServer(address string, source Source) *Server {
-	return &Server{address: address, handler: Handler(source), ready: make(chan struct{})}
+// NewServer makes a server for HOST:PORT. The web configuration says who may ask, and
+// how; it is checked here, and read again at each connection; "" = everybody, in plain
+// text.
+func NewServer(address, webConfig string, source Source) (*Server, error) {
+	if err := checkWeb(webConfig); err != nil {
+		return nil, err
+	}
+	return &Server{address: address, web: webConfig, handler: Handler(source), ready: make(chan struct{})}, nil
 }
 
 // Handler serves /metrics; /healthz, which is good while the agent runs; and
@@ -83,7 +91,7 @@ func (s *Server) Run(ctx context.Context) error {
 	stop := context.AfterFunc(ctx, func() { srv.Close() })
 	defer stop()
 	close(s.ready)
-	if err := srv.Serve(l); !errors.Is(err, http.ErrServerClosed) {
+	if err := web.Serve(l, srv, &web.FlagConfig{WebConfigFile: &s.web}, slog.New(slog.DiscardHandler)); !errors.Is(err, http.ErrServerClosed) {
 		return fmt.Errorf("serve %s: %w", s.address, err)
 	}
 	return nil

@@ -4,6 +4,7 @@ package exporter
 import (
 	"time"
 
+	"github.com/demarc/demarc/agent/detect"
 	"github.com/demarc/demarc/bpf/abi"
 )
 
@@ -16,17 +17,60 @@ type Source interface {
 // Snapshot is everything that is exported, at one moment.
 type Snapshot struct {
 	Connected bool
-	Enforcing bool // every link is attached and an enforcing policy decides
+	Enforcing bool   // every link is attached and an enforcing policy decides
+	State     string // one of States
 	Policy    *Policy
+	Core      *Core     // while its status is known
 	Verdicts  []Verdict // each combination of names once
+	Maps      []Map     // that can be read
 	Bindings  []Bindings
-	Rings     []Ring // while the core is connected
-	Faults    *[abi.Faults]uint64
-	Inventory *Inventory
+	// Quarantined workloads, each once.
+	Quarantined []Party
+	Rings       []Ring // while the core is connected
+	Faults      *[abi.Faults]uint64
+	Inventory   *Inventory
 
 	Received   [abi.Rings]uint64 // events that the agent read
 	Missed     [abi.Rings]uint64 // gaps in their numbers
 	ReadErrors uint64            // times that the kernel's counters could not be read
+
+	Findings map[detect.Series]uint64 // each once for every severity that it reached
+	Unseen   uint64                   // events that no detector looked at
+	Applies  Applies
+}
+
+// States are the words for the state of enforcement; a snapshot's is one of them.
+var States = []string{"idle", "enforcing", "observing", "degraded", "unknown"}
+
+// Core is what the trusted core says of itself.
+type Core struct {
+	Programs, Attached int
+	Problems, Limits   int
+	Drifts             uint64    // things found changed since it started
+	Proved             time.Time // when the canary last proved that the kernel enforces; zero = never
+	Unconfirmed        time.Time // when an unconfirmed change ends; zero = there is none
+	Keys               []Key
+}
+
+// Key is a tag key, by its epoch: 0 to 15.
+type Key struct {
+	Epoch       uint8
+	From, Until time.Time // zero = without a bound
+	Sending     bool
+}
+
+// Map is how full a map of the kernel is.
+type Map struct {
+	Name         string
+	Entries, Max int
+}
+
+// Applies counts what became of images that this agent was asked to apply.
+type Applies struct {
+	Applied, Refused uint64
+	// How long the last one took: the comparison with what it declares, and the core.
+	// Zero = there was none.
+	Check, Core time.Duration
 }
 
 // Policy is the image in force.
@@ -35,6 +79,14 @@ type Policy struct {
 	Version            uint64
 	Generation         uint32
 	Applied            time.Time
+	Expires            time.Time // zero = never
+	Grants             []Grant   // crossings that end, each name once
+}
+
+// Grant is a crossing that ends by itself.
+type Grant struct {
+	Crossing string
+	Until    time.Time
 }
 
 // Party is one side of a flow by its declared names; both are empty for a peer

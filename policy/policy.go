@@ -80,22 +80,25 @@ type Network struct {
 
 // Crossing is a declared flow.
 type Crossing struct {
-	Pos     Pos
-	Name    string
-	From    []Term
-	To      []Term
-	Ports   []image.Span // as declared, icmp/echo already in both families
-	Need    image.Need   // what terms naming workloads or zones must prove; see NeedFor
-	NAT     image.NAT
-	Log     image.Log
-	Refuse  image.Refuse
-	Decoy   bool
-	Rate    uint64 // new flows per hour, so that 1/m is exact; at most image.MaxRate; 0 = unlimited
-	Burst   uint64
-	Since   time.Time // zero = always
-	Until   time.Time // zero = for ever; exclusive
-	Purpose string
-	Waive   []Waiver
+	Pos    Pos
+	Name   string
+	From   []Term
+	To     []Term
+	Ports  []image.Span // as declared, icmp/echo already in both families
+	Need   image.Need   // what terms naming workloads or zones must prove; see NeedFor
+	NAT    image.NAT
+	Side   image.Side // at which ends it holds
+	Log    image.Log
+	Refuse image.Refuse
+	Decoy  bool
+	// Forensic crossings are what a quarantined workload keeps.
+	Forensic bool
+	Rate     uint64 // new flows per hour, so that 1/m is exact; at most image.MaxRate; 0 = unlimited
+	Burst    uint64
+	Since    time.Time // zero = always
+	Until    time.Time // zero = for ever; exclusive
+	Purpose  string
+	Waive    []Waiver
 }
 
 // Term is one end of a crossing.

@@ -12,8 +12,8 @@ import (
 )
 
 var (
-	crossingKeys = []string{"name", "from", "to", "ports", "identity", "limit", "until", "since", "log", "purpose", "nat", "refuse",
-		"decoy", "waive"}
+	crossingKeys = []string{"name", "from", "to", "ports", "identity", "limit", "until", "since", "log", "purpose", "nat", "side", "refuse",
+		"decoy", "forensic", "waive"}
 	limitKeys = []string{"connections", "burst"}
 	neverKeys = []string{"from", "to", "port", "hops"}
 	allowKeys = []string{"from", "to", "port"}
@@ -43,6 +43,10 @@ func (d *document) readCrossings(n *node) {
 		notes.broken = !ok || len(d.errs)+d.dropped > before
 		d.partial = d.partial || notes.broken
 		if ok {
+			if before := len(d.p.Crossings) - 1; c.Forensic && before >= 0 && !d.p.Crossings[before].Forensic {
+				d.add(c.Pos, "move it before all that are not forensic: of crossings that match, the first decides",
+					"crossing %s is forensic and stands behind %s", c.Name, d.p.Crossings[before].Name)
+			}
 			d.p.Crossings = append(d.p.Crossings, c)
 			d.notes = append(d.notes, notes)
 		}
@@ -81,6 +85,10 @@ func (d *document) crossing(n *node) (c Crossing, notes crossingNotes, ok bool) 
 			d.add(v.pos, "remove nat", "nat says what a proof may leave out, and nobody proves an identity here")
 		}
 	}
+	if v := f.get("side"); v != nil {
+		i, _ := d.word(v, "side", "both", "egress", "ingress")
+		c.Side = image.Side(i)
+	}
 	if v := f.get("limit"); v != nil {
 		d.limit(v, &c)
 	}
@@ -96,6 +104,9 @@ func (d *document) crossing(n *node) (c Crossing, notes crossingNotes, ok bool) 
 	}
 	if v := f.get("decoy"); v != nil {
 		c.Decoy = d.boolean(v, "decoy")
+	}
+	if v := f.get("forensic"); v != nil {
+		c.Forensic = d.boolean(v, "forensic")
 	}
 	if v := f.get("purpose"); v != nil {
 		c.Purpose, _ = d.text(v, "purpose", image.MaxText)

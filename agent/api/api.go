@@ -1,8 +1,8 @@
 // Package api is what the agent says on its socket, and a client for it.
 //
-// It is HTTP/1.1, or HTTP/2 without TLS, on a Unix socket. Answers are JSON; flows
-// are JSON lines; images travel as they are. An error is an Error with a status
-// code of 400 and above.
+// It is HTTP/1.1 on a Unix socket. Answers are JSON; flows are JSON lines; images
+// travel as they are. An error is an Error with a status code of 400 and above.
+// HTTP/2 on the same socket is gRPC: Hubble's Observer, in agent/hubble.
 package api
 
 import (
@@ -16,14 +16,21 @@ import (
 const (
 	PathStatus     = "/v1/status"          // GET: Status
 	PathFlows      = "/v1/flows"           // GET: lines of Line
+	PathFindings   = "/v1/findings"        // GET: lines of detect.Finding
 	PathIdentities = "/v1/identities"      // GET: []Identity
 	PathZones      = "/v1/zones"           // GET: []Zone
 	PathPolicy     = "/v1/policy"          // GET: the active image; POST: apply the image in the body, Status; ?within=60s: unless it is confirmed
 	PathPreview    = "/v1/policy/preview"  // POST: the image in the body is only looked at, Preview
 	PathConfirm    = "/v1/policy/confirm"  // POST: Status
 	PathRollback   = "/v1/policy/rollback" // POST: Status
+	PathQuarantine = "/v1/quarantine"      // POST ?workload=NAME&for=1h&reason=TEXT: Status
+	PathRelease    = "/v1/release"         // POST ?workload=NAME: Status
 	PathAudit      = "/v1/audit"           // GET: the lines of the core's audit log; AuditSeq and AuditHash say where it ends
 )
+
+// Expression is a parameter of PathFlows beside the filters: CEL on the flow in Hubble's
+// form, which is called _flow there.
+const Expression = "cel-expression"
 
 // Headers of the answer to PathAudit: number and hash (hex) of the last record.
 const (
@@ -116,8 +123,10 @@ type Identity struct {
 	SPIFFE    string   `json:"spiffe,omitempty" yaml:"spiffe,omitempty"`
 	Roles     []string `json:"roles,omitempty" yaml:"roles,omitempty"`
 	Selectors []string `json:"selectors,omitempty" yaml:"selectors,omitempty"`
-	Bindings  int      `json:"bindings" yaml:"bindings"`                   // cgroups that have it
-	Cgroups   []string `json:"cgroups,omitempty" yaml:"cgroups,omitempty"` // their paths, the topmost ones, at most 16
+	// Quarantined is until when it has its forensic crossings only.
+	Quarantined *time.Time `json:"quarantined,omitempty" yaml:"quarantined,omitempty"`
+	Bindings    int        `json:"bindings" yaml:"bindings"`                   // cgroups that have it
+	Cgroups     []string   `json:"cgroups,omitempty" yaml:"cgroups,omitempty"` // their paths, the topmost ones, at most 16
 }
 
 // Name is the identity in one word.

@@ -22,6 +22,7 @@ import (
 
 	"github.com/demarc/demarc/agent/core/audit"
 	"github.com/demarc/demarc/agent/core/proto"
+	"github.com/demarc/demarc/agent/detect"
 	"github.com/demarc/demarc/policy/image"
 )
 
@@ -101,6 +102,17 @@ func (c *Client) Confirm(ctx context.Context) (*Status, error) {
 	return doJSON[*Status](ctx, c, http.MethodPost, PathConfirm, nil)
 }
 
+// Quarantine leaves a workload its forensic crossings only, for a time.
+func (c *Client) Quarantine(ctx context.Context, workload string, lasting time.Duration, reason string) (*Status, error) {
+	v := url.Values{"workload": {workload}, "for": {lasting.String()}, "reason": {reason}}
+	return doJSON[*Status](ctx, c, http.MethodPost, PathQuarantine+"?"+v.Encode(), nil)
+}
+
+// Release ends a workload's quarantine.
+func (c *Client) Release(ctx context.Context, workload string) (*Status, error) {
+	return doJSON[*Status](ctx, c, http.MethodPost, PathRelease+"?"+url.Values{"workload": {workload}}.Encode(), nil)
+}
+
 // Audit returns the core's audit log, and where it ends. The caller closes it.
 func (c *Client) Audit(ctx context.Context) (io.ReadCloser, *audit.Head, error) {
 	res, err := c.do(ctx, http.MethodGet, PathAudit, nil)
@@ -145,22 +157,67 @@ func (c *Client) Image(ctx context.Context) ([]byte, error) {
 // stream's end or with one error.
 func (c *Client) Flows(ctx context.Context, query url.Values) iter.Seq2[Line, error] {
 	return func(yield func(Line, error) bool) {
+		for text, err := range c.FlowLines(ctx, query) {
+			var line Line
+			if err == nil {
+				if err = json.Unmarshal(text, &line); err != nil {
+					err = fmt.Errorf("read flows: %w", err)
+				}
+			}
+			if !yield(line, err) || err != nil {
+				return
+			}
+		}
+	}
+}
+
+// longestLine bounds a line of flows, in bytes; the longest that an agent sends has a
+// few thousand.
+const longestLine = 1 << 20
+
+// FlowLines is Flows as the agent sends it: each is the JSON of a Line, without a line
+// end, and holds until the next one.
+func (c *Client) FlowLines(ctx context.Context, query url.Values) iter.Seq2[[]byte, error] {
+	return func(yield func([]byte, error) bool) {
 		res, err := c.do(ctx, http.MethodGet, PathFlows+"?"+query.Encode(), nil)
 		if err != nil {
-			yield(Line{}, err)
+			yield(nil, err)
+			return
+		}
+		defer res.Body.Close()
+		lines := bufio.NewScanner(res.Body)
+		lines.Buffer(make([]byte, 64<<10), longestLine)
+		for lines.Scan() {
+			if !yield(lines.Bytes(), nil) {
+				return
+			}
+		}
+		if err := lines.Err(); err != nil {
+			yield(nil, fmt.Errorf("read flows: %w", err))
+		}
+	}
+}
+
+// Findings streams the findings that a query asks for: detect.Filter, and follow. It
+// ends as Flows does.
+func (c *Client) Findings(ctx context.Context, query url.Values) iter.Seq2[detect.Finding, error] {
+	return func(yield func(detect.Finding, error) bool) {
+		res, err := c.do(ctx, http.MethodGet, PathFindings+"?"+query.Encode(), nil)
+		if err != nil {
+			yield(detect.Finding{}, err)
 			return
 		}
 		defer res.Body.Close()
 		d := json.NewDecoder(bufio.NewReader(res.Body))
 		for {
-			var line Line
-			if err := d.Decode(&line); err != nil {
+			var f detect.Finding
+			if err := d.Decode(&f); err != nil {
 				if !errors.Is(err, io.EOF) {
-					yield(Line{}, fmt.Errorf("read flows: %w", err))
+					yield(f, fmt.Errorf("read findings: %w", err))
 				}
 				return
 			}
-			if !yield(line, nil) {
+			if !yield(f, nil) {
 				return
 			}
 		}

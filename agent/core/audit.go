@@ -21,22 +21,24 @@ import (
 
 // What the audit log tells.
 const (
-	auditStart     = "start"
-	auditStop      = "stop"
-	auditDetach    = "detach"
-	auditConnected = "connected" // somebody said hello on the socket
-	auditApply     = "apply"     // an image is about to be put in force
-	auditRollback  = "rollback"  // the same, the previous one
-	auditConfirm   = "confirm"   // a change is about to be kept
-	auditFallback  = "fallback"  // one was taken back; the policy is what decides now
-	auditApplied   = "applied"   // it is in force
-	auditFailed    = "failed"    // it is not, and nothing has changed
-	auditRefused   = "refused"   // nothing was tried
-	auditKeys      = "keys"
-	auditDrift     = "drift" // the kernel held something else than this core put there
-	auditProblem   = "problem"
-	auditHealthy   = "healthy"
-	auditRotated   = "rotated"
+	auditStart      = "start"
+	auditStop       = "stop"
+	auditDetach     = "detach"
+	auditConnected  = "connected" // somebody said hello on the socket
+	auditApply      = "apply"     // an image is about to be put in force
+	auditRollback   = "rollback"  // the same, the previous one
+	auditConfirm    = "confirm"   // a change is about to be kept
+	auditFallback   = "fallback"  // one was taken back; the policy is what decides now
+	auditApplied    = "applied"   // it is in force
+	auditFailed     = "failed"    // it is not, and nothing has changed
+	auditRefused    = "refused"   // nothing was tried
+	auditKeys       = "keys"
+	auditQuarantine = "quarantine" // an identity is about to have its forensic crossings only
+	auditRelease    = "release"    // it is about to have all of them again, or has
+	auditDrift      = "drift"      // the kernel held something else than this core put there
+	auditProblem    = "problem"
+	auditHealthy    = "healthy"
+	auditRotated    = "rotated"
 )
 
 const (

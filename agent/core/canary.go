@@ -161,10 +161,15 @@ func removeCanary(root string) error {
 // prove shows that what this core put in force is: a datagram of nobody is refused,
 // or in mode observe let pass and told, and counted; and a question about the tables
 // in force that has to be answered with yes is.
-func (c *Core) prove() error {
+func (c *Core) prove() (err error) {
 	if c.active == nil {
 		return nil
 	}
+	defer func() {
+		if err == nil {
+			c.proved = time.Now()
+		}
+	}()
 	if c.canary == nil {
 		return errors.New("there is no canary: nothing proves that the kernel enforces")
 	}
@@ -192,6 +197,7 @@ func (c *Core) prove() error {
 		return nil // nothing is allowed
 	}
 	asked := []abi.Query{c.active.known}
+	asked[0].Crossing = abi.TablesAlone
 	asked[0].Verdict = abi.Deny
 	if err := ask(c.objects, asked); err != nil {
 		return err

@@ -16,6 +16,8 @@ import (
 	"unicode"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/demarc/demarc/bpf/abi"
 )
 
 // Config is everything that a node of its own needs, so that two can live on one
@@ -29,6 +31,7 @@ type Config struct {
 	Keyring    string     // tag keys
 	Devices    Devices    // where datagrams prove themselves, and frames of workloads stop
 	AgentUID   uint32     // may connect, beside root
+	Blast      int        // workloads that may be quarantined at once without anybody's order
 	LogLevel   slog.Level // least severe line that is written
 	LogJSON    bool       // one JSON object a line instead of text
 }
@@ -49,12 +52,18 @@ func LoadConfig(file string) (Config, error) {
 // nothing behind it. Errors start with file:line:col.
 func ParseConfig(file string, src []byte) (Config, error) {
 	p := configParser{file: file, src: src, decoder: json.NewDecoder(bytes.NewReader(src))}
-	c := Config{BPFFS: "/sys/fs/bpf/demarc", RunDir: "/run/demarc", StateDir: "/var/lib/demarc", Devices: Devices{Auto: true}}
+	c := Config{BPFFS: "/sys/fs/bpf/demarc", RunDir: "/run/demarc", StateDir: "/var/lib/demarc", Devices: Devices{Auto: true}, Blast: defaultBlast}
 	if err := p.object(&c); err != nil {
 		return Config{}, err
 	}
 	if c.Keyring == "" {
 		c.Keyring = filepath.Join(c.StateDir, "keyring")
+		// Or the service manager hands it over (LoadCredential= of systemd).
+		if dir := os.Getenv("CREDENTIALS_DIRECTORY"); dir != "" {
+			if _, err := os.Lstat(filepath.Join(dir, "demarc.keyring")); err == nil {
+				c.Keyring = filepath.Join(dir, "demarc.keyring")
+			}
+		}
 	}
 	return c, nil
 }
@@ -116,6 +125,14 @@ func (p *configParser) set(c *Config, key string) error {
 		return p.devices(&c.Devices)
 	case "agent_user":
 		return p.user(&c.AgentUID)
+	case "quarantine_automatic":
+		if err := p.value(&c.Blast); err != nil {
+			return err
+		}
+		if c.Blast < 0 || c.Blast > abi.Quarantines {
+			return p.fail("quarantine_automatic is a number from 0 to %d", abi.Quarantines)
+		}
+		return nil
 	case "log_level":
 		if err := p.value(&c.LogLevel); err != nil {
 			return p.fail("log_level is one of debug, info, warn, error")

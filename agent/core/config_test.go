@@ -2,6 +2,8 @@ package core
 
 import (
 	"log/slog"
+	"os"
+	"path/filepath"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -9,7 +11,7 @@ import (
 
 func TestParseConfig(t *testing.T) {
 	defaults := Config{BPFFS: "/sys/fs/bpf/demarc", RunDir: "/run/demarc", StateDir: "/var/lib/demarc", Keyring: "/var/lib/demarc/keyring",
-		Devices: Devices{Auto: true}}
+		Devices: Devices{Auto: true}, Blast: 2}
 	tests := []struct {
 		name, src string
 		want      Config
@@ -18,7 +20,7 @@ func TestParseConfig(t *testing.T) {
 		{name: "OK empty", src: "{}", want: defaults},
 		{name: "OK everything",
 			src: `{"cgroup_root": "lab", "bpffs": "/b/d", "run_dir": "/r", "state_dir": "/s", "trust_dir": "/t", "keyring": "/k",
-				"devices": ["eth0", "bond0.100"], "agent_user": "root", "log_level": "debug", "log_format": "json"}`,
+				"devices": ["eth0", "bond0.100"], "agent_user": "root", "quarantine_automatic": 0, "log_level": "debug", "log_format": "json"}`,
 			want: Config{CgroupRoot: "lab", BPFFS: "/b/d", RunDir: "/r", StateDir: "/s", TrustDir: "/t", Keyring: "/k",
 				Devices: Devices{Names: []string{"eth0", "bond0.100"}}, LogLevel: slog.LevelDebug, LogJSON: true}},
 		{name: "OK user by number", src: `{"agent_user": 1234}`, want: func() Config { c := defaults; c.AgentUID = 1234; return c }()},
@@ -41,6 +43,7 @@ func TestParseConfig(t *testing.T) {
 		{name: "bad long device name", src: `{"devices": ["a234567890123456"]}`, err: `f:1:13: "a234567890123456" cannot be the name of a device`},
 		{name: "bad empty device name", src: `{"devices": [""]}`, err: `f:1:13: "" cannot be the name of a device`},
 		{name: "bad device twice", src: `{"devices": ["eth0", "eth0"]}`, err: `f:1:13: device "eth0" is given twice`},
+		{name: "bad blast", src: `{"quarantine_automatic": 257}`, err: `f:1:26: quarantine_automatic is a number from 0 to 256`},
 		{name: "bad user", src: `{"agent_user": "no such user"}`, err: `f:1:16: agent_user "no such user" is no user of this machine`},
 		{name: "bad negative user", src: `{"agent_user": -1}`, err: `f:1:16: agent_user -1 is no user of this machine`},
 		{name: "bad level", src: `{"log_level": "loud"}`, err: `f:1:15: log_level is one of debug, info, warn, error`},
@@ -64,5 +67,32 @@ func TestParseConfig(t *testing.T) {
 				t.Errorf("config (-want +got):\n%s", diff)
 			}
 		})
+	}
+}
+
+// A keyring that the service manager hands over is used where the configuration names
+// none.
+func TestKeyringCredential(t *testing.T) {
+	dir := t.TempDir()
+	t.Setenv("CREDENTIALS_DIRECTORY", dir)
+	keyring := func(src string) string {
+		t.Helper()
+		c, err := ParseConfig("f", []byte(src))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return c.Keyring
+	}
+	if got := keyring("{}"); got != "/var/lib/demarc/keyring" {
+		t.Errorf("without the credential: %s", got)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "demarc.keyring"), nil, 0o400); err != nil {
+		t.Fatal(err)
+	}
+	if got := keyring("{}"); got != filepath.Join(dir, "demarc.keyring") {
+		t.Errorf("with the credential: %s", got)
+	}
+	if got := keyring(`{"keyring": "/k"}`); got != "/k" {
+		t.Errorf("with the credential and a path: %s", got)
 	}
 }

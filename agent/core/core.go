@@ -14,6 +14,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/cilium/ebpf/link"
@@ -41,21 +42,26 @@ type Core struct {
 	donated *proto.Descriptors
 	stop    func() // ends the upkeep; nil = it never began
 	canary  *canary
+	flipped func()        // for tests
+	looks   atomic.Uint64 // of the upkeep
 
-	mu       sync.Mutex
-	active   *generation       // what this core put in force; nil = nothing
-	fallback *generation       // what comes back unless active is confirmed; active itself if nothing was before; nil = confirmed
-	previous *proto.Generation // what rollback returns to; nil = nothing
-	retired  int               // slot that packets may still be judged in; -1 = none
-	standing []string          // problems that last until the core is started again
-	troubles map[string]string // problems that the upkeep found, by part
-	keys     keys
-	floor    floor
-	journal  *journal
-	foreign  []string  // programs of others at our hooks
-	looked   time.Time // when everything was last as it should be
-	swept    time.Time // when to walk over all cgroups again
-	walled   uint64    // when the kernel was last told the time, ns of CLOCK_BOOTTIME; 0 = not by this core
+	mu          sync.Mutex
+	active      *generation       // what this core put in force; nil = nothing
+	fallback    *generation       // what comes back unless active is confirmed; active itself if nothing was before; nil = confirmed
+	previous    *proto.Generation // what rollback returns to; nil = nothing
+	retired     int               // slot that packets may still be judged in; -1 = none
+	standing    []string          // problems that last until the core is started again
+	troubles    map[string]string // problems that the upkeep found, by part
+	keys        keys
+	floor       floor
+	journal     *journal
+	quarantines map[uint32]quarantined
+	foreign     []string  // programs of others at our hooks
+	looked      time.Time // when everything was last as it should be
+	proved      time.Time // when the canary last did
+	drifts      uint64    // incidents found
+	swept       time.Time // when to walk over all cgroups again
+	walled      uint64    // when the kernel was last told the time, ns of CLOCK_BOOTTIME; 0 = not by this core
 }
 
 // hooks let tests break a start. The zero value breaks nothing.
@@ -63,6 +69,7 @@ type hooks struct {
 	load      func() error            // before the programs are loaded
 	tcx       func() error            // in the place of probeTCX
 	attaching func(name string) error // before each program is attached
+	flipped   func()                  // when an image has come into force
 }
 
 // Open checks what enforcement needs, adopts what a former core left in the
@@ -71,7 +78,11 @@ type hooks struct {
 func Open(config Config, log *slog.Logger) (*Core, error) { return open(config, log, hooks{}) }
 
 func open(config Config, log *slog.Logger, h hooks) (_ *Core, err error) {
-	c := &Core{config: config, log: log, pins: newPins(config.BPFFS), store: store{dir: config.StateDir, log: log}, retired: -1, troubles: map[string]string{}}
+	c := &Core{config: config, log: log, pins: newPins(config.BPFFS), store: store{dir: config.StateDir, log: log}, retired: -1, flipped: h.flipped,
+		troubles: map[string]string{}, quarantines: map[uint32]quarantined{}}
+	if c.flipped == nil {
+		c.flipped = func() {}
+	}
 	defer func() {
 		if err != nil {
 			c.Close()
@@ -115,6 +126,9 @@ func open(config Config, log *slog.Logger, h hooks) (_ *Core, err error) {
 		return nil, err
 	}
 	if err := c.setWall(); err != nil {
+		return nil, err
+	}
+	if err := c.resumeQuarantines(); err != nil {
 		return nil, err
 	}
 	if err := c.resume(t.committed); err != nil {
@@ -340,6 +354,14 @@ func (c *Core) install(g *generation, how change) (err error) {
 	}()
 	on := abi.ActiveFlags(before.Active)&abi.ActiveOn != 0
 	g.slot = c.freeSlot(before, on)
+	staged := make(chan error, 1) // the disk is slow, and nobody has to wait for it yet
+	go func() {
+		if how.durable {
+			staged <- c.store.stage(g.came)
+		}
+		close(staged)
+	}()
+	defer func() { <-staged }()
 	s := scanner{objects: c.objects, tree: c.tree, slot: g.slot, selectors: g.selectors}
 	if err := s.prepare(); err != nil {
 		return err
@@ -371,16 +393,18 @@ func (c *Core) install(g *generation, how change) (err error) {
 	if g.bindings, _, err = s.scan("/"); err != nil {
 		return err
 	}
-	if err := runSelftest(c.objects, g); err != nil {
+	questions, err := newSelftest(c.objects, g, c.active)
+	if err != nil {
+		return err
+	}
+	if err := questions.before(); err != nil {
 		return err
 	}
 	if how.preview != nil {
-		return how.preview()
+		return errors.Join(questions.after(), how.preview())
 	}
-	if how.durable {
-		if err := c.store.stage(g.came); err != nil {
-			return err
-		}
+	if err := <-staged; err != nil {
+		return err
 	}
 
 	g.epoch, g.flags = before.NextEpoch(), activeFlags(g.image)
@@ -405,6 +429,10 @@ func (c *Core) install(g *generation, how change) (err error) {
 		if err := c.pins.commit(c.objects.spec, c.tree); err != nil {
 			return err
 		}
+	}
+	c.flipped()
+	if err := questions.after(); err != nil {
+		return err
 	}
 	if how.durable && how.within == 0 {
 		if err := c.store.commit(); err != nil {
@@ -487,7 +515,7 @@ func (c *Core) Status() *proto.Status {
 
 func (c *Core) status() *proto.Status {
 	s := &proto.Status{State: proto.StateIdle, Previous: c.previous, Links: c.links.status(), Limits: append(c.limits[:len(c.limits):len(c.limits)], c.foreign...),
-		Problems: append([]string(nil), c.standing...)}
+		Problems: append([]string(nil), c.standing...), Quarantines: c.listQuarantines()}
 	if c.active != nil {
 		s.Active, s.State, s.Claims = c.active.describe(), proto.StateEnforcing, len(c.active.selectors.claims)
 		if c.active.flags&abi.ActiveObserve != 0 {
@@ -507,6 +535,7 @@ func (c *Core) status() *proto.Status {
 		}
 	}
 	c.attend("canary", c.prove())
+	s.Keys, s.Proved, s.Drifts = c.keys.describe(), c.proved, c.drifts
 	taps, problems := c.devices.status()
 	s.Links, s.Problems = append(s.Links, taps...), append(s.Problems, problems...)
 	for _, l := range s.Links {

@@ -180,13 +180,14 @@ type demarcDemarcSocket struct {
 }
 
 type demarcDemarcState struct {
-	_        structs.HostLayout
-	Active   uint64
-	Filling  uint64
-	TagEpoch uint64
-	Wall     uint64
-	Fallback uint64
-	Deadline uint64
+	_           structs.HostLayout
+	Active      uint64
+	Filling     uint64
+	TagEpoch    uint64
+	Wall        uint64
+	Fallback    uint64
+	Deadline    uint64
+	Quarantines uint64
 }
 
 type demarcDemarcTuple struct {
@@ -235,6 +236,7 @@ const (
 	demarcMapPortOwners            = "port_owners"
 	demarcMapPorts                 = "ports"
 	demarcMapPrefixes              = "prefixes"
+	demarcMapQuarantines           = "quarantines"
 	demarcMapQuestions             = "questions"
 	demarcMapRefusals              = "refusals"
 	demarcMapRefusalsDue           = "refusals_due"
@@ -380,6 +382,7 @@ type demarcMapSpecs struct {
 	PortOwners    *ebpf.MapSpec `ebpf:"port_owners"`
 	Ports         *ebpf.MapSpec `ebpf:"ports"`
 	Prefixes      *ebpf.MapSpec `ebpf:"prefixes"`
+	Quarantines   *ebpf.MapSpec `ebpf:"quarantines"`
 	Questions     *ebpf.MapSpec `ebpf:"questions"`
 	Refusals      *ebpf.MapSpec `ebpf:"refusals"`
 	RefusalsDue   *ebpf.MapSpec `ebpf:"refusals_due"`
@@ -457,6 +460,7 @@ type demarcMaps struct {
 	PortOwners    *ebpf.Map `ebpf:"port_owners"`
 	Ports         *ebpf.Map `ebpf:"ports"`
 	Prefixes      *ebpf.Map `ebpf:"prefixes"`
+	Quarantines   *ebpf.Map `ebpf:"quarantines"`
 	Questions     *ebpf.Map `ebpf:"questions"`
 	Refusals      *ebpf.Map `ebpf:"refusals"`
 	RefusalsDue   *ebpf.Map `ebpf:"refusals_due"`
@@ -496,6 +500,7 @@ func (m *demarcMaps) Close() error {
 		m.PortOwners,
 		m.Ports,
 		m.Prefixes,
+		m.Quarantines,
 		m.Questions,
 		m.Refusals,
 		m.RefusalsDue,

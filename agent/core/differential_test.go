@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"slices"
 	"testing"
+	"time"
 
 	"github.com/cilium/ebpf"
 
@@ -32,7 +33,7 @@ const (
 func TestDifferential(t *testing.T) {
 	native, bpf := startNative(t), startJudge(t)
 	r := rand.New(rand.NewPCG(1, 2))
-	verdicts, reasons := map[abi.Verdict]int{}, map[abi.Reason]int{}
+	verdicts, reasons, keptInQuarantine := map[abi.Verdict]int{}, map[abi.Reason]int{}, 0
 	for n := range differentialPolicies {
 		p := policytest.Random(r, policytest.Small)
 		img, err := policy.Compile(p)
@@ -48,13 +49,26 @@ func TestDifferential(t *testing.T) {
 			}
 			asked[i] = toKernel(questions[i])
 		}
-		byNative := native.judge(t, img, slices.Clone(asked))
-		byKernel := bpf.judge(t, img, slices.Clone(asked))
+		// Some subjects are quarantined, until a time that some questions are asked after.
+		quarantines := map[uint32]uint64{}
+		for _, q := range asked {
+			if len(quarantines) < 3 && r.IntN(3*differentialProbes/4) == 0 {
+				quarantines[q.Subject] = uint64(policytest.Epoch.Add(time.Duration(r.IntN(90)) * time.Second).UnixNano())
+			}
+		}
+		for i := range asked {
+			questions[i].Quarantined = asked[i].Now < quarantines[asked[i].Subject]
+		}
+		byNative := native.judge(t, img, quarantines, slices.Clone(asked))
+		byKernel := bpf.judge(t, img, quarantines, slices.Clone(asked))
 		evaluator, index := p.Evaluator(), img.Index()
 		for i, q := range questions {
 			want := evaluator.Evaluate(q)
 			verdicts[want.Verdict]++
 			reasons[want.Reason]++
+			if q.Quarantined && want.Verdict == abi.Allow {
+				keptInQuarantine++
+			}
 			for _, got := range []struct {
 				judge    string
 				decision policy.Decision
@@ -74,6 +88,9 @@ func TestDifferential(t *testing.T) {
 		if verdicts[v] < differentialPolicies*differentialProbes/100 {
 			t.Errorf("verdict %v came up %d times in %d questions", v, verdicts[v], differentialPolicies*differentialProbes)
 		}
+	}
+	if n := reasons[abi.Quarantined]; n < differentialPolicies*differentialProbes/200 || keptInQuarantine < 1000 {
+		t.Errorf("%d denied by quarantine, %d allowed in it", n, keptInQuarantine)
 	}
 	t.Logf("%d questions, verdicts %v, reasons %v", differentialPolicies*differentialProbes, verdicts, reasons)
 }
@@ -130,7 +147,7 @@ func startNative(t *testing.T) *nativeJudge {
 	return &nativeJudge{in: in, out: out}
 }
 
-func (n *nativeJudge) judge(t *testing.T, img *image.Image, queries []abi.Query) []abi.Query {
+func (n *nativeJudge) judge(t *testing.T, img *image.Image, quarantines map[uint32]uint64, queries []abi.Query) []abi.Query {
 	t.Helper()
 	type portRange struct{ Row, Low, High, Class uint32 }
 	ranges := make([]portRange, len(img.Ports))
@@ -149,7 +166,7 @@ func (n *nativeJudge) judge(t *testing.T, img *image.Image, queries []abi.Query)
 			t.Fatal(err)
 		}
 	}
-	put([]uint32{uint32(len(subjects)), uint32(len(rules)), uint32(len(crossings)), uint32(len(prefixes)), uint32(len(ranges)), uint32(len(queries))})
+	put([]uint32{uint32(len(subjects)), uint32(len(rules)), uint32(len(crossings)), uint32(len(prefixes)), uint32(len(ranges)), uint32(len(quarantines)), uint32(len(queries))})
 	for i := range subjects {
 		put(subjects[i])
 		put(facts[i])
@@ -164,6 +181,10 @@ func (n *nativeJudge) judge(t *testing.T, img *image.Image, queries []abi.Query)
 		put(classes[i])
 	}
 	put(ranges)
+	for id, until := range quarantines {
+		put(until)
+		put([]uint32{id, 0})
+	}
 	put(queries)
 	if _, err := n.in.Write(b.Bytes()); err != nil {
 		t.Fatalf("ask native verdict: %v", err)
@@ -213,11 +234,26 @@ func startJudge(t *testing.T) *kernelJudge {
 	return k
 }
 
-func (k *kernelJudge) judge(t *testing.T, img *image.Image, queries []abi.Query) []abi.Query {
+func (k *kernelJudge) judge(t *testing.T, img *image.Image, quarantines map[uint32]uint64, queries []abi.Query) []abi.Query {
 	t.Helper()
 	if err := k.refill(img); err != nil {
 		t.Fatal(err)
 	}
+	for id, until := range quarantines {
+		if err := k.objects.Maps["quarantines"].Put(id, until); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := writeState(k.objects, abi.State{Quarantines: uint64(len(quarantines))}); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		for id := range quarantines {
+			if err := k.objects.Maps["quarantines"].Delete(id); err != nil {
+				t.Error(err)
+			}
+		}
+	}()
 	for batch := range slices.Chunk(queries, abi.Questions) {
 		if err := ask(k.objects, batch); err != nil {
 			t.Fatal(err)

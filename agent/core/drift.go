@@ -94,10 +94,11 @@ func (c *Core) watch() {
 		return
 	}
 	var all []incident
-	for _, look := range []func() []incident{c.watchState, c.watchTables, c.watchLinks, c.watchPins, c.watchKeys, c.watchBindings} {
+	for _, look := range []func() []incident{c.watchState, c.watchQuarantines, c.watchTables, c.watchLinks, c.watchPins, c.watchKeys, c.watchBindings} {
 		all = append(all, look()...)
 	}
 	all = append(all, c.devices.drift()...)
+	c.drifts += uint64(len(all))
 	now := time.Now()
 	var err error
 	if len(all) > 0 {

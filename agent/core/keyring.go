@@ -37,6 +37,16 @@ func (e keyEntry) same(other keyEntry) bool {
 	return e.valid == other.valid && e.print == other.print && near(e.since, other.since) && near(e.until, other.until)
 }
 
+// describe says which keys there are, and shows none.
+func (k *keys) describe() (all []proto.TagKey) {
+	sending := k.ring.Sending(time.Now())
+	for i := range k.ring.Keys {
+		key := &k.ring.Keys[i]
+		all = append(all, proto.TagKey{Epoch: key.Epoch, From: key.SendFrom(), Until: key.Until, Sending: key == sending})
+	}
+	return all
+}
+
 // near takes two bounds for one: clocks are read one after the other, and the wall
 // clock is always being disciplined a little.
 func near(a, b uint64) bool {

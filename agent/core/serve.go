@@ -264,6 +264,13 @@ func wellFormed(q proto.Request, files int) bool {
 		wantFiles = 1
 	case proto.OpPreview:
 		wantFiles = 1
+	case proto.OpQuarantine:
+		want.Identity, want.For, want.Reason, want.Automatic = q.Identity, q.For, q.Reason, q.Automatic
+		if q.For < 0 || q.For > maxQuarantine.Milliseconds() {
+			return false
+		}
+	case proto.OpRelease:
+		want.Identity = q.Identity
 	case proto.OpStatus, proto.OpConfirm, proto.OpRollback, proto.OpImage, proto.OpForget, proto.OpAudit:
 	default:
 		return false
@@ -298,6 +305,10 @@ func (c *Core) answer(q proto.Request, files []*os.File, by string) (r proto.Res
 		r.Status, err = c.confirm(by)
 	case proto.OpRollback:
 		r.Status, err = c.rollback(by)
+	case proto.OpQuarantine:
+		r.Status, err = c.quarantine(q.Identity, time.Duration(q.For)*time.Millisecond, q.Reason, q.Automatic, by)
+	case proto.OpRelease:
+		r.Status, err = c.release(q.Identity, by)
 	case proto.OpImage:
 		var f *os.File
 		if f, err = c.Image(); err == nil {

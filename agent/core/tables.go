@@ -52,6 +52,9 @@ func crossingEntries(img *image.Image, clock bootClock) []abi.Crossing {
 		if c.Decoy {
 			out[i].Flags |= abi.CrossingDecoy
 		}
+		if c.Forensic {
+			out[i].Flags |= abi.CrossingForensic
+		}
 		if c.Refuse == image.RefuseDrop {
 			out[i].Flags |= abi.CrossingDrop
 		}

@@ -36,15 +36,20 @@ func (c *Core) run(ctx context.Context) {
 			return
 		case <-ticker.C:
 			c.upkeep()
+			c.looks.Add(1)
 		}
 	}
 }
+
+// Looks grows each second, as long as the core does its work.
+func (c *Core) Looks() uint64 { return c.looks.Load() }
 
 // upkeep is one look. What goes wrong stays a problem until it goes well.
 func (c *Core) upkeep() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.settle()
+	c.endQuarantines()
 	c.watch()
 	c.attend("clock", c.setWall())
 	c.attend("keyring", c.upkeepKeys())

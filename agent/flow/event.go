@@ -73,3 +73,12 @@ func (g *Gaps) See(cpu uint32, seq uint64) int64 {
 	}
 	return 0
 }
+
+// Ring is the ring that the kernel tells a verdict in: denials, and what would be one
+// if the mode were not observe, have a ring of their own.
+func Ring(v abi.Verdict) int {
+	if v == abi.Deny || v == abi.Audit {
+		return abi.RingDenied
+	}
+	return abi.RingAllowed
+}

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net/netip"
 	"net/url"
+	"path"
 	"slices"
 	"strconv"
 	"strings"
@@ -25,8 +26,8 @@ type condition struct {
 	holds func(*Flow) bool
 }
 
-// negated prefixes a field's name in a query string.
-const negated = "not-"
+// Negated prefixes a field's name in a query string.
+const Negated = "not-"
 
 // Field is one thing that flows are filtered by.
 type Field struct {
@@ -36,20 +37,59 @@ type Field struct {
 	parse func(string) (func(*Flow) bool, error)
 }
 
-// Fields lists what a Filter can filter by.
-var Fields = []Field{
-	{"verdict", "deny, allow, provisional or audit", []string{"deny", "allow", "provisional", "audit"}, parseVerdict},
+// Fields lists what a Filter can filter by. What is said of one side may be said with
+// from-, with to-, and without, for either.
+var Fields = slices.Concat([]Field{
+	{"verdict", "deny, allow, provisional or audit; or as Hubble has it: DROPPED, FORWARDED, TRACED, AUDIT", []string{"deny", "allow", "provisional", "audit", "DROPPED", "FORWARDED", "TRACED", "AUDIT"}, parseVerdict},
 	{"reason", "reason of the verdict", reasons(), parseReason},
 	{"direction", "egress or ingress, the side that was judged", []string{"egress", "ingress"}, parseDirection},
 	{"protocol", "tcp, udp, icmp, icmp6, sctp or proto-N", []string{"tcp", "udp", "icmp", "icmp6", "sctp"}, parseProtocol},
+	{"type", "drop, policy-verdict or trace: Hubble's words for denied, decided otherwise, and waiting for proof", []string{"drop", "policy-verdict", "trace"}, parseType},
+	{"ip-version", "v4 or v6", []string{"v4", "v6"}, parseIPVersion},
 	{"crossing", "name of the crossing that decided", nil, parseCrossing},
-	{"port", "destination port", nil, parsePort},
-	{"from", "source: WORKLOAD, ZONE/WORKLOAD, network/NAME, unmanaged, kernel, pending or unknown", nil, party(source)},
-	{"to", "destination, in the words of --from", nil, party(destination)},
-	{"from-zone", "zone of the source", nil, zone(source)},
-	{"to-zone", "zone of the destination", nil, zone(destination)},
-	{"from-ip", "source address or CIDR", nil, within(source)},
-	{"to-ip", "destination address or CIDR", nil, within(destination)},
+	{"node-name", "name of the node", nil, parseNode},
+	{"from", "source: WORKLOAD, ZONE/WORKLOAD, network/NAME, unmanaged, kernel, pending or unknown", nil, source.with(party)},
+	{"to", "destination, in the words of --from", nil, destination.with(party)},
+}, sides("zone", "zone of %s", zone),
+	sides("ip", "address or CIDR of %s", within),
+	sides("port", "port of %s, like 443 or tcp/443", port),
+	sides("workload", "workload of %s, without its zone", workload),
+	sides("namespace", "namespace of %s, which is its zone", zone),
+	sides("pod", "[ZONE/]PREFIX of the workload of %s", pod),
+	sides("identity", "identity of %s: a number, or a word as for --from", identity),
+	sides("label", "label selector of %s, like demarc:zone=edge", label))
+
+// A side is one end of a flow, or either.
+type side []func(*Flow) *Endpoint
+
+var (
+	source      = side{func(f *Flow) *Endpoint { return &f.Source }}
+	destination = side{func(f *Flow) *Endpoint { return &f.Destination }}
+	either      = slices.Concat(source, destination)
+)
+
+// onEndpoint reads a value into a predicate on an endpoint of a flow.
+type onEndpoint func(string) (func(*Flow, *Endpoint) bool, error)
+
+func (s side) with(parse onEndpoint) func(string) (func(*Flow) bool, error) {
+	return func(value string) (func(*Flow) bool, error) {
+		holds, err := parse(value)
+		if err != nil {
+			return nil, err
+		}
+		return func(f *Flow) bool {
+			return slices.ContainsFunc(s, func(end func(*Flow) *Endpoint) bool { return holds(f, end(f)) })
+		}, nil
+	}
+}
+
+// sides are the three fields of something that is said of an endpoint.
+func sides(name, help string, parse onEndpoint) []Field {
+	return []Field{
+		{"from-" + name, fmt.Sprintf(help, "the source"), nil, source.with(parse)},
+		{"to-" + name, fmt.Sprintf(help, "the destination"), nil, destination.with(parse)},
+		{name, fmt.Sprintf(help, "either side"), nil, either.with(parse)},
+	}
 }
 
 func field(name string) (Field, bool) {
@@ -111,7 +151,7 @@ func (f *Filter) Values() url.Values {
 	for _, c := range f.conditions {
 		name := c.field
 		if c.not {
-			name = negated + name
+			name = Negated + name
 		}
 		v.Add(name, c.value)
 	}
@@ -126,7 +166,7 @@ func ParseFilter(v url.Values) (*Filter, error) {
 		for _, not := range []bool{false, true} {
 			name := known.Name
 			if not {
-				name = negated + name
+				name = Negated + name
 			}
 			for _, value := range v[name] {
 				if err := f.Add(known.Name, value, not); err != nil {
@@ -139,9 +179,6 @@ func ParseFilter(v url.Values) (*Filter, error) {
 	return f, nil
 }
 
-func source(f *Flow) *Endpoint      { return &f.Source }
-func destination(f *Flow) *Endpoint { return &f.Destination }
-
 // parseVerdict also takes the words of other tools, in any case.
 func parseVerdict(s string) (func(*Flow) bool, error) {
 	word := strings.ToLower(s)
@@ -150,6 +187,10 @@ func parseVerdict(s string) (func(*Flow) bool, error) {
 		word = "deny"
 	case "allowed", "forwarded":
 		word = "allow"
+	case "traced":
+		word = "provisional"
+	case "error", "redirected", "translated": // of Hubble, for what is none of demarc's
+		return func(*Flow) bool { return false }, nil
 	}
 	var want abi.Verdict
 	if err := want.UnmarshalText([]byte(word)); err != nil {
@@ -201,8 +242,48 @@ func parseCrossing(s string) (func(*Flow) bool, error) {
 	return func(f *Flow) bool { return f.Crossing == s }, nil
 }
 
-// parsePort takes "443" and "tcp/443".
-func parsePort(s string) (func(*Flow) bool, error) {
+// parseType takes the names of Hubble's event types; agent/hubble says which is which.
+func parseType(s string) (func(*Flow) bool, error) {
+	switch strings.ToLower(s) {
+	case "drop":
+		return func(f *Flow) bool { return f.Verdict == abi.Deny }, nil
+	case "trace":
+		return func(f *Flow) bool { return f.Verdict == abi.Provisional }, nil
+	case "policy-verdict":
+		return func(f *Flow) bool { return f.Verdict == abi.Allow || f.Verdict == abi.Audit }, nil
+	case "l7", "capture", "trace-sock":
+		return func(*Flow) bool { return false }, nil
+	}
+	return nil, fmt.Errorf("unknown type %q", s)
+}
+
+func parseIPVersion(s string) (func(*Flow) bool, error) {
+	six := false
+	switch strings.ToLower(s) {
+	case "v4", "4":
+	case "v6", "6":
+		six = true
+	default:
+		return nil, fmt.Errorf("%q is no IP version: v4 or v6", s)
+	}
+	return func(f *Flow) bool {
+		a := f.Destination.Address
+		if !a.IsValid() {
+			a = f.Source.Address
+		}
+		return a.IsValid() && a.Is6() == six
+	}, nil
+}
+
+func parseNode(s string) (func(*Flow) bool, error) {
+	if _, err := path.Match(s, ""); s == "" || err != nil {
+		return nil, fmt.Errorf("%q is no pattern of a node's name", s)
+	}
+	return func(f *Flow) bool { ok, _ := path.Match(s, f.Node); return ok }, nil
+}
+
+// port takes "443" and "tcp/443".
+func port(s string) (func(*Flow, *Endpoint) bool, error) {
 	protocol, number, ok := strings.Cut(s, "/")
 	if !ok {
 		protocol, number = "", s
@@ -211,57 +292,86 @@ func parsePort(s string) (func(*Flow) bool, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%q is no port", s)
 	}
-	return func(f *Flow) bool {
-		return f.Destination.Port == uint16(n) && (protocol == "" || f.Protocol == protocol)
+	return func(f *Flow, e *Endpoint) bool {
+		return e.Port == uint16(n) && (protocol == "" || f.Protocol == protocol)
 	}, nil
 }
 
 // party takes what Label prints, and the words of the policy language. A claimed
 // identity is nobody's: it matches only "unknown".
-func party(side func(*Flow) *Endpoint) func(string) (func(*Flow) bool, error) {
-	return func(s string) (func(*Flow) bool, error) {
-		kind, name, slash := strings.Cut(s, "/")
-		match := func(e *Endpoint) bool { return e.Workload == s || (e.Reserved == s && s != "") }
-		switch {
-		case s == "" || slash && name == "":
-			return nil, fmt.Errorf("%q names nobody", s)
-		case s == "unknown":
-			return func(f *Flow) bool {
-				e := side(f)
-				return e.Claimed || e.Identity == 0 && len(e.Networks) == 0
-			}, nil
-		case slash && kind == "workload":
-			match = func(e *Endpoint) bool { return e.Workload == name }
-		case slash && kind == "network":
-			match = func(e *Endpoint) bool { return slices.Contains(e.Networks, name) }
-		case slash && kind == "zone":
-			match = func(e *Endpoint) bool { return e.Zone == name }
-		case slash:
-			match = func(e *Endpoint) bool { return e.Zone == kind && e.Workload == name }
-		}
-		return func(f *Flow) bool { e := side(f); return !e.Claimed && match(e) }, nil
+func party(s string) (func(*Flow, *Endpoint) bool, error) {
+	kind, name, slash := strings.Cut(s, "/")
+	match := func(e *Endpoint) bool { return e.Workload == s || (e.Reserved == s && s != "") }
+	switch {
+	case s == "" || slash && name == "":
+		return nil, fmt.Errorf("%q names nobody", s)
+	case s == "unknown":
+		return func(_ *Flow, e *Endpoint) bool { return e.Claimed || e.Identity == 0 && len(e.Networks) == 0 }, nil
+	case slash && kind == "workload":
+		match = func(e *Endpoint) bool { return e.Workload == name }
+	case slash && kind == "network":
+		match = func(e *Endpoint) bool { return slices.Contains(e.Networks, name) }
+	case slash && kind == "zone":
+		match = func(e *Endpoint) bool { return e.Zone == name }
+	case slash:
+		match = func(e *Endpoint) bool { return e.Zone == kind && e.Workload == name }
 	}
+	return func(_ *Flow, e *Endpoint) bool { return !e.Claimed && match(e) }, nil
 }
 
-func zone(side func(*Flow) *Endpoint) func(string) (func(*Flow) bool, error) {
-	return func(s string) (func(*Flow) bool, error) {
-		if s == "" {
-			return nil, fmt.Errorf("the zone's name is empty")
-		}
-		return func(f *Flow) bool { e := side(f); return !e.Claimed && e.Zone == s }, nil
+func zone(s string) (func(*Flow, *Endpoint) bool, error) {
+	if s == "" {
+		return nil, fmt.Errorf("the zone's name is empty")
 	}
+	return func(_ *Flow, e *Endpoint) bool { return !e.Claimed && e.Zone == s }, nil
 }
 
-func within(side func(*Flow) *Endpoint) func(string) (func(*Flow) bool, error) {
-	return func(s string) (func(*Flow) bool, error) {
-		prefix, err := netip.ParsePrefix(s)
+func workload(s string) (func(*Flow, *Endpoint) bool, error) {
+	if s == "" {
+		return nil, fmt.Errorf("the workload's name is empty")
+	}
+	return func(_ *Flow, e *Endpoint) bool { return !e.Claimed && e.Workload == s }, nil
+}
+
+// pod takes what users of Hubble write: the beginning of a name, and where it is.
+func pod(s string) (func(*Flow, *Endpoint) bool, error) {
+	zone, prefix, ok := strings.Cut(s, "/")
+	if !ok {
+		zone, prefix = "", s
+	}
+	if zone == "" && prefix == "" {
+		return nil, fmt.Errorf("%q names nobody", s)
+	}
+	return func(_ *Flow, e *Endpoint) bool {
+		return !e.Claimed && e.Workload != "" && (zone == "" || e.Zone == zone) && strings.HasPrefix(e.Workload, prefix)
+	}, nil
+}
+
+// identity takes a number, or names as party does.
+func identity(s string) (func(*Flow, *Endpoint) bool, error) {
+	n, err := strconv.ParseUint(s, 10, 32)
+	if err != nil {
+		return party(s)
+	}
+	return func(_ *Flow, e *Endpoint) bool { return !e.Claimed && uint64(e.Identity) == n }, nil
+}
+
+func label(s string) (func(*Flow, *Endpoint) bool, error) {
+	selects, err := ParseSelector(s)
+	if err != nil {
+		return nil, err
+	}
+	return func(_ *Flow, e *Endpoint) bool { return selects(e.Labels()) }, nil
+}
+
+func within(s string) (func(*Flow, *Endpoint) bool, error) {
+	prefix, err := netip.ParsePrefix(s)
+	if err != nil {
+		a, err := netip.ParseAddr(s)
 		if err != nil {
-			a, err := netip.ParseAddr(s)
-			if err != nil {
-				return nil, fmt.Errorf("%q is no address or CIDR", s)
-			}
-			prefix = netip.PrefixFrom(a, a.BitLen())
+			return nil, fmt.Errorf("%q is no address or CIDR", s)
 		}
-		return func(f *Flow) bool { return prefix.Contains(side(f).Address) }, nil
+		prefix = netip.PrefixFrom(a, a.BitLen())
 	}
+	return func(_ *Flow, e *Endpoint) bool { return prefix.Contains(e.Address) }, nil
 }

@@ -11,8 +11,8 @@ import (
 
 func TestFilterMatch(t *testing.T) {
 	f := &Flow{
-		Verdict: abi.Deny, Reason: abi.NoCrossingFor, Direction: abi.Egress, Protocol: "tcp", Crossing: "api-db",
-		Source:      Endpoint{Address: netip.MustParseAddr("10.0.1.2"), Port: 44312, Workload: "web", Zone: "edge"},
+		Node: "n1", Verdict: abi.Deny, Reason: abi.NoCrossingFor, Direction: abi.Egress, Protocol: "tcp", Crossing: "api-db",
+		Source:      Endpoint{Address: netip.MustParseAddr("10.0.1.2"), Port: 44312, Identity: 257, Workload: "web", Zone: "edge"},
 		Destination: Endpoint{Address: netip.MustParseAddr("10.0.3.2"), Port: 5432, Networks: []string{"lan"}},
 	}
 	claimed := *f
@@ -55,6 +55,35 @@ func TestFilterMatch(t *testing.T) {
 		{"OK protocol and port", f, "port=tcp/5432", true},
 		{"bad protocol of port", f, "port=udp/5432", false},
 		{"OK protocol", f, "protocol=TCP", true},
+		{"OK port of either side", f, "port=44312", true},
+		{"OK source port", f, "from-port=44312", true},
+		{"bad source port", f, "from-port=5432", false},
+		{"OK destination port", f, "to-port=tcp/5432", true},
+		{"bad neither side", f, "not-port=44312", false},
+		{"OK address of either side", f, "ip=10.0.3.0/24", true},
+		{"OK workload of either side", f, "workload=web", true},
+		{"bad workload of one side", f, "to-workload=web", false},
+		{"OK zone of either side", f, "zone=edge", true},
+		{"OK namespace", f, "from-namespace=edge", true},
+		{"OK pod", f, "pod=edge/we", true},
+		{"OK pods of a zone", f, "from-pod=edge/", true},
+		{"bad pod", f, "from-pod=app/web", false},
+		{"OK identity's number", f, "from-identity=257", true},
+		{"OK identity's name", f, "identity=edge/web", true},
+		{"bad identity", f, "to-identity=257", false},
+		{"OK label", f, "from-label=zone in (app,edge)", true},
+		{"OK label of the world", f, "to-label=reserved:world", true},
+		{"bad label", f, "label=zone=app", false},
+		{"bad a claim's label", &claimed, "label=zone=edge", false},
+		{"OK a claim's label", &claimed, "label=demarc:claims", true},
+		{"OK type", f, "type=drop", true},
+		{"bad type", f, "type=policy-verdict", false},
+		{"OK IP version", f, "ip-version=v4", true},
+		{"bad IP version", f, "ip-version=v6", false},
+		{"OK node", f, "node-name=n*", true},
+		{"bad node", f, "node-name=m*", false},
+		{"OK Hubble's verdict", f, "verdict=DROPPED", true},
+		{"bad Hubble's verdict", f, "verdict=TRANSLATED", false},
 		{"bad protocol", f, "protocol=proto-89", false},
 	} {
 		t.Run(c.name, func(t *testing.T) {

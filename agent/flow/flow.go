@@ -119,7 +119,14 @@ type Resolver struct {
 
 // Flow says an event in words.
 func (r *Resolver) Flow(e *abi.Event) Flow {
-	f := Flow{
+	var f Flow
+	r.Resolve(e, &f)
+	return f
+}
+
+// Resolve is Flow into a flow that may be used again and again.
+func (r *Resolver) Resolve(e *abi.Event, f *Flow) {
+	*f = Flow{
 		Time: r.Wall(e.Time), Node: r.Node,
 		Verdict: e.Verdict, Reason: e.Reason, Direction: e.Direction, Hook: e.Hook, Proof: e.Proof,
 		Protocol: ProtocolName(e.Tuple.Proto),
@@ -150,7 +157,6 @@ func (r *Resolver) Flow(e *abi.Event) Flow {
 	} else if e.Crossing != 0 {
 		f.Crossing = "crossing-" + strconv.FormatUint(uint64(e.Crossing), 10)
 	}
-	return f
 }
 
 func (r *Resolver) identify(at *Endpoint, epoch, id uint32) {

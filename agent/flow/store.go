@@ -94,14 +94,35 @@ func (s *Store) Counts() [abi.Rings]Counts {
 	return c
 }
 
+// Kept returns how many events are kept, and for how many there is room.
+func (s *Store) Kept() (kept, room uint64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for i := range s.rings {
+		b := &s.rings[i]
+		kept += b.next - b.oldest()
+		room += uint64(len(b.kept))
+	}
+	return kept, room
+}
+
 // Loss is what a cursor did not get to see.
 type Loss struct {
 	Kernel uint64 `json:"kernel,omitempty"` // found no room in a kernel ring
 	Agent  uint64 `json:"agent,omitempty"`  // pushed out of the store before it was read
+	// Journal counts what is missing on disk: whatever was lost before it got there,
+	// and what is damaged.
+	Journal uint64 `json:"journal,omitempty"`
 }
 
-// Total of both.
-func (l Loss) Total() uint64 { return l.Kernel + l.Agent }
+// Total of all.
+func (l Loss) Total() uint64 { return l.Kernel + l.Agent + l.Journal }
+
+func (l *Loss) add(m Loss) {
+	l.Kernel += m.Kernel
+	l.Agent += m.Agent
+	l.Journal += m.Journal
+}
 
 // Cursor reads a store from some place on. It belongs to one goroutine and needs
 // no closing.

@@ -13,7 +13,7 @@ import (
 )
 
 // Version of the layouts. Pinned maps of another version are not adopted.
-const Version = 2
+const Version = 3
 
 // Sizes shared with abi.h.
 const (
@@ -21,6 +21,7 @@ const (
 	Epochs           = 16
 	Alternatives     = 4
 	NoCrossing       = 0xffffffff // as an index
+	TablesAlone      = 0xfffffffe // of a question: what the tables say, quarantined or not
 	PathMax          = 252
 	UnitSuffix       = 28
 	UnitAlternatives = 4
@@ -203,8 +204,9 @@ type Crossing struct {
 }
 
 const (
-	CrossingDecoy = 1
-	CrossingDrop  = 2
+	CrossingDecoy    = 1
+	CrossingDrop     = 2
+	CrossingForensic = 4
 )
 
 // Subject is what an image knows of an identity.
@@ -282,6 +284,8 @@ type State struct {
 	Wall     uint64 // Unix time minus CLOCK_BOOTTIME, ns
 	Fallback uint64 // takes the place of Active at Deadline; its epoch is the later one
 	Deadline uint64 // CLOCK_BOOTTIME, ns; 0 = Active is confirmed
+
+	Quarantines uint64 // entries of the map of that name
 }
 
 // Floor is the highest version that was ever in force, and the SHA-256 of that image.
@@ -435,10 +439,13 @@ type Query struct {
 	Bad       Reason
 	Verdict   Verdict // out
 	Reason    Reason  // out
-	Crossing  uint32  // out: index
+	Crossing  uint32  // out: index; in: TablesAlone or anything
 	Now       uint64
 	Address   [16]byte
 }
+
+// Quarantines is how many identities may be quarantined at once.
+const Quarantines = 256
 
 // Questions is how many are asked at once.
 const Questions = 4096

@@ -15,7 +15,7 @@
 #include <linux/types.h>
 #endif
 
-#define DEMARC_ABI_VERSION 2
+#define DEMARC_ABI_VERSION 3
 
 /* Generations that can be loaded at once: active, candidate, fallback and one
  * being emptied. A generation lives in one slot of every outer map. */
@@ -116,6 +116,7 @@ enum demarc_nat {
 
 #define DEMARC_ALTERNATIVES 4
 #define DEMARC_NO_CROSSING_INDEX 0xffffffff
+#define DEMARC_TABLES_ALONE 0xfffffffe /* of a question: what the tables say, quarantined or not */
 
 /* Key of the rules map: who, with whom, on what class of ports. */
 struct demarc_rule_key {
@@ -138,11 +139,17 @@ struct demarc_crossing {
 	__u8 need;    /* enum demarc_need */
 	__u8 nat;
 	__u8 log;     /* 0 denied, 1 all, 2 none */
-	__u8 flags;   /* 1 = decoy, 2 = refuse by dropping */
+	__u8 flags;   /* enum demarc_crossing_flags */
 	__u64 since;
 	__u64 until;
 	__u64 interval; /* ns between two new flows at the limit; 0 = unlimited */
 	__u64 slack;	/* ns a burst may run ahead: (burst - 1) * interval */
+};
+
+enum demarc_crossing_flags {
+	DEMARC_CROSSING_DECOY = 1,    /* nobody should touch it */
+	DEMARC_CROSSING_DROP = 2,     /* refuse by dropping */
+	DEMARC_CROSSING_FORENSIC = 4, /* what a quarantined subject keeps */
 };
 
 /* What an image knows of an identity. */
@@ -227,6 +234,7 @@ struct demarc_state {
 	__u64 wall;	 /* Unix time minus CLOCK_BOOTTIME, ns: tags are bound to the time; 0 = not known */
 	__u64 fallback;	 /* DEMARC_ACTIVE(): takes the place of `active` at `deadline`; its epoch is the later one */
 	__u64 deadline;	 /* CLOCK_BOOTTIME, ns; 0 = `active` is confirmed */
+	__u64 quarantines; /* entries of the map of that name: without any, nobody looks */
 };
 
 /* The highest version that was ever in force, and the SHA-256 of that image. */
@@ -492,11 +500,14 @@ struct demarc_query {
 	__u8 bad; /* enum demarc_reason for a bad proof */
 	__u8 verdict; /* out */
 	__u8 reason;  /* out */
-	__u32 crossing; /* out: index */
+	__u32 crossing; /* out: index; in: DEMARC_TABLES_ALONE or anything */
 	__u64 now;
 	__u8 address[16];
 };
 #define DEMARC_QUESTIONS 4096 /* asked at once */
+
+/* Identities that may be quarantined at once. */
+#define DEMARC_QUARANTINES 256
 
 /* How many of them are. */
 struct demarc_count {

@@ -87,6 +87,11 @@ func serve(ctx context.Context, file string, checkOnly bool, stderr io.Writer, c
 	err = a.Run(ctx, func() {
 		log.Info("ready")
 		notify(daemon.SdNotifyReady)
+		if within, err := daemon.SdWatchdogEnabled(false); err != nil {
+			log.Warn("watchdog of systemd", zap.Error(err))
+		} else if within > 0 {
+			go a.Attest(ctx, within/4, func() { notify(daemon.SdNotifyWatchdog) })
+		}
 	})
 	log.Info("stopped")
 	return err

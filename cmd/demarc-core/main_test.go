@@ -6,6 +6,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -80,5 +81,50 @@ func TestNotify(t *testing.T) {
 		if n, err := l.Read(b); err != nil || string(b[:n]) != "READY=1" {
 			t.Errorf("%s: got %q, %v", address, b[:n], err)
 		}
+	}
+}
+
+// The watchdog hears of a core only as long as it works.
+func TestFeed(t *testing.T) {
+	address := filepath.Join(t.TempDir(), "notify")
+	l, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: address, Net: "unixgram"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	environment := func(usec string) func(string) string {
+		return func(name string) string {
+			return map[string]string{"NOTIFY_SOCKET": address, "WATCHDOG_USEC": usec}[name]
+		}
+	}
+	ctx, stop := context.WithCancel(context.Background())
+	defer stop()
+	var looks, asked atomic.Uint64
+	go feed(ctx, environment("40000"), func() uint64 {
+		asked.Add(1)
+		return looks.Load()
+	})
+	for asked.Load() < 4 {
+		time.Sleep(time.Millisecond)
+	}
+	b := make([]byte, 100)
+	if err := l.SetReadDeadline(time.Now()); err != nil {
+		t.Fatal(err)
+	}
+	if n, err := l.Read(b); err == nil {
+		t.Errorf("a core that does nothing says %q", b[:n])
+	}
+	looks.Add(1)
+	if err := l.SetReadDeadline(time.Now().Add(10 * time.Second)); err != nil {
+		t.Fatal(err)
+	}
+	if n, err := l.Read(b); err != nil || string(b[:n]) != "WATCHDOG=1" {
+		t.Errorf("a core that works says %q, %v", b[:n], err)
+	}
+	for _, usec := range []string{"", "0", "soon"} {
+		feed(ctx, environment(usec), func() uint64 { // which returns at once
+			t.Errorf("%q was taken for a watchdog", usec)
+			return 0
+		})
 	}
 }

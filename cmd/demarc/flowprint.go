@@ -5,14 +5,19 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"iter"
 	"maps"
 	"slices"
 	"strconv"
 	"strings"
 	"time"
+	"unicode/utf16"
+
+	observerpb "github.com/cilium/cilium/api/v1/observer"
 
 	"github.com/demarc/demarc/agent/api"
 	"github.com/demarc/demarc/agent/flow"
+	"github.com/demarc/demarc/agent/hubble"
 	"github.com/demarc/demarc/bpf/abi"
 	"github.com/demarc/demarc/policy/image"
 )
@@ -36,27 +41,169 @@ type flowPrinter struct {
 	form     string
 	layout   string
 	color    bool
+	numeric  bool
+	nodeName bool
+	silent   bool
 	headed   bool
+
+	counts bool      // the next two are needed
+	shown  int       // flows so far
+	newest time.Time // of them
 }
 
 func newFlowPrinter(env *environment, o *flowsOptions) *flowPrinter {
 	color := o.color == "always" || o.color == "auto" && env.IsTerminal && env.Getenv("NO_COLOR") == "" && env.Getenv("TERM") != "dumb"
-	return &flowPrinter{out: env.Stdout, err: env.Stderr, form: o.output, layout: timeFormats[o.timeFormat], color: color && !o.noColor}
+	return &flowPrinter{out: env.Stdout, err: env.Stderr, form: o.output, layout: timeFormats[o.timeFormat], color: color && !o.noColor,
+		numeric: o.numeric, nodeName: o.nodeName, silent: o.silent, counts: o.reconnect}
+}
+
+// done says whether as many flows were shown as were asked for; 0 = no bound.
+func (p *flowPrinter) done(first int) bool { return first > 0 && p.shown >= first }
+
+// writeError is an error of the output, not of the agent.
+type writeError struct{ error }
+
+func (e writeError) Unwrap() error { return e.error }
+
+// stream prints the lines of an agent's answer.
+func (p *flowPrinter) stream(lines iter.Seq2[[]byte, error]) error {
+	for text, err := range lines {
+		if err != nil {
+			return err
+		}
+		// The agent's JSON is what -o json shows; there is no need to take it apart.
+		if p.form == "json" && !p.counts && !slices.ContainsFunc(text, func(c byte) bool { return c < 0x20 || c > 0x7e }) {
+			if _, err := p.out.Write(append(text, '\n')); err != nil {
+				return writeError{fmt.Errorf("write flows: %w", err)}
+			}
+			continue
+		}
+		var line api.Line
+		if err := json.Unmarshal(text, &line); err != nil {
+			return fmt.Errorf("read flows: %w", err)
+		}
+		if line.Flow != nil {
+			p.shown, p.newest = p.shown+1, line.Time
+		}
+		if err := p.print(line); err != nil {
+			return writeError{fmt.Errorf("write flows: %w", err)}
+		}
+	}
+	return nil
 }
 
 func (p *flowPrinter) print(l api.Line) error {
-	if p.form == "json" {
-		return json.NewEncoder(p.out).Encode(l)
-	}
-	if l.Flow == nil {
+	if l.Flow == nil && p.form != "json" && p.form != "jsonpb" {
+		if p.silent {
+			return nil
+		}
 		_, err := fmt.Fprintf(p.err, "lost %s\n", plural(int(l.Lost), "flow"))
 		return err
 	}
-	if p.form == "compact" {
-		_, err := io.WriteString(p.out, p.compact(l.Flow)+"\n")
+	switch p.form {
+	case "json":
+		return p.json(l)
+	case "jsonpb":
+		return p.jsonpb(l)
+	}
+	f := *l.Flow
+	p.prepare(&f)
+	switch p.form {
+	case "compact":
+		_, err := io.WriteString(p.out, p.compact(&f)+"\n")
+		return err
+	case "dict":
+		return p.dict(&f)
+	}
+	return p.row(&f)
+}
+
+// prepare makes a flow fit to be shown: nothing in it can move a cursor or start a
+// line, whoever the agent is.
+func (p *flowPrinter) prepare(f *flow.Flow) {
+	for _, s := range []*string{&f.Node, &f.Protocol, &f.Crossing, &f.Comm} {
+		*s = inert(*s)
+	}
+	for _, e := range []*flow.Endpoint{&f.Source, &f.Destination} {
+		for _, s := range []*string{&e.Workload, &e.Zone, &e.Reserved, &e.Cgroup} {
+			*s = inert(*s)
+		}
+		e.Networks = slices.Clone(e.Networks)
+		for i := range e.Networks {
+			e.Networks[i] = inert(e.Networks[i])
+		}
+		if p.numeric {
+			e.Workload, e.Zone, e.Reserved, e.Networks = "", "", "", nil
+		}
+	}
+}
+
+// inert writes bytes that are no printable ASCII as \xNN.
+func inert(s string) string {
+	if !strings.ContainsFunc(s, func(r rune) bool { return r < 0x20 || r > 0x7e }) {
+		return s
+	}
+	var b strings.Builder
+	for _, c := range []byte(s) {
+		if c < 0x20 || c > 0x7e {
+			fmt.Fprintf(&b, `\x%02x`, c)
+		} else {
+			b.WriteByte(c)
+		}
+	}
+	return b.String()
+}
+
+// json writes a line as the agent's API has it.
+func (p *flowPrinter) json(l api.Line) error {
+	b, err := json.Marshal(l)
+	if err != nil {
 		return err
 	}
-	return p.row(l.Flow)
+	_, err = p.out.Write(append(asciiJSON(b), '\n'))
+	return err
+}
+
+// jsonpb writes what Hubble's clients write and read.
+func (p *flowPrinter) jsonpb(l api.Line) error {
+	var all []*observerpb.GetFlowsResponse
+	if l.Flow != nil {
+		f := hubble.Flow(l.Flow)
+		all = append(all, &observerpb.GetFlowsResponse{ResponseTypes: &observerpb.GetFlowsResponse_Flow{Flow: f}, NodeName: f.NodeName, Time: f.Time})
+	} else if l.Where != nil {
+		all = hubble.Lost(*l.Where, "", time.Now())
+	}
+	for _, r := range all {
+		// Protobuf's own form has spaces at random; encoding/json takes them out.
+		b, err := json.Marshal(r)
+		if err != nil {
+			return err
+		}
+		if _, err := p.out.Write(append(asciiJSON(b), '\n')); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// asciiJSON escapes what JSON allows and terminals may obey: anything beyond ASCII.
+func asciiJSON(b []byte) []byte {
+	if !slices.ContainsFunc(b, func(c byte) bool { return c > 0x7e }) {
+		return b
+	}
+	var out []byte
+	for _, r := range string(b) {
+		switch {
+		case r <= 0x7e:
+			out = append(out, byte(r))
+		case r > 0xffff:
+			high, low := utf16.EncodeRune(r)
+			out = fmt.Appendf(out, `\u%04x\u%04x`, high, low)
+		default:
+			out = fmt.Appendf(out, `\u%04x`, r)
+		}
+	}
+	return out
 }
 
 // verdictWords are what people read; colours are of the ANSI terminal.
@@ -82,7 +229,11 @@ func (p *flowPrinter) verdict(v abi.Verdict, width int) string {
 //
 //	19:31:02.123  DENIED   edge/web (10.0.1.2:44312) -> data/postgres (10.0.3.2:5432) tcp  egress no-crossing  hook=connect pid=812 (nginx)
 func (p *flowPrinter) compact(f *flow.Flow) string {
-	line := fmt.Sprintf("%s  %s  %s -> %s", f.Time.Local().Format(p.layout), p.verdict(f.Verdict, 7), party(f.Source), party(f.Destination))
+	node := ""
+	if p.nodeName {
+		node = " [" + f.Node + "]"
+	}
+	line := fmt.Sprintf("%s%s  %s  %s -> %s", f.Time.Local().Format(p.layout), node, p.verdict(f.Verdict, 7), party(f.Source), party(f.Destination))
 	if f.Protocol != "" {
 		line += " " + f.Protocol
 	}
@@ -110,6 +261,38 @@ func party(e flow.Endpoint) string {
 		return e.Label()
 	}
 	return e.Label() + " (" + place + ")"
+}
+
+// dict is one flow as lines of KEY: VALUE, with a line between two flows.
+func (p *flowPrinter) dict(f *flow.Flow) error {
+	var b strings.Builder
+	if p.headed {
+		b.WriteString("------------\n")
+	}
+	p.headed = true
+	pair := func(key, value string) {
+		if value != "" {
+			fmt.Fprintf(&b, "%11s: %s\n", key, value)
+		}
+	}
+	pair("TIMESTAMP", f.Time.Local().Format(p.layout))
+	if p.nodeName {
+		pair("NODE", f.Node)
+	}
+	pair("SOURCE", party(f.Source))
+	pair("DESTINATION", party(f.Destination))
+	pair("PROTOCOL", f.Protocol)
+	pair("VERDICT", strings.TrimRight(p.verdict(f.Verdict, 0), " "))
+	pair("REASON", f.Reason.String())
+	pair("DIRECTION", f.Direction.String())
+	pair("CROSSING", f.Crossing)
+	pair("HOOK", f.Hook.String())
+	pair("PROOF", f.Proof.String())
+	if f.PID != 0 || f.Comm != "" {
+		pair("PROCESS", strings.TrimSpace(fmt.Sprintf("%d %s", f.PID, f.Comm)))
+	}
+	_, err := io.WriteString(p.out, b.String())
+	return err
 }
 
 // columns of the table, with widths that most flows keep; a stream cannot wait for
@@ -145,7 +328,7 @@ func (p *flowPrinter) row(f *flow.Flow) error {
 		b.WriteString(at + "  " + verdict)
 		rest := ""
 		for i, c := range columns {
-			if c.wide && p.form != "wide" {
+			if c.wide && p.form != "wide" && !(c.name == "NODE" && p.nodeName) {
 				continue
 			}
 			text := cell(i)

@@ -2,11 +2,14 @@ package main
 
 import (
 	"bytes"
+	"encoding/json"
 	"net/netip"
 	"testing"
 	"time"
 
+	observerpb "github.com/cilium/cilium/api/v1/observer"
 	"github.com/google/go-cmp/cmp"
+	"google.golang.org/protobuf/encoding/protojson"
 
 	"github.com/demarc/demarc/agent/api"
 	"github.com/demarc/demarc/agent/flow"
@@ -59,6 +62,47 @@ func TestFlowPrinter(t *testing.T) {
 {"lost":12,"where":{"kernel":12}}
 {"time":"2026-11-23T19:31:02.123Z","node":"n1","verdict":"allow","reason":"crossing","direction":"ingress","hook":"ingress","protocol":"tcp","source":{"address":"10.0.1.2","port":44312,"identity":257,"workload":"web","zone":"edge","cgroup":"/lab/web"},"destination":{"address":"fd00::2","port":5432,"identity":514,"workload":"postgres","zone":"data"},"crossing":"web-db","proof":"none","cpu":0,"seq":0,"epoch":0}
 {"time":"2026-11-23T19:31:02.123Z","node":"n1","verdict":"audit","reason":"raw-socket","direction":"egress","hook":"sock_create","source":{"identity":257,"workload":"web","zone":"edge","cgroup":"/lab/web"},"destination":{},"proof":"none","comm":"ping","cpu":0,"seq":0,"epoch":0}
+`, ""},
+		{"OK dict", environment{}, flowsOptions{output: "dict", timeFormat: "RFC3339", color: "auto", nodeName: true},
+			`  TIMESTAMP: 2026-11-23T19:31:02Z
+       NODE: n1
+     SOURCE: edge/web (10.0.1.2:44312)
+DESTINATION: data/postgres ([fd00::2]:5432)
+   PROTOCOL: tcp
+    VERDICT: DENIED
+     REASON: no-crossing
+  DIRECTION: egress
+       HOOK: connect
+      PROOF: identity
+    PROCESS: 812 nginx
+------------
+  TIMESTAMP: 2026-11-23T19:31:02Z
+       NODE: n1
+     SOURCE: edge/web (10.0.1.2:44312)
+DESTINATION: data/postgres ([fd00::2]:5432)
+   PROTOCOL: tcp
+    VERDICT: ALLOWED
+     REASON: crossing
+  DIRECTION: ingress
+   CROSSING: web-db
+       HOOK: ingress
+      PROOF: none
+------------
+  TIMESTAMP: 2026-11-23T19:31:02Z
+       NODE: n1
+     SOURCE: edge/web
+DESTINATION: -
+    VERDICT: AUDIT
+     REASON: raw-socket
+  DIRECTION: egress
+       HOOK: sock_create
+      PROOF: none
+    PROCESS: 0 ping
+`, lost},
+		{"OK numeric, and the node", environment{}, flowsOptions{output: "compact", timeFormat: "compact", color: "auto", numeric: true, nodeName: true, silent: true},
+			`19:31:02.123 [n1]  DENIED   identity-257 (10.0.1.2:44312) -> identity-514 ([fd00::2]:5432) tcp  egress no-crossing  hook=connect pid=812 (nginx)
+19:31:02.123 [n1]  ALLOWED  identity-257 (10.0.1.2:44312) -> identity-514 ([fd00::2]:5432) tcp  ingress crossing web-db  hook=ingress
+19:31:02.123 [n1]  AUDIT    identity-257 -> -  egress raw-socket  hook=sock_create (ping)
 `, ""},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -118,5 +162,56 @@ func TestNotReversesOnlyTheNextFilter(t *testing.T) {
 	}
 	if got, want := query.Encode(), "last=20&not-port=80&port=443&verdict=deny"; got != want {
 		t.Errorf("asked %q, want %q", got, want)
+	}
+}
+
+// TestOutputMovesNoCursor gives every form what a terminal would obey, as an agent
+// that somebody took over might send it.
+func TestOutputMovesNoCursor(t *testing.T) {
+	const evil = "a\x1b]0;owned\x07\n\r\u009b31m\x7f\u202e\\"
+	l := lines()[0]
+	f := *l.Flow
+	f.Comm, f.Node, f.Crossing, f.Protocol = evil, evil, evil, evil
+	f.Source.Workload, f.Source.Zone, f.Source.Cgroup, f.Destination = evil, evil, evil, flow.Endpoint{Networks: []string{evil}}
+	for _, form := range []string{"compact", "table", "wide", "dict", "json", "jsonpb"} {
+		var stdout bytes.Buffer
+		env := environment{Stdout: &stdout, Stderr: &stdout, Getenv: func(string) string { return "" }}
+		p := newFlowPrinter(&env, &flowsOptions{output: form, timeFormat: "compact", color: "never", nodeName: true})
+		text, err := json.Marshal(api.Line{Flow: &f})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := p.stream(func(yield func([]byte, error) bool) { yield(text, nil) }); err != nil {
+			t.Fatal(err)
+		}
+		rows := map[string]int{"compact": 1, "table": 2, "wide": 2, "json": 1, "jsonpb": 1, "dict": 12}
+		if got := bytes.Count(stdout.Bytes(), []byte("\n")); got != rows[form] {
+			t.Errorf("%s: %d lines, want %d:\n%q", form, got, rows[form], stdout.String())
+		}
+		if i := bytes.IndexFunc(stdout.Bytes(), func(r rune) bool { return r != '\n' && (r < 0x20 || r > 0x7e) }); i >= 0 {
+			t.Errorf("%s: byte %d of %q", form, i, stdout.String())
+		}
+	}
+}
+
+func TestJSONForHubble(t *testing.T) {
+	var stdout bytes.Buffer
+	env := environment{Stdout: &stdout, Stderr: &stdout, Getenv: func(string) string { return "" }}
+	p := newFlowPrinter(&env, &flowsOptions{output: "jsonpb", timeFormat: "compact", color: "never"})
+	for _, l := range lines()[:2] {
+		if err := p.print(l); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var got []*observerpb.GetFlowsResponse
+	for text := range bytes.Lines(stdout.Bytes()) {
+		r := &observerpb.GetFlowsResponse{}
+		if err := protojson.Unmarshal(text, r); err != nil {
+			t.Fatalf("%s: %v", text, err)
+		}
+		got = append(got, r)
+	}
+	if len(got) != 2 || got[0].GetFlow().GetSource().GetPodName() != "web" || got[0].GetNodeName() != "n1" || got[1].GetLostEvents().GetNumEventsLost() != 12 {
+		t.Errorf("got %v", got)
 	}
 }

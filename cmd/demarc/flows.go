@@ -2,7 +2,9 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"maps"
 	"net/url"
 	"slices"
 	"strconv"
@@ -20,7 +22,8 @@ const defaultLast = 20
 
 type flowsOptions struct {
 	filter     flow.Filter
-	not        bool // the next filter is negated
+	cel        url.Values // expressions, as parameters
+	not        bool       // the next filter is negated
 	follow     bool
 	last       int
 	first      int
@@ -31,6 +34,11 @@ type flowsOptions struct {
 	timeFormat string
 	color      string
 	noColor    bool
+	numeric    bool // identities as numbers, no names
+	nodeName   bool // tell the node in compact, dict and table
+	reconnect  bool
+	silent     bool // nothing on standard error but what ends the command
+	debug      bool
 }
 
 func newFlowsCommand(env *environment) *cobra.Command {
@@ -44,10 +52,15 @@ func newFlowsCommand(env *environment) *cobra.Command {
 Without -f the last 20 kept flows are shown. Filters of different kinds must all
 hold; of filters of one kind given several times, any. --not reverses the next
 filter. Lost flows are never passed over: "lost N flows" tells on standard error,
-a line {"lost":N} with -o json.`,
+a line {"lost":N} with -o json, lost_events with -o jsonpb, which is the form that
+hubble observe --input-file reads.
+
+Words are those of hubble observe where it has them: a zone is a namespace, and a
+workload a pod in it.`,
 		Example: `  demarc flows -f --verdict deny
   demarc flows --since 10m --from edge/web --to data/postgres
-  demarc flows --all --not --reason crossing -o json`,
+  demarc flows --all --not --reason crossing -o json
+  demarc flows --label demarc:zone=edge -o jsonpb | hubble observe --input-file -`,
 		Args: noArguments,
 		RunE: func(c *cobra.Command, _ []string) error {
 			query, err := o.query(c.Flags())
@@ -66,7 +79,7 @@ a line {"lost":N} with -o json.`,
 	flags.BoolVar(&o.all, "all", false, "show all kept flows")
 	flags.Var(&notFlag{&o.not}, "not", "reverse the next filter")
 	flags.Lookup("not").NoOptDefVal = "true"
-	outputFlag(c, &o.output, "compact", "table", "wide", "json")
+	outputFlag(c, &o.output, "compact", "table", "wide", "dict", "json", "jsonpb")
 	o.timeFormat = "compact"
 	flags.Var(&choice{&o.timeFormat, timeFormatNames()}, "time-format", "how times are shown")
 	complete(c, "time-format", timeFormatNames()...)
@@ -74,9 +87,17 @@ a line {"lost":N} with -o json.`,
 	flags.Var(&choice{&o.color, []string{"auto", "always", "never"}}, "color", "auto, always or never")
 	complete(c, "color", "auto", "always", "never")
 	flags.BoolVar(&o.noColor, "no-color", false, "like --color never")
+	flags.BoolVar(&o.numeric, "numeric", false, "identities and addresses as numbers, without names")
+	flags.BoolVar(&o.nodeName, "print-node-name", false, "tell the node of each flow")
+	flags.BoolVar(&o.reconnect, "reconnect", false, "with -f: when the agent goes away, wait for it and go on from there")
+	flags.BoolVarP(&o.silent, "silent-errors", "s", false, "do not tell losses and lost connections on standard error")
+	flags.BoolVarP(&o.debug, "debug", "D", false, "tell on standard error what the agent is asked")
+	flags.BoolP("ipv4", "4", false, "like --ip-version v4")
+	flags.BoolP("ipv6", "6", false, "like --ip-version v6")
+	flags.Var(&expressionFlag{&o}, api.Expression, "CEL on the flow as -o jsonpb shows it, like '_flow.l4.TCP.destination_port > 1023u'")
 	for _, f := range flow.Fields {
 		value := &filterFlag{&o, f.Name}
-		flags.Var(value, f.Name, f.Help)
+		flags.VarP(value, f.Name, shorthands[f.Name], f.Help)
 		switch {
 		case f.Words != nil:
 			complete(c, f.Name, f.Words...)
@@ -91,6 +112,9 @@ a line {"lost":N} with -o json.`,
 	return c
 }
 
+// shorthands are Hubble's.
+var shorthands = map[string]string{"type": "t", "namespace": "n", "label": "l"}
+
 // query checks how the options go together, and says them to the agent.
 func (o *flowsOptions) query(flags *pflag.FlagSet) (url.Values, error) {
 	if o.not {
@@ -98,6 +122,16 @@ func (o *flowsOptions) query(flags *pflag.FlagSet) (url.Values, error) {
 	}
 	if o.last < 0 || o.first < 0 {
 		return nil, usagef("--last and --first count from 0")
+	}
+	for name, version := range map[string]string{"ipv4": "v4", "ipv6": "v6"} {
+		if set, err := flags.GetBool(name); err == nil && set {
+			if err := o.filter.Add("ip-version", version, false); err != nil {
+				return nil, usageError{err}
+			}
+		}
+	}
+	if o.reconnect && !o.follow {
+		return nil, usagef("--reconnect is of use with -f only")
 	}
 	chosen := 0
 	for _, name := range []string{"last", "first", "all"} {
@@ -109,6 +143,7 @@ func (o *flowsOptions) query(flags *pflag.FlagSet) (url.Values, error) {
 		return nil, usagef("--last, --first and --all exclude each other")
 	}
 	v := o.filter.Values()
+	maps.Copy(v, o.cel)
 	if o.first > 0 {
 		v.Set("first", strconv.Itoa(o.first))
 	}
@@ -151,16 +186,46 @@ func flowsRun(ctx context.Context, env *environment, o *flowsOptions, query url.
 	}
 	defer client.Close()
 	out := newFlowPrinter(env, o)
-	for line, err := range client.Flows(ctx, query) {
-		if err != nil {
-			return err
+	ask := func() error {
+		if o.debug {
+			fmt.Fprintf(env.Stderr, "asking %s for flows: %s\n", env.server, query.Encode())
 		}
-		if err := out.print(line); err != nil {
-			return fmt.Errorf("write flows: %w", err)
-		}
+		return out.stream(client.FlowLines(ctx, query))
 	}
-	return nil
+	err = ask()
+	for o.reconnect && ctx.Err() == nil && !errors.As(err, new(writeError)) && !out.done(o.first) {
+		if refused := new(api.Error); errors.As(err, &refused) && refused.Code < 500 {
+			break
+		}
+		if !o.silent {
+			why := "the agent ended the stream"
+			if err != nil {
+				why = err.Error()
+			}
+			fmt.Fprintf(env.Stderr, "connecting again: %s\n", why)
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(reconnectAfter):
+		}
+		query.Del("last")
+		if o.first > 0 {
+			query.Set("first", strconv.Itoa(o.first-out.shown))
+		}
+		// From where it broke off; what the agent no longer has is lost with its memory,
+		// unless it keeps a journal.
+		query.Set("since", out.newest.Add(1).Format(time.RFC3339Nano))
+		if out.newest.IsZero() {
+			query.Set("since", time.Now().Format(time.RFC3339Nano))
+		}
+		err = ask()
+	}
+	return err
 }
+
+// reconnectAfter is how long a lost agent is left alone.
+const reconnectAfter = time.Second
 
 // filterFlag is one kind of filter as a flag that may be given several times.
 type filterFlag struct {
@@ -176,6 +241,25 @@ func (f *filterFlag) Set(s string) error {
 
 func (f *filterFlag) String() string { return "" }
 func (f *filterFlag) Type() string   { return "VALUE" }
+
+// expressionFlag is --cel-expression.
+type expressionFlag struct{ options *flowsOptions }
+
+func (f *expressionFlag) Set(s string) error {
+	name := api.Expression
+	if f.options.not {
+		name = flow.Negated + name
+	}
+	f.options.not = false
+	if f.options.cel == nil {
+		f.options.cel = url.Values{}
+	}
+	f.options.cel.Add(name, s)
+	return nil
+}
+
+func (f *expressionFlag) String() string { return "" }
+func (f *expressionFlag) Type() string   { return "CEL" }
 
 // notFlag is --not. It takes no value.
 type notFlag struct{ not *bool }
@@ -228,7 +312,7 @@ func policyWords(ctx context.Context, client *api.Client, field string) ([]strin
 			return nil, err
 		}
 		words = names
-	case "from-zone", "to-zone":
+	case "from-zone", "to-zone", "zone", "from-namespace", "to-namespace", "namespace":
 		zones, err := client.Zones(ctx)
 		if err != nil {
 			return nil, err
@@ -236,7 +320,17 @@ func policyWords(ctx context.Context, client *api.Client, field string) ([]strin
 		for _, z := range zones {
 			words = append(words, z.Name)
 		}
-	case "from", "to":
+	case "from-workload", "to-workload", "workload":
+		identities, err := client.Identities(ctx)
+		if err != nil {
+			return nil, err
+		}
+		for _, i := range identities {
+			if i.Workload != "" {
+				words = append(words, i.Workload)
+			}
+		}
+	case "from", "to", "from-identity", "to-identity", "identity", "from-pod", "to-pod", "pod":
 		identities, err := client.Identities(ctx)
 		if err != nil {
 			return nil, err

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -36,7 +37,7 @@ func identitiesRun(ctx context.Context, env *environment, form string) error {
 	}
 	heading := []string{"IDENTITY", "NAME", "BINDINGS", "CGROUPS"}
 	if form == "wide" {
-		heading = append(heading, "ROLES", "SELECTORS", "SPIFFE")
+		heading = append(heading, "ROLES", "QUARANTINED", "SELECTORS", "SPIFFE")
 	}
 	row := func(i api.Identity) []string {
 		cgroups := strings.Join(i.Cgroups, ",")
@@ -45,7 +46,11 @@ func identitiesRun(ctx context.Context, env *environment, form string) error {
 		}
 		cells := []string{strconv.FormatUint(uint64(i.Identity), 10), i.Name(), strconv.Itoa(i.Bindings), cgroups}
 		if form == "wide" {
-			cells = append(cells, strings.Join(i.Roles, ","), strings.Join(i.Selectors, "; "), i.SPIFFE)
+			quarantined := ""
+			if i.Quarantined != nil {
+				quarantined = "until " + i.Quarantined.Local().Format(time.DateTime)
+			}
+			cells = append(cells, strings.Join(i.Roles, ","), quarantined, strings.Join(i.Selectors, "; "), i.SPIFFE)
 		}
 		return cells
 	}

@@ -123,6 +123,11 @@ func printStatus(w io.Writer, s *api.Status) error {
 	if st := s.Core.Status; st != nil && st.Previous != nil {
 		p.row("Rollback", "to %s version %d", st.Previous.Name, st.Previous.Version)
 	}
+	if st := s.Core.Status; st != nil {
+		for _, q := range st.Quarantines {
+			p.row("Quarantine", "%s", quarantineText(q))
+		}
+	}
 	p.row("Node", "%s, agent %s", s.Node, s.Version)
 	switch st := s.Core.Status; {
 	case st != nil:

@@ -155,11 +155,8 @@ func (d *decoder) crossing(c *cursor) Crossing {
 	x := Crossing{Name: d.str(c), Number: c.u32(), Line: c.u32()}
 	from, to, ports := int(c.u32()), int(c.u32()), int(c.u32())
 	x.Need, x.NAT, x.Log, x.Refuse = Need(c.u8()), NAT(c.u8()), Log(c.u8()), Refuse(c.u8())
-	decoy := c.u8()
-	if decoy > 1 {
-		d.fail("crossing %q: decoy is %d", x.Name, decoy)
-	}
-	x.Decoy = decoy == 1
+	flags := c.u8()
+	x.Decoy, x.Forensic, x.Side = flags&flagDecoy != 0, flags&flagForensic != 0, Side(flags>>flagsSide)
 	x.Rate, x.Burst = c.u64(), c.u64()
 	x.Since, x.Until = int64(c.u64()), int64(c.u64())
 	x.Purpose = d.str(c)

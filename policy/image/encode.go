@@ -152,11 +152,14 @@ func (e *encoder) crossing(c *Crossing) {
 	b.u8(uint8(c.NAT))
 	b.u8(uint8(c.Log))
 	b.u8(uint8(c.Refuse))
+	flags := uint8(c.Side) << flagsSide
 	if c.Decoy {
-		b.u8(1)
-	} else {
-		b.u8(0)
+		flags |= flagDecoy
 	}
+	if c.Forensic {
+		flags |= flagForensic
+	}
+	b.u8(flags)
 	b.u64(c.Rate)
 	b.u64(c.Burst)
 	b.u64(uint64(c.Since))

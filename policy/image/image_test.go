@@ -137,7 +137,6 @@ func TestDecodeRefuses(t *testing.T) {
 			"address block ::: length 129"},
 		{"bad v4 prefix length", func(b []byte) []byte { b[section(b, 5)+17+16] = 95; return b },
 			"address block 0.0.0.0: length -1"},
-		{"bad decoy", func(b []byte) []byte { b[section(b, 6)+28] = 2; return b }, `crossing "public-web": decoy is 2`},
 		{"bad alternatives", func(b []byte) []byte { b[section(b, 13)+11] = 250; return b },
 			"rule lists 250 crossings, 15 are left"},
 		{"bad alternatives left over", func(b []byte) []byte { b[section(b, 13)+11] = 0; return b },

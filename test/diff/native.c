@@ -25,7 +25,7 @@ struct range {
 };
 
 struct head {
-	__u32 subjects, rules, crossings, prefixes, ranges, queries;
+	__u32 subjects, rules, crossings, prefixes, ranges, quarantines, queries;
 };
 
 struct subject_entry {
@@ -43,12 +43,18 @@ struct prefix_entry {
 	__u32 class;
 };
 
+struct quarantine {
+	__u64 until;
+	__u32 identity, zero;
+};
+
 static struct head head;
 static struct subject_entry *subjects;
 static struct rule_entry *rules;
 static struct demarc_crossing *crossings;
 static struct prefix_entry *prefixes;
 static struct range *ranges;
+static struct quarantine *quarantines;
 
 static struct demarc_subject *table_subject(__u32 slot, __u32 identity)
 {
@@ -56,6 +62,14 @@ static struct demarc_subject *table_subject(__u32 slot, __u32 identity)
 		if (subjects[i].identity == identity)
 			return &subjects[i].subject;
 	return NULL;
+}
+
+static __u64 table_quarantine(__u32 subject)
+{
+	for (__u32 i = 0; i < head.quarantines; i++)
+		if (quarantines[i].identity == subject)
+			return quarantines[i].until;
+	return 0;
 }
 
 static struct demarc_rule *table_rule(__u32 slot, struct demarc_rule_key *key)
@@ -127,6 +141,7 @@ int main(void)
 		crossings = take(head.crossings, sizeof(*crossings));
 		prefixes = take(head.prefixes, sizeof(*prefixes));
 		ranges = take(head.ranges, sizeof(*ranges));
+		quarantines = take(head.quarantines, sizeof(*quarantines));
 		queries = take(head.queries, sizeof(*queries));
 		for (__u32 i = 0; i < head.queries; i++)
 			decide(&queries[i]);
@@ -137,6 +152,7 @@ int main(void)
 		free(crossings);
 		free(prefixes);
 		free(ranges);
+		free(quarantines);
 		free(queries);
 	}
 	return 0;

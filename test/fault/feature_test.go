@@ -26,9 +26,10 @@ const notSupported = unix.Errno(524)
 type outcome string
 
 const (
-	full    outcome = "full"    // it is not needed, or there is another way
-	limited outcome = "limited" // what is not enforced is said, by preflight and by status
-	refused outcome = "refused" // nothing is attached; one line says what is missing
+	full     outcome = "full"     // it is not needed, or there is another way
+	limited  outcome = "limited"  // what is not enforced is said, by preflight and by status
+	degraded outcome = "degraded" // what is stored is enforced; status says what cannot be done
+	refused  outcome = "refused"  // nothing is attached; one line says what is missing
 )
 
 // when makes the kernel answer an error to calls of a kind.
@@ -144,7 +145,7 @@ func TestX10Missing(t *testing.T) {
 		{name: "multipath TCP", decide: noSocket(unix.EPROTONOSUPPORT, func(_, _, protocol uint64) bool { return protocol == unix.IPPROTO_MPTCP }), want: full},
 		{name: "a writable state_dir", decide: when(unix.EROFS, func(c *Call) bool {
 			return c.Name == "openat" && strings.HasPrefix(c.Path, filepath.Join(s.node.Dir(), "state")) && c.Args[2]&unix.O_ACCMODE != unix.O_RDONLY
-		}), want: refused, text: "read-only file system"},
+		}), want: degraded, text: "read-only file system"},
 	}
 	known := s.preflight(Machine{}, record).limits
 	seen := map[outcome]int{}
@@ -154,9 +155,9 @@ func TestX10Missing(t *testing.T) {
 			s.t = t
 			seen[tt.want]++
 			agreed := s.preflight(tt.machine, tt.decide)
-			agreed.limits = slices.DeleteFunc(agreed.limits, func(l string) bool { return slices.Contains(known, l) })
+			agreed.limits = slices.DeleteFunc(agreed.limits, func(l limit) bool { return slices.Contains(known, l) })
 			if agreed.outcome == full && len(agreed.limits) > 0 {
-				agreed.outcome, agreed.text = limited, strings.Join(agreed.limits, "; ")
+				agreed.outcome, agreed.text, agreed.fix = limited, agreed.limits[0].text, agreed.limits[0].fix
 			}
 			got, said := s.try(tt.machine, tt.decide)
 			t.Logf("%s: %s", got, said)
@@ -164,8 +165,11 @@ func TestX10Missing(t *testing.T) {
 				t.Errorf("start: %s, %s\nwant %s, %q", got, said, tt.want, tt.text)
 			}
 			wanted := tt.want
-			if tt.late {
+			switch {
+			case tt.late:
 				wanted = full
+			case tt.want == degraded:
+				wanted = limited
 			}
 			if agreed.outcome != wanted || !tt.late && !strings.Contains(agreed.text, tt.text) {
 				t.Errorf("preflight: %s, %s\nwant %s, %q", agreed.outcome, agreed.text, wanted, tt.text)
@@ -183,10 +187,13 @@ func TestX10Missing(t *testing.T) {
 
 // verdict is what preflight makes of a machine.
 type verdict struct {
-	outcome   outcome  // full or refused
-	text, fix string   // of what decided; a refusal as a start puts it
-	limits    []string // of every check
+	outcome   outcome // full or refused
+	text, fix string  // of what decided; a refusal as a start puts it
+	limits    []limit // of every check
 }
+
+// limit is what preflight says cannot be enforced, and what to do about it.
+type limit struct{ text, fix string }
 
 // preflight asks the core's own command, which must leave nothing behind.
 func (s *scene) preflight(m Machine, decide func(*Call) Answer) verdict {
@@ -205,10 +212,7 @@ func (s *scene) preflight(m Machine, decide func(*Call) Answer) verdict {
 		case !c.OK && v.outcome != refused:
 			v = verdict{outcome: refused, text: c.Name + ": " + c.Problem, fix: c.Fix}
 		case c.Limit != "":
-			v.limits = append(v.limits, c.Limit)
-			if v.outcome == full {
-				v.fix = c.Fix
-			}
+			v.limits = append(v.limits, limit{c.Limit, c.Fix})
 		}
 	}
 	if (status == 0) == (v.outcome == refused) {

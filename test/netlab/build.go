@@ -21,6 +21,23 @@ func (l *Lab) binary(name string) string {
 	return filepath.Join(dir, name)
 }
 
+// release is the path of one of demarc's programs as it is released: static, and
+// without race detector.
+func (l *Lab) release(name string) string {
+	l.t.Helper()
+	if !raceDetector {
+		return l.binary(name)
+	}
+	dir, err := releases()
+	l.check(err, "build programs")
+	return filepath.Join(dir, name)
+}
+
+var releases = sync.OnceValues(func() (string, error) {
+	dir := filepath.Join(process.dir, "release")
+	return dir, build(dir, false, "demarc-core", "demarc-agent", "demarc")
+})
+
 var binaries = sync.OnceValues(func() (string, error) {
 	if dir := os.Getenv(binariesVariable); dir != "" {
 		return dir, nil

@@ -70,6 +70,10 @@ func Main(m *testing.M) {
 	if os.Args[0] == probeName {
 		probe.Main()
 	}
+	if os.Args[0] == machineName {
+		fmt.Fprintln(os.Stderr, "become a machine:", becomeMachine(os.Args[1], os.Args[2]))
+		os.Exit(1)
+	}
 	os.Exit(mainRun(m))
 }
 

@@ -27,8 +27,8 @@ func Read(file string) (*Ring, error) {
 	if err := unix.Fstat(int(f.Fd()), &stat); err != nil {
 		return nil, fmt.Errorf("check keyring: %w", err)
 	}
-	if stat.Mode != unix.S_IFREG|0o600 || stat.Uid != uint32(os.Geteuid()) {
-		return nil, proto.Refuse("make it a file of its user's own, with mode 0600",
+	if stat.Mode|0o200 != unix.S_IFREG|0o600 || stat.Uid != uint32(os.Geteuid()) {
+		return nil, proto.Refuse("make it a file of its user's own, with mode 0600 or 0400",
 			"keyring %s has mode %#o and owner %d", file, stat.Mode&0o7777, stat.Uid)
 	}
 	text := make([]byte, maxFile+1)

@@ -222,6 +222,10 @@ func TestFile(t *testing.T) {
 	if info, err := os.Stat(file); err != nil || info.Mode() != 0o600 || len(entries) != 1 {
 		t.Errorf("mode %v, %v; %d files", info.Mode(), err, len(entries))
 	}
+	must(t, os.Chmod(file, 0o400)) // as a service manager hands it over
+	if got, err = Read(file); err != nil {
+		t.Errorf("read-only: %v", err)
+	}
 }
 
 func TestReadRefuses(t *testing.T) {
@@ -233,6 +237,7 @@ func TestReadRefuses(t *testing.T) {
 		want string
 	}{
 		{"bad mode", func(t *testing.T, file string) { write(t, file, good); must(t, os.Chmod(file, 0o640)) }, " has mode 0640 and owner "},
+		{"bad mode, read-only", func(t *testing.T, file string) { write(t, file, good); must(t, os.Chmod(file, 0o440)) }, " has mode 0440 and owner "},
 		{"bad set-user", func(t *testing.T, file string) { write(t, file, good); must(t, os.Chmod(file, 0o600|fs.ModeSetuid)) }, " has mode 04600"},
 		{"bad symlink", func(t *testing.T, file string) { write(t, file+"2", good); must(t, os.Symlink(file+"2", file)) }, "open keyring: "},
 		{"bad directory", func(t *testing.T, file string) { must(t, os.Mkdir(file, 0o600)) }, " has mode 0600"},

@@ -95,6 +95,17 @@ func (c *Client) Image() (*os.File, error) {
 	return files[0], nil
 }
 
+// Quarantine leaves an identity its forensic crossings only, for a time in whole
+// milliseconds. Automatic ones, which nobody ordered, are few at a time.
+func (c *Client) Quarantine(id uint32, lasting time.Duration, reason string, automatic bool) (*Status, error) {
+	return c.status(Request{Op: OpQuarantine, Identity: id, For: lasting.Milliseconds(), Reason: reason, Automatic: automatic}, nil)
+}
+
+// Release ends a quarantine.
+func (c *Client) Release(id uint32) (*Status, error) {
+	return c.status(Request{Op: OpRelease, Identity: id}, nil)
+}
+
 // Audit returns where the audit log ends, and its files, the oldest first. The caller
 // closes them.
 func (c *Client) Audit() (*Audit, []*os.File, error) {

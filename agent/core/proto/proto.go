@@ -34,6 +34,9 @@ const (
 	OpUnbind   Op = "unbind"   // withdraw a claim
 	OpForget   Op = "forget"   // withdraw every claim that was not made on this connection
 	OpAudit    Op = "audit"    // answer: Audit, and the files of the log, the oldest first
+
+	OpQuarantine Op = "quarantine" // an identity keeps its forensic crossings only, for a time; answer: Status
+	OpRelease    Op = "release"    // end that; answer: Status
 )
 
 // Request is one question.
@@ -41,8 +44,12 @@ type Request struct {
 	Op       Op     `json:"op"`
 	Version  int    `json:"version,omitempty"`  // OpHello
 	Path     string `json:"path,omitempty"`     // OpBind, OpUnbind: below the managed root, "/lab/api-1"
-	Identity uint32 `json:"identity,omitempty"` // OpBind
+	Identity uint32 `json:"identity,omitempty"` // OpBind, OpQuarantine, OpRelease
 	Within   int64  `json:"within,omitempty"`   // OpApply: ms until the kernel takes it back unless it is confirmed; 0 = for good
+
+	For       int64  `json:"for,omitempty"`       // OpQuarantine: ms
+	Reason    string `json:"reason,omitempty"`    // OpQuarantine
+	Automatic bool   `json:"automatic,omitempty"` // OpQuarantine: nobody ordered it
 }
 
 // Response is the answer. Error is empty on success; Hint says how to mend it.
@@ -122,6 +129,29 @@ type Status struct {
 	Unconfirmed *Unconfirmed `json:"unconfirmed,omitempty"` // the change that waits to be confirmed
 	Links       []Link       `json:"links,omitempty"`
 	Claims      int          `json:"claims"` // paths bound by the agent
+	Quarantines []Quarantine `json:"quarantines,omitempty"`
+	Keys        []TagKey     `json:"keys,omitempty"`
+	Proved      time.Time    `json:"proved,omitzero"` // when the canary last proved that the kernel enforces
+	Drifts      uint64       `json:"drifts"`          // things found changed since this core started, each look at each counted
+}
+
+// Quarantine is an identity that has only its forensic crossings.
+type Quarantine struct {
+	Identity  uint32    `json:"identity"`
+	Workload  string    `json:"workload,omitempty"` // "" = none of the policy in force
+	Since     time.Time `json:"since"`
+	Until     time.Time `json:"until"`
+	Reason    string    `json:"reason"`
+	By        string    `json:"by"`
+	Automatic bool      `json:"automatic,omitempty"` // nobody ordered it
+}
+
+// TagKey is a key of the keyring, without the key.
+type TagKey struct {
+	Epoch   uint8     `json:"epoch"`
+	From    time.Time `json:"from,omitzero"`  // it is sent with; zero = always
+	Until   time.Time `json:"until,omitzero"` // tags are good; zero = for ever
+	Sending bool      `json:"sending,omitempty"`
 }
 
 // Unconfirmed is a change that ends by itself.
