@@ -367,7 +367,14 @@ func (c *Core) install(g *generation, how change) (err error) {
 		return err
 	}
 	undo = append(undo, func() { _ = emptySlot(c.objects, g.slot); g.close() })
-	if err := g.fill(c.objects); err != nil {
+	var questions *selftest
+	asking := make(chan error, 1)
+	go func() {
+		var err error
+		questions, err = newSelftest(c.objects, g, c.active)
+		asking <- err
+	}()
+	if err := errors.Join(g.fill(c.objects), <-asking); err != nil {
 		return err
 	}
 	if err := g.freeze(); err != nil {
@@ -391,10 +398,6 @@ func (c *Core) install(g *generation, how change) (err error) {
 		undo = append(undo, func() { c.links.detach(attachOrder) })
 	}
 	if g.bindings, _, err = s.scan("/"); err != nil {
-		return err
-	}
-	questions, err := newSelftest(c.objects, g, c.active)
-	if err != nil {
 		return err
 	}
 	if err := questions.before(); err != nil {
