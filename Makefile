@@ -45,9 +45,9 @@ test: ## everything that CI runs: generated code, lint, unit tests, tests as roo
 	$(MAKE) --no-print-directory check-generate lint tcb unit root
 
 # Newest last. Kernels are kept outside the checkout, by checksum; `make clean` removes them.
-KERNELS ?= 6.1 6.12 6.18 7.3
+KERNELS ?= 5.10 6.1 6.12 6.18 7.3
 KERNEL_CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/demarc/kernels
-test-kernels: ## demarc in virtual machines with the kernels KERNELS (6.1 6.12 6.18 7.3)
+test-kernels: ## demarc in virtual machines with the kernels KERNELS (5.10 6.1 6.12 6.18 7.3)
 	scripts/install kernels
 	test/vm/fetch $(KERNEL_CACHE) $(KERNELS)
 	DEMARC_KERNELS=$(KERNEL_CACHE) DEMARC_KERNEL_SERIES="$(KERNELS)" test/run -tags kernels -count=1 -v -timeout 30m ./test/vm
@@ -92,10 +92,13 @@ bench: ## the largest policies, CHANGES (50) of one, ROUNDS (15) of traffic besi
 	exit $$status
 
 REPEAT ?= 200000
-bench-micro: ## single packets by BPF_PROG_TEST_RUN, REPEAT (200000) times, net of an empty program
+bench-micro: ## single packets, REPEAT (200000) times, net of an empty program; events through the agent, up to a million a second
 	scripts/install bench
 	@mkdir -p $(BIN)
-	REPEAT=$(REPEAT) BENCH_JSON=$(CURDIR)/$(BIN)/bench-micro.json test/run -count=1 -v -timeout 20m -run '^TestPackets$$' ./test/bench
+	status=0; \
+	REPEAT=$(REPEAT) BENCH_JSON=$(CURDIR)/$(BIN)/bench-micro.json test/run -count=1 -v -timeout 20m -run '^TestPackets$$' ./test/bench || status=1; \
+	REPEAT=$(REPEAT) BENCH_JSON=$(CURDIR)/$(BIN)/bench-events.json test/run -count=1 -v -timeout 20m -run '^TestEvents$$' ./test/bench || status=1; \
+	exit $$status
 
 clean: ## remove what the build made, and kernels that were fetched
 	rm -rf $(BIN) $(KERNEL_CACHE)
