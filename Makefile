@@ -49,9 +49,9 @@ test: ## everything that CI runs: generated code, lint, unit tests, tests as roo
 	$(MAKE) --no-print-directory check-generate lint tcb unit root
 
 # Newest last. Kernels are kept outside the checkout, by checksum; `make clean` removes them.
-KERNELS ?= 6.1 6.12 6.18 7.3
+KERNELS ?= 5.10 6.1 6.12 6.18 7.3
 KERNEL_CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/demarc/kernels
-test-kernels: ## demarc in virtual machines with the kernels KERNELS (6.1 6.12 6.18 7.3)
+test-kernels: ## demarc in virtual machines with the kernels KERNELS (5.10 6.1 6.12 6.18 7.3)
 	scripts/install kernels
 	test/vm/fetch $(KERNEL_CACHE) $(KERNELS)
 	DEMARC_KERNELS=$(KERNEL_CACHE) DEMARC_KERNEL_SERIES="$(KERNELS)" test/run -tags kernels -count=1 -v -timeout 30m ./test/vm
