@@ -19,16 +19,10 @@ import (
 // kernel is what the agent reads of the kernel's state. donated is the real one; the
 // reading methods may be used at the same time, but not during or after Close.
 type kernel interface {
-<<<<<<< HEAD
-	// Next waits for the next record of a ring, abi.RingSignals among them. It returns os.ErrClosed once the kernel
-	// is closed. One goroutine reads each ring; the bytes hold until its next call.
-	Next(ring int) ([]byte, error)
-=======
-	// Next waits for a ring's next event, and says whether more were there when it
+	// Next waits for the next record of a ring, abi.RingSignals among them, and says whether more were there when it
 	// came. It returns os.ErrClosed once the kernel is closed. One goroutine reads each
 	// ring; the bytes hold until its next call.
 	Next(ring int) (event []byte, more bool, err error)
->>>>>>> main
 	// Drained says whether every event made before this call was returned by Next,
 	// and its reader asks for another.
 	Drained() bool
@@ -126,7 +120,7 @@ func openMap(f *os.File, kind ebpf.MapType) (*ebpf.Map, error) {
 // rest is how long a ring that was read empty is left alone. An event that wakes its
 // reader costs the packet that made it several microseconds; those that come
 // meanwhile cost nothing more, and the rings hold far more than come in that time.
-const rest = 10 * time.Millisecond
+const rest = 25 * time.Millisecond
 
 func (m *donated) Next(ring int) ([]byte, bool, error) {
 	if r := &m.records[ring]; r.RawSample != nil && r.Remaining == 0 {

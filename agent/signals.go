@@ -113,7 +113,7 @@ func (c *signalCursor) wait(ctx context.Context) bool {
 func (l *link) readSignals(k kernel) error {
 	var s abi.Signal
 	for {
-		b, err := k.Next(abi.RingSignals)
+		b, _, err := k.Next(abi.RingSignals)
 		if err == nil {
 			err = detect.DecodeRecord(b, &s)
 		}

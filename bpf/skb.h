@@ -52,8 +52,8 @@ static __always_inline bool answers(struct bpf_sock *sk)
 }
 
 /* True: the packet may pass. */
-static __always_inline bool judge_closely(struct __sk_buff *skb, struct bpf_sock *sk, __u32 tcp_state, bool outgoing,
-					  __u64 active, struct outcome *o)
+static __always_inline bool judge_closely(struct __sk_buff *skb, struct bpf_sock *sk, bool stream, __u32 tcp_state,
+					  bool outgoing, __u64 active, struct outcome *o)
 {
 	struct packet p;
 	__u32 subject;
@@ -61,17 +61,20 @@ static __always_inline bool judge_closely(struct __sk_buff *skb, struct bpf_sock
 	bool free_to;
 	int reason;
 
+	reason = parse(skb, 0, &p);
 	cgroup = bpf_sk_cgroup_id(sk);
+	o->reported = false;
+	if (stream && !reason && (tcp_state == TCP_LISTEN || (tcp_state == TCP_SYN_SENT && outgoing)) &&
+	    expected(skb, &p, cgroup, DEMARC_ACTIVE_EPOCH(active), outgoing))
+		return true;
 	subject = identity_of(DEMARC_ACTIVE_SLOT(active), cgroup);
 	free_to = carefree(DEMARC_ACTIVE_SLOT(active), subject);
-	o->reported = false;
 	if (free_to && sk->type == SOCK_STREAM && tcp_state != TCP_SYN_SENT && tcp_state != TCP_LISTEN)
 		return true; /* only a handshake could bring a bad proof */
 	begin(o, active, subject, cgroup, outgoing ? DEMARC_HOOK_EGRESS : DEMARC_HOOK_INGRESS);
 	o->query.direction = outgoing ? DEMARC_EGRESS : DEMARC_INGRESS;
 	if (!(DEMARC_ACTIVE_FLAGS(active) & DEMARC_ACTIVE_ON))
 		return !refused(o, DEMARC_NO_POLICY);
-	reason = parse(skb, 0, &p);
 	__builtin_memcpy(&o->opener, &p.tuple, sizeof(o->opener));
 	if (free_to) {
 		if (reason || sk->type == SOCK_RAW)
@@ -114,7 +117,7 @@ static __always_inline bool judge_packet(struct __sk_buff *skb, struct bpf_sock 
 	if (stream ? carried(skb, sk, tcp_state, outgoing, active) :
 		     goes_on(skb, sk, 0, outgoing, true, active))
 		return true;
-	pass = judge_closely(skb, sk, tcp_state, outgoing, active, &o);
+	pass = judge_closely(skb, sk, stream, tcp_state, outgoing, active, &o);
 	if (o.reported)
 		remark(&o);
 	return pass;

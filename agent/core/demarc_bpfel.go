@@ -117,18 +117,25 @@ type demarcDemarcMark struct {
 	Zero    [2]uint8
 }
 
-type demarcDemarcPendingSyn struct {
-	_        structs.HostLayout
-	Self     uint32
-	Peer     uint32
-	Seq      uint32
-	Crossing uint32
-	Epoch    uint32
-	Proof    uint8
-	Reason   uint8
-	Slot     uint8
-	Zero     uint8
-	Until    uint64
+type demarcDemarcPendingBucket struct {
+	_   structs.HostLayout
+	Syn [8]struct {
+		_        structs.HostLayout
+		Mark     uint64
+		Tuple    demarcDemarcTuple
+		Cgroup   uint64
+		Until    uint64
+		Self     uint32
+		Peer     uint32
+		Seq      uint32
+		Crossing uint32
+		Epoch    uint32
+		Born     uint32
+		Proof    uint8
+		Reason   uint8
+		Slot     uint8
+		Zero     [5]uint8
+	}
 }
 
 type demarcDemarcPortKey struct {
@@ -229,15 +236,6 @@ type demarcDemarcSocket struct {
 	Until     uint64
 }
 
-type demarcDemarcSpeaker struct {
-	_        structs.HostLayout
-	Tuple    demarcDemarcTuple
-	Identity uint32
-	Answer   uint8
-	Omitted  uint8
-	Zero     [2]uint8
-}
-
 type demarcDemarcState struct {
 	_           structs.HostLayout
 	Active      uint64
@@ -260,13 +258,15 @@ type demarcDemarcTuple struct {
 }
 
 type demarcDemarcYoung struct {
-	_      structs.HostLayout
-	Cookie uint64
-	Over   uint64
-	Born   uint64
-	Kept   demarcDemarcSocket
-	Fins   uint32
-	Zero   uint32
+	_       structs.HostLayout
+	Cookie  uint64
+	Over    uint64
+	Kept    demarcDemarcSocket
+	Born    uint32
+	Self    uint32
+	Fins    uint8
+	Omitted uint8
+	Zero    [6]uint8
 }
 
 // Names of all BPF objects in the ELF.
@@ -291,6 +291,7 @@ const (
 	demarcMapLineages              = "lineages"
 	demarcMapMarks                 = "marks"
 	demarcMapPaths                 = "paths"
+	demarcMapPendingSeed           = "pending_seed"
 	demarcMapPendingSyns           = "pending_syns"
 	demarcMapPortOwners            = "port_owners"
 	demarcMapPorts                 = "ports"
@@ -307,7 +308,6 @@ const (
 	demarcMapSelftest              = "selftest"
 	demarcMapSignals               = "signals"
 	demarcMapSockets               = "sockets"
-	demarcMapSpeakers              = "speakers"
 	demarcMapState                 = "state"
 	demarcMapSubjects              = "subjects"
 	demarcMapTurns                 = "turns"
@@ -443,6 +443,7 @@ type demarcMapSpecs struct {
 	Lineages      *ebpf.MapSpec `ebpf:"lineages"`
 	Marks         *ebpf.MapSpec `ebpf:"marks"`
 	Paths         *ebpf.MapSpec `ebpf:"paths"`
+	PendingSeed   *ebpf.MapSpec `ebpf:"pending_seed"`
 	PendingSyns   *ebpf.MapSpec `ebpf:"pending_syns"`
 	PortOwners    *ebpf.MapSpec `ebpf:"port_owners"`
 	Ports         *ebpf.MapSpec `ebpf:"ports"`
@@ -459,7 +460,6 @@ type demarcMapSpecs struct {
 	Selftest      *ebpf.MapSpec `ebpf:"selftest"`
 	Signals       *ebpf.MapSpec `ebpf:"signals"`
 	Sockets       *ebpf.MapSpec `ebpf:"sockets"`
-	Speakers      *ebpf.MapSpec `ebpf:"speakers"`
 	State         *ebpf.MapSpec `ebpf:"state"`
 	Subjects      *ebpf.MapSpec `ebpf:"subjects"`
 	Turns         *ebpf.MapSpec `ebpf:"turns"`
@@ -527,6 +527,7 @@ type demarcMaps struct {
 	Lineages      *ebpf.Map `ebpf:"lineages"`
 	Marks         *ebpf.Map `ebpf:"marks"`
 	Paths         *ebpf.Map `ebpf:"paths"`
+	PendingSeed   *ebpf.Map `ebpf:"pending_seed"`
 	PendingSyns   *ebpf.Map `ebpf:"pending_syns"`
 	PortOwners    *ebpf.Map `ebpf:"port_owners"`
 	Ports         *ebpf.Map `ebpf:"ports"`
@@ -543,7 +544,6 @@ type demarcMaps struct {
 	Selftest      *ebpf.Map `ebpf:"selftest"`
 	Signals       *ebpf.Map `ebpf:"signals"`
 	Sockets       *ebpf.Map `ebpf:"sockets"`
-	Speakers      *ebpf.Map `ebpf:"speakers"`
 	State         *ebpf.Map `ebpf:"state"`
 	Subjects      *ebpf.Map `ebpf:"subjects"`
 	Turns         *ebpf.Map `ebpf:"turns"`
@@ -572,6 +572,7 @@ func (m *demarcMaps) Close() error {
 		m.Lineages,
 		m.Marks,
 		m.Paths,
+		m.PendingSeed,
 		m.PendingSyns,
 		m.PortOwners,
 		m.Ports,
@@ -588,7 +589,6 @@ func (m *demarcMaps) Close() error {
 		m.Selftest,
 		m.Signals,
 		m.Sockets,
-		m.Speakers,
 		m.State,
 		m.Subjects,
 		m.Turns,

@@ -310,6 +310,7 @@ const (
 	ActiveOn        = 1
 	ActiveObserve   = 2
 	ActiveUnmanaged = 4
+	ActiveDecoy     = 8
 )
 
 // MakeActive joins slot, flags and epoch into the word that programs read.

@@ -21,7 +21,7 @@ func is(kind detect.SignalKind, workload string, to netlab.Place) func(detect.Si
 // metadata is where clouds tell their machines secrets.
 var metadata = netip.MustParseAddr("169.254.169.254")
 
-const decoyCrossings = `  - {name: trap, from: [workload/web], to: [network/decoy4], ports: [tcp/7001, udp/7001], decoy: true}
+const decoyCrossings = `  - {name: trap, from: [workload/web], to: [network/decoy4], ports: [tcp/7001, udp/7001, tcp/7002], decoy: true}
 `
 
 // Denied contacts are told with the process; each address and port once.
@@ -82,5 +82,6 @@ func TestDecoy(t *testing.T) {
 		return p.Dst.Port() == 7001 && p.Dst.Addr() == w.decoy.IP4 && p.Proto != unix.IPPROTO_ICMP
 	})
 	w.p.Socket("fast", "tcp4")
-	w.p.Connect("fast", w.decoy.At4(7002).String())
+	w.p.Refused(connect("fast", w.decoy.At4(7002)), "EPERM") // although somebody there could prove himself
+	w.node.AwaitSignal("a touch of 7002", is(detect.Decoy, "web", w.decoy.At4(7002)))
 }
