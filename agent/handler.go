@@ -21,6 +21,7 @@ import (
 	"github.com/demarc/demarc/agent/flow"
 	"github.com/demarc/demarc/agent/journal"
 	"github.com/demarc/demarc/bpf/abi"
+	"github.com/demarc/demarc/exporter"
 	"github.com/demarc/demarc/internal/version"
 	"github.com/demarc/demarc/policy/envelope"
 	"github.com/demarc/demarc/policy/image"
@@ -59,6 +60,7 @@ func (s *service) routes() http.Handler {
 	mux.HandleFunc("GET "+api.PathFindings, s.findings)
 	mux.HandleFunc("GET "+api.PathPolicy, s.image)
 	mux.HandleFunc("GET "+api.PathAudit, s.audit)
+	mux.Handle("GET "+api.PathMetrics, http.StripPrefix(strings.TrimSuffix(api.PathMetrics, "/metrics"), exporter.Handler(s.metrics)))
 	mux.Handle("POST "+api.PathPolicy, changing(s.apply))
 	mux.Handle("POST "+api.PathPreview, changing(s.preview))
 	mux.Handle("POST "+api.PathConfirm, changing(s.confirm))

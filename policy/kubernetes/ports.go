@@ -17,14 +17,21 @@ type ports []image.Span
 var everyPort = func() ports {
 	var out ports
 	for _, proto := range image.Protos {
-		last, _ := proto.Last()
-		out = append(out, image.Span{Proto: proto, High: last})
+		out = append(out, whole(proto))
 	}
 	return normal(out)
 }()
 
-// whole is all ports of one protocol.
-func whole(proto image.Proto) image.Span { return image.Span{Proto: proto, High: 65535} }
+// whole is all ports of one protocol. Port 0 is none of them: nobody can listen there,
+// and neither language knows it by itself.
+func whole(proto image.Proto) image.Span {
+	last, _ := proto.Last()
+	s := image.Span{Proto: proto, High: last}
+	if protoWords[proto] != "" {
+		s.Low = 1
+	}
+	return s
+}
 
 // normal makes a set of any spans.
 func normal(spans []image.Span) ports {
@@ -111,19 +118,14 @@ func word(s image.Span) string {
 	case image.ICMP:
 		return "icmp/*"
 	}
-	last, _ := s.Proto.Last()
-	name := protoWords[s.Proto]
-	low := s.Low
-	if low == 0 {
-		if s.High == last {
-			return name + "/*"
-		}
-		low = 1 // no packet has port 0, and the language does not know it
+	switch name := protoWords[s.Proto]; {
+	case s == whole(s.Proto):
+		return name + "/*"
+	case s.Low == s.High:
+		return fmt.Sprintf("%s/%d", name, s.Low)
+	default:
+		return fmt.Sprintf("%s/%d-%d", name, s.Low, s.High)
 	}
-	if low == s.High {
-		return fmt.Sprintf("%s/%d", name, low)
-	}
-	return fmt.Sprintf("%s/%d-%d", name, low, s.High)
 }
 
 func (p ports) String() string { return strings.Join(p.words(), " ") }
