@@ -10,7 +10,7 @@ OBJECT := agent/core/demarc_bpfel.o
 ROOT_TESTS := ./agent/core/... ./test/...
 
 .DEFAULT_GOAL := help
-.PHONY: help build generate check-generate lint test test-kernels test-faults unit root demo tcb fuzz bench bench-micro clean
+.PHONY: help build generate check-generate lint test test-kernels test-packages packages test-faults unit root demo tcb fuzz bench bench-micro clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,6 +31,7 @@ lint: ## formatting and vet
 	@unformatted=$$(gofmt -l $$(git ls-files '*.go')); [ -z "$$unformatted" ] || { echo "gofmt would change:"; echo "$$unformatted"; exit 1; }
 	$(GO) vet ./...
 	$(GO) vet -tags kernels ./test/vm/...
+	$(GO) vet -tags packages ./test/systemd
 
 unit:
 	$(GO) test -race $$($(GO) list ./... | grep -v -e /agent/core -e '/test/')
@@ -50,6 +51,19 @@ test-kernels: ## demarc in virtual machines with the kernels KERNELS (6.1 6.12 6
 	scripts/install kernels
 	test/vm/fetch $(KERNEL_CACHE) $(KERNELS)
 	DEMARC_KERNELS=$(KERNEL_CACHE) DEMARC_KERNEL_SERIES="$(KERNELS)" test/run -tags kernels -count=1 -v -timeout 30m ./test/vm
+
+ARCH ?= amd64 arm64
+packages: ## deb and rpm for ARCH (amd64 arm64), in bin/packages
+	@for arch in $(ARCH); do deploy/packages/build $$arch $(BIN)/packages || exit 1; done
+
+test-packages: ## packages built twice, judged by lintian, installed, upgraded and removed under a systemd
+	scripts/install packages
+	@rm -rf $(BIN)/test-packages
+	PACKAGE_VERSION=0.1.0 deploy/packages/build amd64 $(BIN)/test-packages/old
+	PACKAGE_VERSION=0.2.0 deploy/packages/build amd64 $(BIN)/test-packages/new
+	PACKAGE_VERSION=0.2.0 deploy/packages/build arm64 $(BIN)/test-packages/new
+	PACKAGE_VERSION=0.2.0 deploy/packages/build amd64 $(BIN)/test-packages/again
+	DEMARC_PACKAGES=$(CURDIR)/$(BIN)/test-packages test/run -tags packages -count=1 -v -run Package -timeout 20m ./test/systemd
 
 FAULTS ?= 200
 test-faults: ## the core killed and failed at FAULTS (200) places of each phase of its life, under load
