@@ -10,7 +10,7 @@ OBJECT := agent/core/demarc_bpfel.o
 ROOT_TESTS := ./agent/core/... ./test/...
 
 .DEFAULT_GOAL := help
-.PHONY: help build generate check-generate lint test test-kernels test-packages packages test-faults unit root demo tcb fuzz bench bench-micro clean
+.PHONY: help build generate check-generate lint test test-kernels test-hubble test-packages packages test-faults lateral unit root demo tcb fuzz bench bench-micro clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,6 +32,7 @@ lint: ## formatting and vet
 	$(GO) vet ./...
 	$(GO) vet -tags kernels ./test/vm/...
 	$(GO) vet -tags packages ./test/systemd
+	$(GO) vet -tags hubble ./test/e2e
 
 unit:
 	$(GO) test -race $$($(GO) list ./... | grep -v -e /agent/core -e '/test/')
@@ -45,9 +46,9 @@ test: ## everything that CI runs: generated code, lint, unit tests, tests as roo
 	$(MAKE) --no-print-directory check-generate lint tcb unit root
 
 # Newest last. Kernels are kept outside the checkout, by checksum; `make clean` removes them.
-KERNELS ?= 6.1 6.12 6.18 7.3
+KERNELS ?= 5.10 6.1 6.12 6.18 7.3
 KERNEL_CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/demarc/kernels
-test-kernels: ## demarc in virtual machines with the kernels KERNELS (6.1 6.12 6.18 7.3)
+test-kernels: ## demarc in virtual machines with the kernels KERNELS (5.10 6.1 6.12 6.18 7.3)
 	scripts/install kernels
 	test/vm/fetch $(KERNEL_CACHE) $(KERNELS)
 	DEMARC_KERNELS=$(KERNEL_CACHE) DEMARC_KERNEL_SERIES="$(KERNELS)" test/run -tags kernels -count=1 -v -timeout 30m ./test/vm
@@ -65,10 +66,20 @@ test-packages: ## packages built twice, judged by lintian, installed, upgraded a
 	PACKAGE_VERSION=0.2.0 deploy/packages/build amd64 $(BIN)/test-packages/again
 	DEMARC_PACKAGES=$(CURDIR)/$(BIN)/test-packages test/run -tags packages -count=1 -v -run Package -timeout 20m ./test/systemd
 
+test-hubble: ## build Cilium's hubble command (some minutes), and compare what it shows with what it should
+	scripts/install test
+	@mkdir -p $(BIN)
+	cd test/hubble && CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-s -w' -o $(CURDIR)/$(BIN)/hubble github.com/cilium/cilium/hubble
+	DEMARC_HUBBLE=$(CURDIR)/$(BIN)/hubble test/run -tags hubble -count=1 -v -timeout 20m -run '^TestHubble$$' ./test/e2e
+
 FAULTS ?= 200
 test-faults: ## the core killed and failed at FAULTS (200) places of each phase of its life, under load
 	scripts/install test
 	DEMARC_FAULTS=$(FAULTS) test/run -count=1 -v -timeout 4h ./test/fault
+
+lateral: ## what intruders do, with their tools, and what is found of it; a benign day, and what is not
+	scripts/install test
+	DEMARC_LATERAL=all test/run -count=1 -v -timeout 30m ./test/lateral
 
 demo: ## nginx -> API -> PostgreSQL in namespaces of its own, and what is refused
 	scripts/install demo
@@ -95,10 +106,13 @@ bench: ## the largest policies, CHANGES (50) of one, ROUNDS (15) of traffic besi
 	exit $$status
 
 REPEAT ?= 200000
-bench-micro: ## single packets by BPF_PROG_TEST_RUN, REPEAT (200000) times, net of an empty program
+bench-micro: ## single packets, REPEAT (200000) times, net of an empty program; events through the agent, up to a million a second
 	scripts/install bench
 	@mkdir -p $(BIN)
-	REPEAT=$(REPEAT) BENCH_JSON=$(CURDIR)/$(BIN)/bench-micro.json test/run -count=1 -v -timeout 20m -run '^TestPackets$$' ./test/bench
+	status=0; \
+	REPEAT=$(REPEAT) BENCH_JSON=$(CURDIR)/$(BIN)/bench-micro.json test/run -count=1 -v -timeout 20m -run '^TestPackets$$' ./test/bench || status=1; \
+	REPEAT=$(REPEAT) BENCH_JSON=$(CURDIR)/$(BIN)/bench-events.json test/run -count=1 -v -timeout 20m -run '^TestEvents$$' ./test/bench || status=1; \
+	exit $$status
 
 clean: ## remove what the build made, and kernels that were fetched
 	rm -rf $(BIN) $(KERNEL_CACHE)

@@ -83,7 +83,7 @@ func limitFiles(c *Config) error {
 		landlock.PathAccess(ll.AccessFSReadDir, cgroupMounts()...),
 		landlock.RODirs("/proc", "/sys/devices/system/cpu").IgnoreIfMissing(),
 		// The core makes its socket anew when it starts.
-		landlock.PathAccess(ll.AccessFSResolveUnix, filepath.Dir(c.Core)).IgnoreIfMissing(),
+		landlock.PathAccess(ll.AccessFSResolveUnix, existing(filepath.Dir(c.Core))),
 	}
 	if notify := os.Getenv("NOTIFY_SOCKET"); filepath.IsAbs(notify) {
 		rules = append(rules, landlock.PathAccess(ll.AccessFSResolveUnix, notify).IgnoreIfMissing())
@@ -114,6 +114,17 @@ func limitFiles(c *Config) error {
 		}
 	}
 	return landlock.V9.BestEffort().Restrict(rules...)
+}
+
+// existing is a directory, or the nearest above it that is there: the core may make its
+// own after the agent has started.
+func existing(dir string) string {
+	for {
+		if _, err := os.Stat(dir); err == nil || dir == filepath.Dir(dir) {
+			return dir
+		}
+		dir = filepath.Dir(dir)
+	}
 }
 
 // cgroupMounts lists where cgroup2 is mounted.

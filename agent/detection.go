@@ -37,8 +37,11 @@ func newDetection(c *Config, l *link, r *flow.Resolver, log *zap.Logger) *detect
 	if config == nil {
 		config = detect.DefaultConfig()
 	}
+	contain := &detect.Containment{Config: config, Quarantine: func(workload string, lasting time.Duration, reason string) error {
+		return l.quarantine(workload, lasting, reason, true)
+	}}
 	return &detection{
-		link: l, resolver: r, engine: detect.NewEngine(config), contain: &detect.Containment{Config: config},
+		link: l, resolver: r, engine: detect.NewEngine(config), contain: contain,
 		found: detect.NewFindings(), log: log, ready: make(chan struct{}),
 	}
 }

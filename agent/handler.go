@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"bytes"
 	"cmp"
 	"errors"
 	"fmt"
@@ -19,6 +20,7 @@ import (
 	"github.com/demarc/demarc/agent/core/proto"
 	"github.com/demarc/demarc/agent/flow"
 	"github.com/demarc/demarc/bpf/abi"
+	"github.com/demarc/demarc/exporter"
 	"github.com/demarc/demarc/internal/version"
 	"github.com/demarc/demarc/policy/envelope"
 	"github.com/demarc/demarc/policy/image"
@@ -56,6 +58,7 @@ func (s *service) routes() http.Handler {
 	mux.HandleFunc("GET "+api.PathFindings, s.findings)
 	mux.HandleFunc("GET "+api.PathPolicy, s.image)
 	mux.HandleFunc("GET "+api.PathAudit, s.audit)
+	mux.Handle("GET "+api.PathMetrics, http.StripPrefix(strings.TrimSuffix(api.PathMetrics, "/metrics"), exporter.Handler(s.metrics)))
 	mux.Handle("POST "+api.PathPolicy, changing(s.apply))
 	mux.Handle("POST "+api.PathPreview, changing(s.preview))
 	mux.Handle("POST "+api.PathConfirm, changing(s.confirm))
@@ -328,7 +331,10 @@ func (s *service) audit(w http.ResponseWriter, r *http.Request) {
 func (s *service) offered(w http.ResponseWriter, r *http.Request) (*image.Image, *os.File, error) {
 	rc := http.NewResponseController(w)
 	_ = rc.SetReadDeadline(time.Now().Add(bodyTimeout))
-	b, err := io.ReadAll(http.MaxBytesReader(w, r.Body, envelope.MaxSize))
+	var body bytes.Buffer
+	body.Grow(int(min(max(r.ContentLength, 0), envelope.MaxSize)) + bytes.MinRead)
+	_, err := body.ReadFrom(http.MaxBytesReader(w, r.Body, envelope.MaxSize))
+	b := body.Bytes()
 	var tooLarge *http.MaxBytesError
 	switch {
 	case errors.As(err, &tooLarge):
@@ -337,9 +343,9 @@ func (s *service) offered(w http.ResponseWriter, r *http.Request) (*image.Image,
 		return nil, nil, &api.Error{Code: http.StatusBadRequest, Message: "read image: " + err.Error()}
 	}
 	var img *image.Image
-	body, _, err := envelope.Open(b)
+	encoded, _, err := envelope.Open(b)
 	if err == nil {
-		img, err = image.Decode(body)
+		img, err = image.Decode(encoded)
 	}
 	if err == nil {
 		err = image.Verify(img)

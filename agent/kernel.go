@@ -19,9 +19,10 @@ import (
 // kernel is what the agent reads of the kernel's state. donated is the real one; the
 // reading methods may be used at the same time, but not during or after Close.
 type kernel interface {
-	// Next waits for a ring's next event. It returns os.ErrClosed once the kernel
-	// is closed. One goroutine reads each ring; the bytes hold until its next call.
-	Next(ring int) ([]byte, error)
+	// Next waits for a ring's next event, and says whether more were there when it
+	// came. It returns os.ErrClosed once the kernel is closed. One goroutine reads each
+	// ring; the bytes hold until its next call.
+	Next(ring int) (event []byte, more bool, err error)
 	// Drained says whether every event made before this call was returned by Next,
 	// and its reader asks for another.
 	Drained() bool
@@ -121,7 +122,7 @@ func openMap(f *os.File, kind ebpf.MapType) (*ebpf.Map, error) {
 // meanwhile cost nothing more, and the rings hold far more than come in that time.
 const rest = 10 * time.Millisecond
 
-func (m *donated) Next(ring int) ([]byte, error) {
+func (m *donated) Next(ring int) ([]byte, bool, error) {
 	if r := &m.records[ring]; r.RawSample != nil && r.Remaining == 0 {
 		time.Sleep(rest)
 	}
@@ -132,7 +133,7 @@ func (m *donated) Next(ring int) ([]byte, error) {
 	if errors.Is(err, ringbuf.ErrClosed) {
 		err = os.ErrClosed
 	}
-	return m.records[ring].RawSample, err
+	return m.records[ring].RawSample, m.records[ring].Remaining > 0, err
 }
 
 func (m *donated) Drained() bool {

@@ -133,7 +133,7 @@ func TestDonatedMapsAreRead(t *testing.T) {
 
 	for i := range int64(3) {
 		emitReal(t, made["denied"], 100+i)
-		b, err := k.Next(abi.RingDenied)
+		b, _, err := k.Next(abi.RingDenied)
 		var e abi.Event
 		if err == nil {
 			err = flow.DecodeEvent(b, &e)
@@ -146,7 +146,7 @@ func TestDonatedMapsAreRead(t *testing.T) {
 	// Closing ends a reader that waits.
 	ended := make(chan error)
 	go func() {
-		_, err := k.Next(abi.RingAllowed)
+		_, _, err := k.Next(abi.RingAllowed)
 		ended <- err
 	}()
 	if err := k.Close(); err != nil {

@@ -202,23 +202,37 @@ func (l *link) connected(parent context.Context, up func()) error {
 	}
 }
 
+// readBatch is how many events are put into the store at a time, at most.
+const readBatch = 256
+
 // read takes a ring's events into the store until the kernel is closed. Only one
 // reader of a ring runs at a time, so that it owns the ring's gaps.
 func (l *link) read(ring int, k kernel) error {
-	var e abi.Event
+	events := make([]abi.Event, 0, readBatch)
+	var missed int64
 	for {
-		b, err := k.Next(ring)
+		b, more, err := k.Next(ring)
+		var e abi.Event
+		if err == nil {
+			err = flow.DecodeEvent(b, &e)
+		}
 		if err != nil {
+			l.store.AddAll(ring, events)
 			return fmt.Errorf("read %s ring: %w", ringNames[ring], err)
 		}
-		if err := flow.DecodeEvent(b, &e); err != nil {
-			return fmt.Errorf("read %s ring: %w", ringNames[ring], err)
-		}
-		if n := l.gaps[ring].See(e.CPU, e.Seq); n != 0 {
-			l.store.Missed(ring, n)
-		}
+		missed += l.gaps[ring].See(e.CPU, e.Seq)
 		if e.Kind == abi.EventVerdict {
-			l.store.Add(ring, &e)
+			events = append(events, e)
+		}
+		// What is there is handed on before anything is waited for, and a loss before
+		// what came after it.
+		if !more || len(events) == cap(events) || missed != 0 {
+			if missed != 0 {
+				l.store.Missed(ring, missed)
+				missed = 0
+			}
+			l.store.AddAll(ring, events)
+			events = events[:0]
 		}
 	}
 }

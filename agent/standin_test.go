@@ -290,12 +290,12 @@ func (s *standIn) open(*proto.Descriptors) (kernel, error) {
 	return &memory{s, make(chan struct{})}, nil
 }
 
-func (m *memory) Next(ring int) ([]byte, error) {
+func (m *memory) Next(ring int) ([]byte, bool, error) {
 	select {
 	case b := <-m.events[ring]:
-		return b, nil
+		return b, len(m.events[ring]) > 0, nil
 	case <-m.closed:
-		return nil, os.ErrClosed
+		return nil, false, os.ErrClosed
 	}
 }
 

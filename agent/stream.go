@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"io"
 	"net/http"
 	"net/url"
 	"strconv"
@@ -11,6 +12,7 @@ import (
 
 	"github.com/demarc/demarc/agent/api"
 	"github.com/demarc/demarc/agent/flow"
+	"github.com/demarc/demarc/agent/hubble"
 )
 
 // parseRequest reads the query parameters strictly: a misspelt filter must not
@@ -21,6 +23,20 @@ func parseRequest(v url.Values, now time.Time) (*flow.Query, error) {
 		return nil, badRequest("%s", err)
 	}
 	q := &flow.Query{Match: filter.Match, Last: -1}
+	for _, not := range []bool{false, true} {
+		name := api.Expression
+		if not {
+			name = flow.Negated + name
+		}
+		holds, err := hubble.Expressions(v[name], not)
+		if err != nil {
+			return nil, badRequest("%s", err)
+		}
+		if before := q.Match; holds != nil {
+			q.Match = func(f *flow.Flow) bool { return before(f) && holds(f) }
+		}
+		delete(v, name)
+	}
 	for name, values := range v {
 		value := values[len(values)-1]
 		switch name {
@@ -83,7 +99,7 @@ func (s *service) flows(w http.ResponseWriter, r *http.Request) {
 	}
 	w.Header().Set("Content-Type", "application/x-ndjson")
 	w.WriteHeader(http.StatusOK)
-	out := &lines{encoder: json.NewEncoder(w), control: http.NewResponseController(w)}
+	out := &lines{to: w, control: http.NewResponseController(w)}
 	_ = s.Flows(r.Context(), q, out) // the reader has gone
 }
 
@@ -102,20 +118,44 @@ func (s *service) resolver() *flow.Resolver {
 
 // lines is a stream of JSON lines to one reader.
 type lines struct {
-	encoder *json.Encoder
+	to      io.Writer
 	control *http.ResponseController
+	buffer  []byte
 }
 
-func (l *lines) Flow(f *flow.Flow) error { return l.encoder.Encode(api.Line{Flow: f}) }
+// fullBuffer is how much is written at a time, in bytes.
+const fullBuffer = 64 << 10
+
+func (l *lines) Flow(f *flow.Flow) error {
+	l.buffer = append(f.AppendJSON(l.buffer), '\n')
+	if len(l.buffer) < fullBuffer {
+		return nil
+	}
+	return l.write()
+}
 
 func (l *lines) Lost(loss flow.Loss) error {
-	return l.encoder.Encode(api.Line{Lost: loss.Total(), Where: &loss})
-}
-
-// Flush gives a slow reader its time for what comes next.
-func (l *lines) Flush() error {
-	if err := l.control.Flush(); err != nil {
+	b, err := json.Marshal(api.Line{Lost: loss.Total(), Where: &loss})
+	if err != nil {
 		return err
 	}
-	return l.control.SetWriteDeadline(time.Now().Add(writeTimeout))
+	l.buffer = append(append(l.buffer, b...), '\n')
+	return nil
+}
+
+// write gives a slow reader its time.
+func (l *lines) write() error {
+	if err := l.control.SetWriteDeadline(time.Now().Add(writeTimeout)); err != nil {
+		return err
+	}
+	_, err := l.to.Write(l.buffer)
+	l.buffer = l.buffer[:0]
+	return err
+}
+
+func (l *lines) Flush() error {
+	if err := l.write(); err != nil {
+		return err
+	}
+	return l.control.Flush()
 }

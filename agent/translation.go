@@ -2,7 +2,6 @@ package agent
 
 import (
 	"crypto/sha256"
-	"fmt"
 	"sync"
 
 	"go.uber.org/zap"
@@ -17,10 +16,11 @@ import (
 const mostQuestions = 4_000_000
 
 // checkedImage remembers the image that was last compared: a preview is followed by the
-// application of the same.
+// application of the same, and most images differ little from the one before.
 type checkedImage struct {
-	mu     sync.Mutex
-	digest [sha256.Size]byte
+	mu       sync.Mutex
+	digest   [sha256.Size]byte
+	subjects policy.Memory
 }
 
 // translated compares the answers of an image's tables with those of the policy that it
@@ -35,19 +35,11 @@ func (s *service) translated(img *image.Image, encoded []byte) error {
 	if s.checked.digest == digest {
 		return nil
 	}
-	coverage, err := compareTables(img, mostQuestions)
+	coverage, err := s.checked.subjects.Check(img, mostQuestions)
 	if err != nil {
 		return err
 	}
 	s.log.Info("the image decides as it declares", zap.String("name", img.Name), zap.Stringer("coverage", coverage))
 	s.checked.digest = digest
 	return nil
-}
-
-func compareTables(img *image.Image, most int) (policy.Coverage, error) {
-	declared, err := policy.Declared(img)
-	if err != nil {
-		return policy.Coverage{}, fmt.Errorf("read the declared policy: %w", err)
-	}
-	return policy.CheckWithin(declared, img, most)
 }

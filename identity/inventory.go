@@ -17,7 +17,14 @@ import (
 // questions about addresses.
 type Inventory struct {
 	Namespaces map[string]Namespace `yaml:"namespaces"`
+	Nodes      map[string]Node      `yaml:"nodes"`
 	Workloads  []Workload           `yaml:"workloads"`
+}
+
+// Node is a Kubernetes node: a host with addresses of its own.
+type Node struct {
+	Labels map[string]string `yaml:"labels"`
+	IPs    []netip.Addr      `yaml:"ips"`
 }
 
 // Namespace is a Kubernetes namespace.
@@ -35,6 +42,8 @@ type Workload struct {
 	Cgroup         string            `yaml:"cgroup"`         // below the managed root, "/lab/api-1"; "" = runs elsewhere
 	IPs            []netip.Addr      `yaml:"ips"`
 	Ports          []Port            `yaml:"ports"`
+	Node           string            `yaml:"node"`        // that a pod runs on; "" = not told
+	HostNetwork    bool              `yaml:"hostNetwork"` // a pod in its node's network namespace
 }
 
 // Port is a declared port of a pod.
@@ -68,7 +77,17 @@ func ParseInventory(file string, src []byte) (*Inventory, error) {
 			return nil, f.Errorf("$.namespaces", "use letters, digits, '-', '_' and '.'", "namespace %q is no name", namespace)
 		}
 	}
-	c := checker{file: f, seen: map[string]int{}, cgroups: map[string]string{}}
+	for node, n := range inv.Nodes {
+		if !validName(node) {
+			return nil, f.Errorf("$.nodes", "use letters, digits, '-', '_' and '.'", "node %q is no name", node)
+		}
+		for _, a := range n.IPs {
+			if !a.IsValid() || a.Zone() != "" {
+				return nil, f.Errorf("$.nodes", "", "%q of node %s is no plain address", a, node)
+			}
+		}
+	}
+	c := checker{file: f, nodes: inv.Nodes, seen: map[string]int{}, cgroups: map[string]string{}}
 	for i, w := range inv.Workloads {
 		if err := c.workload(fmt.Sprintf("$.workloads[%d]", i), i, w); err != nil {
 			return nil, err
@@ -84,6 +103,7 @@ func validName(s string) bool { return len(s) <= 253 && name.MatchString(s) }
 
 type checker struct {
 	file    *yamlfile.File
+	nodes   map[string]Node
 	seen    map[string]int    // key -> index
 	cgroups map[string]string // path -> key
 }
@@ -108,6 +128,12 @@ func (c *checker) workload(at string, i int, w Workload) error {
 			return c.file.Errorf(at+".cgroup", "give each workload a cgroup of its own", "cgroup %s already belongs to %s", w.Cgroup, owner)
 		}
 		c.cgroups[w.Cgroup] = key
+	}
+	if _, known := c.nodes[w.Node]; w.Node != "" && !known {
+		return c.file.Errorf(at+".node", "list it under nodes, with its addresses", "%s runs on node %q, which the inventory does not know", key, w.Node)
+	}
+	if w.HostNetwork && w.Namespace == "" {
+		return c.file.Errorf(at, "give the pod its namespace", "%s has hostNetwork, and only pods have that", key)
 	}
 	for j, a := range w.IPs {
 		if !a.IsValid() || a.Zone() != "" {

@@ -51,6 +51,8 @@ func TestParseInventoryRefuses(t *testing.T) {
 		{"bad shared cgroup", "workloads:\n- {name: a, cgroup: /a}\n- {name: b, cgroup: /a}\n", "i.yaml:3:21: cgroup /a already belongs to a\nhint: give each workload a cgroup of its own"},
 		{"bad nested cgroup", "workloads:\n- {name: a, cgroup: /a/b/c}\n- {name: b, cgroup: /a}\n", "i.yaml:2:21: cgroup /a/b/c lies inside /a of b\nhint: give each workload a cgroup of its own, beside the others"},
 		{"bad protocol", "workloads:\n- name: a\n  ports: [{port: 1}, {protocol: tcp, port: 2}]\n", "i.yaml:3:33: unknown protocol \"tcp\"\nhint: use TCP, UDP or SCTP"},
+		{"bad node", "workloads:\n- {name: a, node: n}\n", "i.yaml:2:19: a runs on node \"n\", which the inventory does not know\nhint: list it under nodes, with its addresses"},
+		{"bad host network", "workloads:\n- {name: a, hostNetwork: true}\n", "i.yaml:2:3: a has hostNetwork, and only pods have that\nhint: give the pod its namespace"},
 		{"bad port", "workloads:\n- name: a\n  ports: [{port: 0}]\n", "i.yaml:3:11: port of a is missing or 0"},
 	} {
 		t.Run(c.name, func(t *testing.T) {

@@ -192,7 +192,7 @@ func (c *compiler) crossings() error {
 		c.img.Crossings[i] = image.Crossing{
 			Name: x.Name, Number: number[i], Line: uint32(x.Pos.Line),
 			From: c.terms(x.From), To: c.terms(x.To), Ports: normalSpans(x.Ports),
-			Need: x.Need, NAT: x.NAT, Log: x.Log, Refuse: x.Refuse, Decoy: x.Decoy, Forensic: x.Forensic,
+			Need: x.Need, NAT: x.NAT, Side: x.Side, Log: x.Log, Refuse: x.Refuse, Decoy: x.Decoy, Forensic: x.Forensic,
 			Rate: x.Rate, Burst: x.Burst, Since: since, Until: until, Purpose: x.Purpose,
 		}
 	}
@@ -334,6 +334,9 @@ func (c *compiler) facing() [2][][]uint32 {
 	for d := range out {
 		out[d] = make([][]uint32, workloads+zones+2)
 		for i := range c.img.Crossings {
+			if !c.img.Crossings[i].Side.HoldsAt(image.Direction(d)) {
+				continue
+			}
 			side := c.img.Crossings[i].From
 			if image.Direction(d) == image.Ingress {
 				side = c.img.Crossings[i].To

@@ -86,7 +86,7 @@ func Declared(img *image.Image) (*Policy, error) {
 		c := &img.Crossings[i]
 		p.Crossings[i] = Crossing{
 			Pos: Pos{Line: int(c.Line)}, Name: c.Name, From: terms(c.From), To: terms(c.To), Ports: c.Ports,
-			Need: c.Need, NAT: c.NAT, Log: c.Log, Refuse: c.Refuse, Decoy: c.Decoy, Forensic: c.Forensic, Rate: c.Rate, Burst: c.Burst,
+			Need: c.Need, NAT: c.NAT, Side: c.Side, Log: c.Log, Refuse: c.Refuse, Decoy: c.Decoy, Forensic: c.Forensic, Rate: c.Rate, Burst: c.Burst,
 			Since: moment(c.Since), Until: moment(c.Until), Purpose: c.Purpose,
 		}
 	}
@@ -195,7 +195,7 @@ func declaredWorkload(w *Workload, id image.ID) []field {
 func sameCrossing(a, b *Crossing) bool {
 	return a.Name == b.Name && a.Pos.Line == b.Pos.Line && sameTerms(a.From, b.From) && sameTerms(a.To, b.To) &&
 		(slices.Equal(a.Ports, b.Ports) || slices.Equal(normalSpans(a.Ports), normalSpans(b.Ports))) &&
-		a.Need == b.Need && a.NAT == b.NAT && a.Log == b.Log && a.Refuse == b.Refuse && a.Decoy == b.Decoy && a.Forensic == b.Forensic &&
+		a.Need == b.Need && a.NAT == b.NAT && a.Side == b.Side && a.Log == b.Log && a.Refuse == b.Refuse && a.Decoy == b.Decoy && a.Forensic == b.Forensic &&
 		a.Rate == b.Rate && a.Burst == b.Burst && a.Since.Equal(b.Since) && a.Until.Equal(b.Until) && a.Purpose == b.Purpose
 }
 

@@ -206,6 +206,7 @@ func crossingFields(p *Policy) map[string][]field {
 			{"from", sortedTerms(c.From)}, {"to", sortedTerms(c.To)}, {"ports", join(normalSpans(c.Ports), spanText)},
 			{"identity", [...]string{"required", "sender", "none", ""}[c.Need&3]},
 			{"nat", [...]string{"none", "source", "destination", ""}[c.NAT&3]},
+			{"side", [...]string{"both", "egress", "ingress", ""}[c.Side&3]},
 			{"log", [...]string{"denied", "all", "none", ""}[c.Log&3]},
 			{"refuse", [...]string{"reject", "drop"}[c.Refuse&1]},
 			{"decoy", fmt.Sprint(c.Decoy)}, {"forensic", fmt.Sprint(c.Forensic)}, {"limit", limit},

@@ -120,14 +120,14 @@ func (e *Evaluator) declared(q Query) Decision {
 	return deny(abi.NoCrossingFor)
 }
 
-// first finds the first crossing, in the order of the policy, that has the
-// subject on its side, covers the port, is accepted by also, and is in its
+// first finds the first crossing, in the order of the policy, that holds at this
+// end, has the subject on its side, covers the port, is accepted by also, and is in its
 // window; -1 if there is none. It also says whether one was passed over only
 // because of its window.
 func (e *Evaluator) first(q Query, also func(*Crossing) bool) (index int, closed bool) {
 	for _, i := range e.crossings {
 		c := &e.policy.Crossings[i]
-		if !e.has(subjectSide(c, q), q.Subject) || !covers(c.Ports, q.Port) || !also(c) {
+		if !c.Side.HoldsAt(image.Direction(q.Direction)) || !e.has(subjectSide(c, q), q.Subject) || !covers(c.Ports, q.Port) || !also(c) {
 			continue
 		}
 		if !c.open(q.Now) {

@@ -14,13 +14,15 @@ import (
 	"time"
 
 	"github.com/demarc/demarc/bpf/abi"
+	"github.com/demarc/demarc/identity"
 	"github.com/demarc/demarc/policy/image"
 )
 
 // Probe asks whether one flow would pass.
 type Probe struct {
 	// From opens the flow, To accepts it: workload/NAME, network/NAME, an address,
-	// or unmanaged. A network stands for the first address of its first block.
+	// unmanaged, or with an inventory pod/NAMESPACE/NAME. A network stands for the first
+	// address of its first block.
 	From string `json:"from"`
 	To   string `json:"to"`
 	Port string `json:"port"` // tcp/8080, udp/53, sctp/9, icmp/echo, icmp/3, icmp6/128, other
@@ -32,29 +34,42 @@ type Probe struct {
 // has no verdict of its own, and counts as allowing.
 //
 // A workload's address is not known here, so a crossing that names networks admits
-// no workload.
+// no workload. It does admit a pod, whose address the inventory tells.
 type Answer struct {
 	Verdict  abi.Verdict `json:"verdict"`
-	Crossing string      `json:"crossing"`       // that allows it; "" = none
-	Line     int         `json:"line,omitempty"` // of the crossing in the policy
-	Reason   string      `json:"reason"`         // a sentence
-	Egress   abi.Verdict `json:"egress"`         // of the end that opens
-	Ingress  abi.Verdict `json:"ingress"`        // of the end that accepts
+	Crossing string      `json:"crossing"`          // that allows it; "" = none
+	Line     int         `json:"line,omitempty"`    // of the crossing in the policy
+	Reason   string      `json:"reason"`            // a sentence
+	Egress   abi.Verdict `json:"egress"`            // of the end that opens
+	Ingress  abi.Verdict `json:"ingress"`           // of the end that accepts
+	Allowed  bool        `json:"allowed"`           // Verdict is allow
+	Refuses  string      `json:"refuses,omitempty"` // the end that refuses: egress, ingress or both; "" = none
 }
 
 // Explain answers a probe. It fails for a probe that names something undeclared
 // or that no end could judge.
-func (p *Policy) Explain(probe Probe) (Answer, error) {
-	x := explainer{Evaluator: p.Evaluator(), ids: p.IDs()}
-	return x.explain(probe)
+func (p *Policy) Explain(probe Probe) (Answer, error) { return p.ExplainIn(nil, probe) }
+
+// ExplainIn answers a probe that may name pods of an inventory.
+func (p *Policy) ExplainIn(inv *identity.Inventory, probe Probe) (Answer, error) {
+	return newExplainer(p, inv).explain(probe)
 }
 
-// ExplainBatch reads probes as JSON lines and writes one line for each, in order:
+func newExplainer(p *Policy, inv *identity.Inventory) *explainer {
+	x := &explainer{Evaluator: p.Evaluator(), ids: p.IDs()}
+	if inv != nil {
+		x.pods = p.pods(inv)
+	}
+	return x
+}
+
+// ExplainBatch reads probes as JSON lines, which may name pods of an inventory that is
+// not nil, and writes one line for each, in order:
 // the answer, or {"error": "..."} for a line that is no good probe. Blank lines
 // are passed over. The returned error names the lines that were no good.
-func ExplainBatch(p *Policy, r io.Reader, w io.Writer) error {
+func ExplainBatch(p *Policy, inv *identity.Inventory, r io.Reader, w io.Writer) error {
 	const maxLine = 1 << 20
-	x := explainer{Evaluator: p.Evaluator(), ids: p.IDs()}
+	x := newExplainer(p, inv)
 	out := bufio.NewWriter(w)
 	lines := bufio.NewScanner(r)
 	lines.Buffer(nil, maxLine)
@@ -117,7 +132,8 @@ func (x *explainer) line(b []byte) (Answer, error) {
 // explainer explains many probes.
 type explainer struct {
 	*Evaluator
-	ids map[string]image.ID
+	ids  map[string]image.ID
+	pods map[string]podEnd // by namespace/name; nil = there is no inventory
 }
 
 // end is one end of a probe: a local process with an identity, or an address.
@@ -125,6 +141,7 @@ type end struct {
 	name    string
 	id      image.ID // None = somebody elsewhere who proves nothing
 	address netip.Addr
+	choice  []netip.Addr // of a pod: it has one of these addresses, as the other end has
 }
 
 func (e end) local() bool { return e.id != image.None }
@@ -140,6 +157,9 @@ func (x *explainer) explain(probe Probe) (Answer, error) {
 	}
 	if !from.local() && !to.local() {
 		return Answer{}, fmt.Errorf("from %s to %s: neither end is a workload or unmanaged, so nothing here judges it", from.name, to.name)
+	}
+	if err := together(&from, &to); err != nil {
+		return Answer{}, err
 	}
 	port, err := parseProbePort(probe.Port, from.address.Is6() || to.address.Is6())
 	if err != nil {
@@ -172,6 +192,9 @@ func (x *explainer) end(side, text string) (end, error) {
 	case "zone", "any":
 		return end{}, fmt.Errorf("%s %q: a probe is about one end; name a workload/, a network/, an address or unmanaged", side, text)
 	}
+	if kind == "pod" {
+		return x.podEnd(side, text, name)
+	}
 	if text == "unmanaged" {
 		return end{name: text, id: image.Unmanaged}, nil
 	}
@@ -185,7 +208,7 @@ func (x *explainer) end(side, text string) (end, error) {
 	if x.networks[text] != nil {
 		return end{}, fmt.Errorf("%s %q: did you mean network/%s?", side, text, text)
 	}
-	return end{}, fmt.Errorf("%s %q: not workload/NAME, network/NAME, an address or unmanaged", side, text)
+	return end{}, fmt.Errorf("%s %q: not workload/NAME, network/NAME, pod/NAMESPACE/NAME, an address or unmanaged", side, text)
 }
 
 // flow is a probe whose names are known.
@@ -225,6 +248,16 @@ func (e *Evaluator) judge(f flow) (egress, ingress Decision) {
 func (x *explainer) answer(f flow) Answer {
 	egress, ingress := x.judge(f)
 	a := Answer{Egress: egress.Verdict, Ingress: ingress.Verdict}
+	switch out, in := egress.Verdict == abi.Allow, ingress.Verdict == abi.Allow; {
+	case out && in:
+		a.Allowed = true
+	case out:
+		a.Refuses = "ingress"
+	case in:
+		a.Refuses = "egress"
+	default:
+		a.Refuses = "both"
+	}
 	var decides int
 	switch a.Verdict, decides = verdict(egress, ingress); {
 	case egress.Verdict != abi.Allow:
@@ -369,13 +402,13 @@ func spanText(s image.Span) string {
 // parseProbePort reads one port. The name of an ICMP type means that of the
 // probe's address family.
 func parseProbePort(text string, v6 bool) (image.Port, error) {
-	kind, number, _ := strings.Cut(text, "/")
+	kind, number, _ := strings.Cut(strings.ToLower(text), "/")
 	for _, p := range protoNames {
 		if p.name != kind {
 			continue
 		}
 		if p.proto == image.Other {
-			if number == "" && text == kind {
+			if number == "" && strings.EqualFold(text, kind) {
 				return image.Port{Proto: image.Other}, nil
 			}
 			break

@@ -46,7 +46,7 @@ func TestParseWholePolicy(t *testing.T) {
 		Crossings: []Crossing{
 			{Name: "up", From: []Term{workload("a")}, To: []Term{workload("b")}, NAT: image.NATDestination, Rate: 5400, Burst: 2,
 				Ports: []image.Span{{Proto: image.TCP, Low: 1, High: 1}, {Proto: image.UDP, Low: 1, High: 2}, {Proto: image.SCTP, Low: 0, High: 65535}}},
-			{Name: "one-way", From: []Term{workload("b")}, To: []Term{workload("a")}, Need: image.Sender, Refuse: image.RefuseDrop,
+			{Name: "one-way", From: []Term{workload("b")}, To: []Term{workload("a")}, Need: image.Sender, Side: image.EgressSide, Refuse: image.RefuseDrop,
 				Ports: []image.Span{{Proto: image.UDP, Low: 514, High: 514}}},
 			{Name: "ping", From: []Term{workload("b")}, To: []Term{zone("low")}, Need: image.Sender,
 				Ports: []image.Span{{Proto: image.ICMP, Low: 8, High: 8}, {Proto: image.ICMP6, Low: 1, High: 4}, {Proto: image.ICMP6, Low: 128, High: 128}}},
@@ -54,7 +54,7 @@ func TestParseWholePolicy(t *testing.T) {
 				Ports: []image.Span{{Proto: image.ICMP, Low: 8, High: 8}}},
 			{Name: "out", From: []Term{zone("high")}, To: []Term{network("v4"), network("v6"), unmanaged}, Need: image.NoProof,
 				Ports: everyPort, Since: date(2030), Until: date(2036)},
-			{Name: "trap", From: []Term{anybody}, To: []Term{zone("low")}, Need: image.NoProof, Decoy: true, Purpose: "für alle",
+			{Name: "trap", From: []Term{anybody}, To: []Term{zone("low")}, Need: image.NoProof, Side: image.IngressSide, Decoy: true, Purpose: "für alle",
 				Ports: []image.Span{{Proto: image.TCP, Low: 0, High: 65535}}},
 		},
 		Assertions: []Assertion{

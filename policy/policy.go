@@ -87,6 +87,7 @@ type Crossing struct {
 	Ports  []image.Span // as declared, icmp/echo already in both families
 	Need   image.Need   // what terms naming workloads or zones must prove; see NeedFor
 	NAT    image.NAT
+	Side   image.Side // at which ends it holds
 	Log    image.Log
 	Refuse image.Refuse
 	Decoy  bool

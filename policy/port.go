@@ -48,8 +48,11 @@ const portHint = "write tcp/80, udp/8000-8999, sctp/*, icmp/echo or any"
 
 // parseSpans reads what one entry of `ports` covers, sorted by protocol.
 func parseSpans(s string) ([]image.Span, *hinted) {
-	if s == "any" {
+	switch s {
+	case "any":
 		return everyPort, nil
+	case "other":
+		return []image.Span{{Proto: image.Other}}, nil
 	}
 	name, rest, ok := strings.Cut(s, "/")
 	if !ok {

@@ -12,7 +12,7 @@ import (
 
 var (
 	selectorKeys   = []string{"systemdUnit", "cgroup", "kubernetes", "container"}
-	kubernetesKeys = []string{"namespace", "podLabels", "serviceAccount"}
+	kubernetesKeys = []string{"namespace", "podName", "podLabels", "serviceAccount"}
 	containerKeys  = []string{"name", "image", "labels"}
 	// unitTypes are the systemd units that have processes in a cgroup of their own.
 	// A slice has none: its units do.
@@ -135,6 +135,18 @@ func (r *reporter) kubernetes(n *node, s *Selector) bool {
 		var fine bool
 		s.Namespace, fine = r.name(v, "namespace")
 		ok = ok && fine
+	}
+	if v := f.get("podName"); v != nil {
+		text, fine := r.ascii(v, "podName", 253)
+		switch {
+		case fine && !isSubdomain(text):
+			r.add(v.pos, "use a-z, 0-9, hyphens and dots", "podName %s is not a Kubernetes name", quote(text))
+			fine = false
+		case fine && f.get("namespace") == nil:
+			r.add(v.pos, "write namespace: beside it", "podName %s stands without its namespace", quote(text))
+			fine = false
+		}
+		s.Name, ok = text, ok && fine
 	}
 	if v := f.get("serviceAccount"); v != nil {
 		text, fine := r.ascii(v, "serviceAccount", 253)

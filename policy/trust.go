@@ -180,8 +180,12 @@ func (d *document) neverMatches(c *Crossing) string {
 		}
 	}
 	local := func(t Term) bool { return live(t) && t.Kind != image.TermNetwork }
-	if !slices.ContainsFunc(c.From, local) && !slices.ContainsFunc(c.To, local) {
+	from, to := slices.ContainsFunc(c.From, local), slices.ContainsFunc(c.To, local)
+	switch {
+	case !from && !to:
 		return "both ends are networks, and neither is of this host"
+	case !from && c.Side == image.EgressSide, !to && c.Side == image.IngressSide:
+		return "it holds only at the end that is a network, which is not of this host"
 	}
 	return ""
 }

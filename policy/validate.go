@@ -12,7 +12,7 @@ import (
 )
 
 var (
-	crossingKeys = []string{"name", "from", "to", "ports", "identity", "limit", "until", "since", "log", "purpose", "nat", "refuse",
+	crossingKeys = []string{"name", "from", "to", "ports", "identity", "limit", "until", "since", "log", "purpose", "nat", "side", "refuse",
 		"decoy", "forensic", "waive"}
 	limitKeys = []string{"connections", "burst"}
 	neverKeys = []string{"from", "to", "port", "hops"}
@@ -84,6 +84,10 @@ func (d *document) crossing(n *node) (c Crossing, notes crossingNotes, ok bool) 
 		if c.NAT != image.NATNone && c.Need == image.NoProof && len(c.From) > 0 && len(c.To) > 0 {
 			d.add(v.pos, "remove nat", "nat says what a proof may leave out, and nobody proves an identity here")
 		}
+	}
+	if v := f.get("side"); v != nil {
+		i, _ := d.word(v, "side", "both", "egress", "ingress")
+		c.Side = image.Side(i)
 	}
 	if v := f.get("limit"); v != nil {
 		d.limit(v, &c)

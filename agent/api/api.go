@@ -26,7 +26,12 @@ const (
 	PathQuarantine = "/v1/quarantine"      // POST ?workload=NAME&for=1h&reason=TEXT: Status
 	PathRelease    = "/v1/release"         // POST ?workload=NAME: Status
 	PathAudit      = "/v1/audit"           // GET: the lines of the core's audit log; AuditSeq and AuditHash say where it ends
+	PathMetrics    = "/v1/metrics"         // GET: what Prometheus scrapes
 )
+
+// Expression is a parameter of PathFlows beside the filters: CEL on the flow in Hubble's
+// form, which is called _flow there.
+const Expression = "cel-expression"
 
 // Headers of the answer to PathAudit: number and hash (hex) of the last record.
 const (

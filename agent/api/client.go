@@ -134,6 +134,23 @@ func (c *Client) Audit(ctx context.Context) (io.ReadCloser, *audit.Head, error) 
 	return res.Body, &head, nil
 }
 
+// maxMetrics bounds a page of metrics, in bytes.
+const maxMetrics = 64 << 20
+
+// Metrics returns what Prometheus would scrape.
+func (c *Client) Metrics(ctx context.Context) ([]byte, error) {
+	res, err := c.do(ctx, http.MethodGet, PathMetrics, nil)
+	if err != nil {
+		return nil, err
+	}
+	defer res.Body.Close()
+	b, err := io.ReadAll(io.LimitReader(res.Body, maxMetrics))
+	if err != nil {
+		return nil, fmt.Errorf("read metrics: %w", err)
+	}
+	return b, nil
+}
+
 // Rollback goes back to the previous image.
 func (c *Client) Rollback(ctx context.Context) (*Status, error) {
 	return doJSON[*Status](ctx, c, http.MethodPost, PathRollback, nil)

@@ -34,6 +34,7 @@ type Config struct {
 	Blast      int        // workloads that may be quarantined at once without anybody's order
 	LogLevel   slog.Level // least severe line that is written
 	LogJSON    bool       // one JSON object a line instead of text
+	Unguarded  bool       // others are not kept from what enforces, though the kernel could
 }
 
 // Socket is where the agent finds the core.
@@ -138,6 +139,11 @@ func (p *configParser) set(c *Config, key string) error {
 			return p.fail("log_level is one of debug, info, warn, error")
 		}
 		return nil
+	case "guard":
+		on := true
+		err := p.value(&on)
+		c.Unguarded = !on
+		return err
 	case "log_format":
 		return p.format(&c.LogJSON)
 	}

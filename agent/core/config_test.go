@@ -47,6 +47,7 @@ func TestParseConfig(t *testing.T) {
 		{name: "bad user", src: `{"agent_user": "no such user"}`, err: `f:1:16: agent_user "no such user" is no user of this machine`},
 		{name: "bad negative user", src: `{"agent_user": -1}`, err: `f:1:16: agent_user -1 is no user of this machine`},
 		{name: "bad level", src: `{"log_level": "loud"}`, err: `f:1:15: log_level is one of debug, info, warn, error`},
+		{name: "bad guard", src: `{"guard": "off"}`, err: `f:1:11: a string is not expected here`},
 		{name: "bad format", src: `{"log_format": "xml"}`, err: `f:1:16: log_format is text or json`},
 		{name: "bad trailing object", src: "{}\n{}", err: "f:2:1: something follows the object"},
 		{name: "bad trailing garbage", src: "{} x", err: "f:1:4: something follows the object"},

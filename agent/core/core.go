@@ -42,7 +42,9 @@ type Core struct {
 	donated *proto.Descriptors
 	stop    func() // ends the upkeep; nil = it never began
 	canary  *canary
+	flipped func()        // for tests
 	looks   atomic.Uint64 // of the upkeep
+	guard   *guard        // nil = the kernel has no BPF LSM
 
 	mu          sync.Mutex
 	active      *generation       // what this core put in force; nil = nothing
@@ -68,6 +70,7 @@ type hooks struct {
 	load      func() error            // before the programs are loaded
 	tcx       func() error            // in the place of probeTCX
 	attaching func(name string) error // before each program is attached
+	flipped   func()                  // when an image has come into force
 }
 
 // Open checks what enforcement needs, adopts what a former core left in the
@@ -76,7 +79,11 @@ type hooks struct {
 func Open(config Config, log *slog.Logger) (*Core, error) { return open(config, log, hooks{}) }
 
 func open(config Config, log *slog.Logger, h hooks) (_ *Core, err error) {
-	c := &Core{config: config, log: log, pins: newPins(config.BPFFS), store: store{dir: config.StateDir, log: log}, retired: -1, troubles: map[string]string{}, quarantines: map[uint32]quarantined{}}
+	c := &Core{config: config, log: log, pins: newPins(config.BPFFS), store: store{dir: config.StateDir, log: log}, retired: -1, flipped: h.flipped,
+		troubles: map[string]string{}, quarantines: map[uint32]quarantined{}}
+	if c.flipped == nil {
+		c.flipped = func() {}
+	}
 	defer func() {
 		if err != nil {
 			c.Close()
@@ -135,6 +142,12 @@ func open(config Config, log *slog.Logger, h hooks) (_ *Core, err error) {
 	}
 	if c.canary, err = openCanary(c.tree); err != nil {
 		c.stand("no canary, which would prove that the kernel enforces: %v", err)
+	}
+	c.guard, t.shield = t.shield, nil
+	if c.guard != nil {
+		if err := errors.Join(c.guard.raise(c.pins), c.guard.cover(c.guarded())); err != nil {
+			return nil, err
+		}
 	}
 	for path := range c.pinned() {
 		c.pins.saw(path)
@@ -348,12 +361,27 @@ func (c *Core) install(g *generation, how change) (err error) {
 	}()
 	on := abi.ActiveFlags(before.Active)&abi.ActiveOn != 0
 	g.slot = c.freeSlot(before, on)
+	staged := make(chan error, 1) // the disk is slow, and nobody has to wait for it yet
+	go func() {
+		if how.durable {
+			staged <- c.store.stage(g.came)
+		}
+		close(staged)
+	}()
+	defer func() { <-staged }()
 	s := scanner{objects: c.objects, tree: c.tree, slot: g.slot, selectors: g.selectors}
 	if err := s.prepare(); err != nil {
 		return err
 	}
 	undo = append(undo, func() { _ = emptySlot(c.objects, g.slot); g.close() })
-	if err := g.fill(c.objects); err != nil {
+	var questions *selftest
+	asking := make(chan error, 1)
+	go func() {
+		var err error
+		questions, err = newSelftest(c.objects, g, c.active)
+		asking <- err
+	}()
+	if err := errors.Join(g.fill(c.objects), <-asking); err != nil {
 		return err
 	}
 	if err := g.freeze(); err != nil {
@@ -379,16 +407,14 @@ func (c *Core) install(g *generation, how change) (err error) {
 	if g.bindings, _, err = s.scan("/"); err != nil {
 		return err
 	}
-	if err := runSelftest(c.objects, g); err != nil {
+	if err := questions.before(); err != nil {
 		return err
 	}
 	if how.preview != nil {
-		return how.preview()
+		return errors.Join(questions.after(), how.preview())
 	}
-	if how.durable {
-		if err := c.store.stage(g.came); err != nil {
-			return err
-		}
+	if err := <-staged; err != nil {
+		return err
 	}
 
 	g.epoch, g.flags = before.NextEpoch(), activeFlags(g.image)
@@ -413,6 +439,10 @@ func (c *Core) install(g *generation, how change) (err error) {
 		if err := c.pins.commit(c.objects.spec, c.tree); err != nil {
 			return err
 		}
+	}
+	c.flipped()
+	if err := questions.after(); err != nil {
+		return err
 	}
 	if how.durable && how.within == 0 {
 		if err := c.store.commit(); err != nil {
@@ -481,6 +511,9 @@ func (c *Core) succeed(g *generation, before abi.State, on bool, how change) {
 		former.close()
 	}
 	c.upkeepImage()
+	for _, i := range c.watchGuard() {
+		c.log.Error("degraded", "problem", i)
+	}
 	c.log.Info("policy in force", "policy", g.image.Name, "version", g.image.Version, "slot", g.slot, "epoch", g.epoch,
 		"crossings", len(g.image.Crossings), "bindings", g.bindings)
 }
@@ -559,6 +592,7 @@ func (c *Core) Close() error {
 		}
 		c.devices.close()
 		c.answers.close()
+		c.guard.close()
 		for _, g := range []*generation{c.active, c.fallback} {
 			if g != nil {
 				g.close()

@@ -5,6 +5,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"sync"
 	"time"
 
 	"github.com/cilium/ebpf"
@@ -30,6 +31,7 @@ type generation struct {
 	digest    [sha256.Size]byte // of bytes
 	selectors *selectors        // claims included
 	clock     bootClock         // its windows were converted with this one
+	adding    sync.Mutex        // held while a table is added to these two
 	tables    map[string]*ebpf.Map
 	ids       map[string]ebpf.MapID // of the tables
 	known     abi.Query             // a question that the loaded programs answered with allow; zero = there is none
@@ -63,7 +65,8 @@ func openImage(b []byte, trusted []envelope.Key) (*generation, error) {
 		return nil, proto.Refuse("build the image again from its policy", "verify image: %w", err)
 	}
 	g.selectors = newSelectors(g.image)
-	return g, nil
+	g.clock, err = readBootClock()
+	return g, err
 }
 
 // describe says what the agent may know.
@@ -88,34 +91,41 @@ func (g *generation) floor() abi.Floor { return abi.Floor{Version: g.image.Versi
 
 // fill makes the tables of a generation and puts them into its slot, which no
 // program reads yet.
-func (g *generation) fill(o *objects) (err error) {
-	if g.clock, err = readBootClock(); err != nil {
-		return err
-	}
+func (g *generation) fill(o *objects) error {
 	g.tables, g.ids = map[string]*ebpf.Map{}, map[string]ebpf.MapID{}
 	img := g.image
-	subjects, facts := subjectEntries(img)
-	rules, lists := ruleEntries(img)
-	prefixes, classes := prefixEntries(img)
-	paths, ids, names, units := g.selectors.entries()
-	for _, err := range []error{
-		addTable(g, o, "rules", len(rules), rules, lists),
-		addTable(g, o, "subjects", len(subjects), subjects, facts),
-		addTable(g, o, "crossings", len(img.Crossings), indexes(len(img.Crossings)), crossingEntries(img, g.clock)),
-		addTable[uint32, uint64](g, o, "buckets", 2*len(img.Crossings), nil, nil),
-		addTable(g, o, "prefixes", len(prefixes), prefixes, classes),
-		addTable(g, o, "ports", abi.Rows, indexes(abi.Rows), portEntries(img)),
-		addTable(g, o, "paths", len(paths)+maxClaims, paths, ids),
-		addTable(g, o, "units", len(names), names, units),
-	} {
-		if err != nil {
-			return err
-		}
+	fill := map[string]func(string) error{
+		"rules": func(name string) error {
+			keys, values := ruleEntries(img)
+			return addTable(g, o, name, len(keys), keys, values)
+		},
+		"subjects": func(name string) error {
+			keys, values := subjectEntries(img)
+			return addTable(g, o, name, len(keys), keys, values)
+		},
+		"crossings": func(name string) error {
+			return addTable(g, o, name, len(img.Crossings), indexes(len(img.Crossings)), crossingEntries(img, g.clock))
+		},
+		"buckets": func(name string) error { return addTable[uint32, uint64](g, o, name, 2*len(img.Crossings), nil, nil) },
+		"prefixes": func(name string) error {
+			keys, values := prefixEntries(img)
+			return addTable(g, o, name, len(keys), keys, values)
+		},
+		"ports": func(name string) error { return addTable(g, o, name, abi.Rows, indexes(abi.Rows), portEntries(img)) },
+		"paths": func(name string) error {
+			keys, values := g.selectors.pathEntries()
+			return addTable(g, o, name, len(keys)+maxClaims, keys, values)
+		},
+		"units": func(name string) error {
+			keys, values := g.selectors.unitEntries()
+			return addTable(g, o, name, len(keys), keys, values)
+		},
 	}
-	return g.insert(o)
+	return eachTable(func(name string) error { return fill[name](name) })
 }
 
-// addTable makes one inner map of the size that the image needs, and fills it.
+// addTable makes one inner map of the size that the image needs, fills it, and puts it
+// into the slot.
 func addTable[K, V any](g *generation, o *objects, name string, size int, keys []K, values []V) error {
 	spec := o.spec.Maps[name].InnerMap.Copy()
 	spec.Name, spec.MaxEntries = name, uint32(max(size, 1))
@@ -123,15 +133,20 @@ func addTable[K, V any](g *generation, o *objects, name string, size int, keys [
 	if err != nil {
 		return fmt.Errorf("make table %s: %w", name, err)
 	}
-	g.tables[name] = m
-	if err := putAll(m, keys, values); err != nil {
-		return fmt.Errorf("fill table %s: %w", name, err)
-	}
 	info, err := m.Info()
-	if err != nil {
-		return fmt.Errorf("read table %s: %w", name, err)
+	if err == nil {
+		g.adding.Lock()
+		g.tables[name] = m
+		g.ids[name], _ = info.ID()
+		g.adding.Unlock()
+		err = putAll(m, keys, values)
 	}
-	g.ids[name], _ = info.ID()
+	if err == nil {
+		err = o.Maps[name].Put(g.slot, m)
+	}
+	if err != nil {
+		return fmt.Errorf("fill table %s of slot %d: %w", name, g.slot, err)
+	}
 	return nil
 }
 
@@ -171,16 +186,6 @@ func putAll[K, V any](m *ebpf.Map, keys []K, values []V) error {
 
 // tableNames are the outer maps.
 var tableNames = []string{"rules", "subjects", "crossings", "buckets", "prefixes", "ports", "paths", "units"}
-
-// insert puts the tables into the slot.
-func (g *generation) insert(o *objects) error {
-	return eachTable(func(name string) error {
-		if err := o.Maps[name].Put(g.slot, g.tables[name]); err != nil {
-			return fmt.Errorf("insert table %s into slot %d: %w", name, g.slot, err)
-		}
-		return nil
-	})
-}
 
 // emptySlot takes the tables of whatever generation out of a slot that is not
 // active, and frees them.

@@ -123,18 +123,21 @@ func selectorKey(s string) abi.PathKey {
 	return k
 }
 
-// entries returns both tries as the kernel keeps them, in a fixed order.
-func (s *selectors) entries() (paths []abi.PathKey, ids []uint32, names []abi.PathKey, units []abi.Unit) {
-	for _, key := range sortedKeys(s.paths) {
-		paths, ids = append(paths, selectorKey(key)), append(ids, s.paths[key])
+// pathEntries and unitEntries are the tries as the kernel keeps them, in a fixed order.
+func (s *selectors) pathEntries() (keys []abi.PathKey, ids []uint32) {
+	for _, found := range []map[string]uint32{s.paths, s.claims} {
+		for _, key := range sortedKeys(found) {
+			keys, ids = append(keys, selectorKey(key)), append(ids, found[key])
+		}
 	}
-	for _, key := range sortedKeys(s.claims) {
-		paths, ids = append(paths, selectorKey(key)), append(ids, s.claims[key])
-	}
+	return keys, ids
+}
+
+func (s *selectors) unitEntries() (keys []abi.PathKey, units []abi.Unit) {
 	for _, key := range sortedKeys(s.units) {
-		names, units = append(names, selectorKey(key)), append(units, s.units[key])
+		keys, units = append(keys, selectorKey(key)), append(units, s.units[key])
 	}
-	return paths, ids, names, units
+	return keys, units
 }
 
 func sortedKeys[V any](m map[string]V) []string {

@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"net/netip"
 	"slices"
 	"time"
@@ -19,84 +20,127 @@ import (
 const (
 	maxQuestions = 1 << 20
 	maxPackets   = 20_000
+	maxSample    = 4096 // rules that have not changed and are asked about before the flip
+	maxUrgent    = 512  // packets before it, where there are more rules than that
 )
 
 // selftest asks the loaded programs, about the filled slot, what the image
 // answers, and compares. One wrong answer refuses the image. It looks at each
 // rule, and for each subject at what no rule admits.
+//
+// What is not as it was in the generation in force is asked about before anything is
+// judged by the image, and with it a sample of the rest; so is all of a small image.
+// The rest of a large one is asked right after the flip, before anybody is told that
+// the image is in force: the same programs have answered the same about the generation
+// in force.
 type selftest struct {
-	objects   *objects
-	gen       *generation
-	index     *image.Index
-	now       time.Time // whole seconds, so that both clocks mean the same instant
-	ports     map[uint16]image.Port
-	classes   map[uint16]netip.Addr
-	known     map[image.ID]bool // workloads
-	questions []image.Query
-	stale     bool // the boot is so recent that a SYN's tag could be from before it
+	objects *objects
+	gen     *generation
+	index   *image.Index
+	now     time.Time // whole seconds, so that both clocks mean the same instant
+	sites   sites
+	zones   map[image.ID]uint16 // of workloads
+	former  former
+	fresh   []bool        // rules that the generation in force has not
+	asked   []image.Query // before the flip
+	stride  int           // one rule of so many, and of so many subjects, is asked about before it
+	offset  int
+	stale   bool // the boot is so recent that a SYN's tag could be from before it
 }
 
-func runSelftest(o *objects, g *generation) error {
-	t, err := newSelftest(o, g)
-	if err != nil {
-		return err
-	}
-	return t.run()
+// former is what the image in force says; nothing if there is none.
+type former struct {
+	sites
+	image *image.Image
+	zones map[image.ID]uint16
+	gone  []*image.Rule // that the new image has not
 }
 
-func newSelftest(o *objects, g *generation) (*selftest, error) {
+func newSelftest(o *objects, g, inForce *generation) (*selftest, error) {
 	state, err := readState(o)
 	if err != nil {
 		return nil, err
 	}
-	t := &selftest{objects: o, gen: g, index: g.image.Index(), now: time.Unix(time.Now().Unix(), 0)}
+	index := g.image.Index()
+	t := &selftest{objects: o, gen: g, index: index, now: time.Unix(time.Now().Unix(), 0), sites: newSites(g.image, index), zones: zonesOf(g.image)}
 	t.stale = (g.clock.now()+state.Wall)>>abi.TagSlotShift <= state.Wall>>abi.TagSlotShift
-	t.representatives()
-	t.askRules()
-	t.askSubjects()
+	if inForce != nil {
+		img := inForce.image
+		t.former = former{sites: newSites(img, img.Index()), image: img, zones: zonesOf(img)}
+	}
+	t.compare()
+	t.stride = 1
+	if inForce != nil {
+		t.stride += len(t.gen.image.Rules) / maxSample
+	}
+	t.offset = rand.IntN(t.stride)
 	return t, nil
 }
 
-func (t *selftest) run() error {
-	if len(t.questions) == 0 {
-		return errors.New("self-test: nothing to ask")
+// before asks what has to be known before the flip.
+func (t *selftest) before() error {
+	for i := range t.former.gone {
+		t.asked = append(t.asked, t.about(t.former.gone[i], t.former.sites))
 	}
-	for batch := range slices.Chunk(t.questions, abi.Questions) {
-		if err := t.judge(batch); err != nil {
-			return err
-		}
+	t.asked = t.askSubjects(t.askRules(t.asked, true), true)
+	if err := t.judge(t.asked); err != nil || t.stride == 1 {
+		return errors.Join(err, t.send(t.asked, maxPackets))
 	}
-	for i := 0; i < len(t.questions); i += 1 + len(t.questions)/maxPackets {
-		if err := t.packets(t.questions[i]); err != nil {
+	return t.send(t.asked, maxUrgent)
+}
+
+// after asks the rest, and sends packets of all.
+func (t *selftest) after() error {
+	if t.stride == 1 {
+		return nil
+	}
+	rest := t.askSubjects(t.askRules(nil, false), false)
+	if err := t.judge(rest); err != nil {
+		return err
+	}
+	return t.send(append(rest, t.asked...), maxPackets)
+}
+
+// send sends so many questions as packets.
+func (t *selftest) send(questions []image.Query, most int) error {
+	for i := 0; i < len(questions); i += 1 + len(questions)/most {
+		if err := t.packets(questions[i]); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
+func zonesOf(img *image.Image) map[image.ID]uint16 {
+	zones := make(map[image.ID]uint16, len(img.Workloads))
+	for i := range img.Workloads {
+		zones[img.Workloads[i].ID] = img.Workloads[i].Zone
+	}
+	return zones
+}
+
 // nowhere is an address that few networks contain (RFC 6666, discard only).
 var nowhere = netip.MustParseAddr("100::1")
 
-// representatives picks a port for each port class and an address for each
-// address class.
-func (t *selftest) representatives() {
-	t.ports = map[uint16]image.Port{}
-	for _, r := range t.gen.image.Ports {
-		if _, known := t.ports[r.Class]; !known {
-			t.ports[r.Class] = image.Port{Proto: r.Proto, Number: r.Low}
-		}
+// sites are places of each class of an image.
+type sites struct {
+	ports     map[uint16][]image.Span
+	addresses map[uint16]netip.Addr
+}
+
+func newSites(img *image.Image, index *image.Index) sites {
+	s := sites{map[uint16][]image.Span{}, map[uint16]netip.Addr{}}
+	for _, r := range img.Ports {
+		s.ports[r.Class] = append(s.ports[r.Class], r.Span)
 	}
-	t.classes, t.known = map[uint16]netip.Addr{}, map[image.ID]bool{}
-	for i := range t.gen.image.Workloads {
-		t.known[t.gen.image.Workloads[i].ID] = true
-	}
-	for _, p := range t.gen.image.Addresses {
+	for _, p := range img.Addresses {
 		for _, a := range [...]netip.Addr{p.Prefix.Addr(), lastAddr(p.Prefix)} {
-			if t.index.AddressClass(a) == p.Class {
-				t.classes[p.Class] = a
+			if index.AddressClass(a) == p.Class {
+				s.addresses[p.Class] = a
 			}
 		}
 	}
+	return s
 }
 
 // lastAddr is the highest address of a block.
@@ -109,27 +153,44 @@ func lastAddr(p netip.Prefix) netip.Addr {
 	return a
 }
 
+// compare finds the rules that are not as they were: rules of the same key that lead to
+// the same crossings, where both the class of ports and that of addresses mean the same.
+func (t *selftest) compare() {
+	rules := t.gen.image.Rules
+	t.fresh = make([]bool, len(rules))
+	if t.former.image == nil {
+		return
+	}
+	old := t.former.image.Rules
+	now, then := crossingEntries(t.gen.image, t.gen.clock), crossingEntries(t.former.image, t.gen.clock)
+	sameAddresses := slices.Equal(t.gen.image.Addresses, t.former.image.Addresses)
+	for i := range rules {
+		r := &rules[i]
+		for ; len(old) > 0 && old[0].Compare(r.RuleKey) < 0; old = old[1:] {
+			t.former.gone = append(t.former.gone, &old[0])
+		}
+		if t.fresh[i] = len(old) == 0 || old[0].RuleKey != r.RuleKey; t.fresh[i] {
+			continue
+		}
+		t.fresh[i] = !slices.EqualFunc(old[0].Crossings, r.Crossings, func(a, b uint32) bool { return a == b && then[a] == now[b] }) ||
+			!slices.Equal(t.sites.ports[r.Class], t.former.ports[r.Class]) || r.Peer.Kind() == image.PeerAddress && !sameAddresses
+		old = old[1:]
+	}
+	for i := range old {
+		t.former.gone = append(t.former.gone, &old[i])
+	}
+}
+
 // askRules puts to each rule the question that it answers, and one beside it: from
 // the other side, of another port, or of a peer who proved something else.
-func (t *selftest) askRules() {
+func (t *selftest) askRules(out []image.Query, before bool) []image.Query {
 	rules := t.gen.image.Rules
-	for i := 0; i < len(rules); i += 1 + len(rules)/(maxQuestions/4) {
-		r := &rules[i]
-		q := image.Query{Subject: r.Subject, Direction: abi.Direction(r.Direction), Port: t.ports[r.Class], Address: nowhere, Now: t.now}
-		switch r.Peer.Kind() {
-		case image.PeerIdentity:
-			q.Proof, q.Peer = abi.ProofIdentity, image.ID(r.Peer.Value())
-		case image.PeerZone:
-			q.Proof, q.Peer = abi.ProofIdentity, t.resident(r.Peer.Value())
-		case image.PeerAddress:
-			if a, found := t.classes[uint16(r.Peer.Value())]; found {
-				q.Address = a
-			}
-		case image.PeerProven:
-			if q.Direction == abi.Egress { // who accepts knows what the caller proved
-				q.Proof = abi.ProofUnknown
-			}
+	for i := range rules {
+		urgent := t.fresh[i] || i%t.stride == t.offset
+		if urgent != before || !urgent && i%(1+len(rules)/(maxQuestions/4)) != 0 {
+			continue
 		}
+		q := t.about(&rules[i], t.sites)
 		other, next, stranger := q, q, q
 		other.Direction = abi.Egress + abi.Ingress - q.Direction
 		if q.Proof == abi.ProofUnknown { // it cannot arise there
@@ -138,8 +199,30 @@ func (t *selftest) askRules() {
 		beside := t.gen.image.Ports[i%len(t.gen.image.Ports)]
 		next.Port = image.Port{Proto: beside.Proto, Number: beside.Low}
 		stranger.Proof, stranger.Peer = abi.ProofIdentity, rules[(i+1)%len(rules)].Subject
-		t.questions = append(t.questions, q, [...]image.Query{other, next, stranger}[i%3])
+		out = append(out, q, [...]image.Query{other, next, stranger}[i%3])
 	}
+	return out
+}
+
+// about is the question that a rule answers.
+func (t *selftest) about(r *image.Rule, s sites) image.Query {
+	port := s.ports[r.Class][0]
+	q := image.Query{Subject: r.Subject, Direction: abi.Direction(r.Direction), Port: image.Port{Proto: port.Proto, Number: port.Low}, Address: nowhere, Now: t.now}
+	switch r.Peer.Kind() {
+	case image.PeerIdentity:
+		q.Proof, q.Peer = abi.ProofIdentity, image.ID(r.Peer.Value())
+	case image.PeerZone:
+		q.Proof, q.Peer = abi.ProofIdentity, t.resident(r.Peer.Value())
+	case image.PeerAddress:
+		if a, found := s.addresses[uint16(r.Peer.Value())]; found {
+			q.Address = a
+		}
+	case image.PeerProven:
+		if q.Direction == abi.Egress { // who accepts knows what the caller proved
+			q.Proof = abi.ProofUnknown
+		}
+	}
+	return q
 }
 
 // resident is some workload of the zone; None if it has none.
@@ -154,7 +237,7 @@ func (t *selftest) resident(zone uint32) image.ID {
 
 // askSubjects asks for each subject, and for some that must not be known, what a
 // stranger, a liar and another workload may do.
-func (t *selftest) askSubjects() {
+func (t *selftest) askSubjects(out []image.Query, before bool) []image.Query {
 	subjects := []image.ID{image.None, image.Unmanaged, image.Kernel, image.Pending, image.MaxID}
 	for i := range t.gen.image.Workloads {
 		subjects = append(subjects, t.gen.image.Workloads[i].ID)
@@ -169,10 +252,15 @@ func (t *selftest) askSubjects() {
 	}
 	addresses := [...]netip.Addr{nowhere, netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("2001:db8::1")}
 	for i := 0; i < len(subjects); i += 1 + len(subjects)*2*len(proofs)/(maxQuestions/2) {
+		zone, known := t.zones[subjects[i]]
+		was, knew := t.former.zones[subjects[i]]
+		if urgent := !known || !knew || zone != was || i%t.stride == t.offset; urgent != before {
+			continue
+		}
 		for j, q := range proofs {
 			// Unknown is asked only of who opens a flow; elsewhere it cannot arise.
 			for d := abi.Egress; d <= abi.Ingress && (d == abi.Egress || q.Proof != abi.ProofUnknown); d++ {
-				n := len(t.questions)
+				n := len(out)
 				if q.Proof == abi.ProofIdentity && j == len(proofs)-1 {
 					q.Peer = subjects[(i+1)%len(subjects)]
 				}
@@ -180,14 +268,24 @@ func (t *selftest) askSubjects() {
 				q.Address = addresses[n%len(addresses)]
 				r := t.gen.image.Ports[n%len(t.gen.image.Ports)]
 				q.Port = image.Port{Proto: r.Proto, Number: r.High}
-				t.questions = append(t.questions, q)
+				out = append(out, q)
 			}
 		}
 	}
+	return out
 }
 
 // judge puts questions to the decision itself.
-func (t *selftest) judge(batch []image.Query) error {
+func (t *selftest) judge(questions []image.Query) error {
+	for batch := range slices.Chunk(questions, abi.Questions) {
+		if err := t.judgeSome(batch); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (t *selftest) judgeSome(batch []image.Query) error {
 	asked := make([]abi.Query, len(batch))
 	for i, q := range batch {
 		asked[i] = abi.Query{
@@ -240,7 +338,7 @@ func (t *selftest) packets(q image.Query) error {
 		return nil
 	}
 	pass := t.index.Decide(q).Verdict != abi.Deny
-	if q.Port.Proto != image.TCP || q.Proof != abi.ProofIdentity || !t.known[q.Peer] {
+	if _, known := t.zones[q.Peer]; q.Port.Proto != image.TCP || q.Proof != abi.ProofIdentity || !known {
 		return t.packet(q, segmentOf(q, false), q.Proof, pass)
 	}
 	answer := q.Direction == abi.Egress

@@ -1,14 +1,17 @@
 package core
 
 import (
+	"errors"
 	"strings"
 	"testing"
 
 	"github.com/cilium/ebpf"
 
+	"github.com/demarc/demarc/agent/core/proto"
 	"github.com/demarc/demarc/bpf/abi"
 	"github.com/demarc/demarc/policy"
 	"github.com/demarc/demarc/policy/image"
+	"github.com/demarc/demarc/policy/policytest"
 )
 
 // Tables that do not mean what the image says are found before they decide
@@ -24,14 +27,14 @@ func TestSelftestFindsWrongTables(t *testing.T) {
 	must(t, err)
 	must(t, g.fill(c.objects))
 	defer g.close()
-	must(t, runSelftest(c.objects, g))
+	must(t, testAll(c, g))
 
 	// The packets bring real tags: were those of this boot's first minute taken for
 	// good, or later ones not, it would be seen.
-	other, err := newSelftest(c.objects, g)
+	other, err := newSelftest(c.objects, g, nil)
 	must(t, err)
 	other.stale = !other.stale
-	if err := other.run(); err == nil || !strings.Contains(err.Error(), "the packet ") {
+	if err := other.before(); err == nil || !strings.Contains(err.Error(), "the packet ") {
 		t.Errorf("tags are not looked at: %v", err)
 	}
 
@@ -105,13 +108,135 @@ func TestSelftestFindsWrongTables(t *testing.T) {
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
 			undo := tt.do()
-			err := runSelftest(c.objects, g)
+			err := testAll(c, g)
 			if err == nil || !strings.HasPrefix(err.Error(), "self-test: ") || !strings.Contains(err.Error(), ": expected {Verdict:") {
 				t.Errorf("got %v", err)
 			}
 			undo()
-			must(t, runSelftest(c.objects, g))
+			must(t, testAll(c, g))
 		})
 	}
 	must(t, emptySlot(c.objects, g.slot))
+}
+
+// testAll asks everything that there is to ask about a filled generation.
+func testAll(c *Core, g *generation) error {
+	test, err := newSelftest(c.objects, g, nil)
+	if err != nil {
+		return err
+	}
+	return errors.Join(test.before(), test.after())
+}
+
+// many is a policy of which the self-test asks only a part before the flip.
+func many(t *testing.T, version uint64, change func(*policy.Policy)) []byte {
+	t.Helper()
+	p := policytest.Large(200, 3*maxSample/4)
+	p.Version = version
+	if change != nil {
+		change(p)
+	}
+	img, err := policy.Compile(p)
+	must(t, err)
+	b, err := img.Encode()
+	must(t, err)
+	return b
+}
+
+// Before the flip come the questions about all that is not as it was; after it those
+// about everything else.
+func TestSelftestAsksWhatChangedFirst(t *testing.T) {
+	m := newMachine(t)
+	c := m.start()
+	former, err := openImage(many(t, 1, nil), nil)
+	must(t, err)
+	g, err := openImage(many(t, 2, func(p *policy.Policy) {
+		p.Crossings[5] = policy.Crossing{Name: "more", Ports: []image.Span{policytest.TCP(7300)},
+			From: []policy.Term{policytest.Workload("w000000")}, To: []policy.Term{policytest.Workload("w000001")}}
+	}), nil)
+	must(t, err)
+	must(t, g.fill(c.objects))
+	defer g.close()
+
+	asked := func(s *selftest, before bool) map[image.Query]bool {
+		all := map[image.Query]bool{}
+		for _, q := range s.askRules(nil, before) {
+			all[q] = true
+		}
+		return all
+	}
+	whole, err := newSelftest(c.objects, g, nil)
+	must(t, err)
+	part, err := newSelftest(c.objects, g, former)
+	must(t, err)
+	part.now = whole.now
+	all, first, then := asked(whole, true), asked(part, true), asked(part, false)
+	for q := range all {
+		if !first[q] && !then[q] {
+			t.Fatalf("nobody asks %+v", q)
+		}
+	}
+	for _, s := range [...]*selftest{whole, part} {
+		if before, after := len(s.askSubjects(nil, true)), len(s.askSubjects(nil, false)); before+after != 11*(200+5) || s == whole && after != 0 {
+			t.Errorf("of the subjects %d questions come before, and %d after", before, after)
+		}
+	}
+	if len(asked(whole, false)) != 0 || len(first) == 0 || len(first) > len(all)/2 || len(part.former.gone) == 0 {
+		t.Errorf("%d of %d questions come first, and %d about rules that are no more", len(first), len(all), len(part.former.gone))
+	}
+	for i := range g.image.Rules {
+		if r := &g.image.Rules[i]; part.fresh[i] && !first[part.about(r, part.sites)] {
+			t.Errorf("the rule for %s is new and not asked about first", r.RuleKey)
+		}
+	}
+	must(t, part.before())
+	must(t, part.after())
+
+	// A rule that is gone and still there is found before the flip, one that should be
+	// there and is not, after it at the latest.
+	key := func(r *image.Rule) *abi.RuleKey {
+		return &abi.RuleKey{Subject: uint32(r.Subject), Peer: uint32(r.Peer), Class: r.Class, Direction: abi.Direction(r.Direction)}
+	}
+	later := 0
+	for part.fresh[later] || later%part.stride == part.offset {
+		later++
+	}
+	must(t, g.tables["rules"].Delete(key(&g.image.Rules[later])))
+	if err := errors.Join(part.before(), part.after()); err == nil {
+		t.Error("a rule that is missing is not found")
+	}
+	must(t, g.tables["rules"].Put(key(part.former.gone[0]), &abi.Rule{Crossing: [abi.Alternatives]uint32{0, abi.NoCrossing, abi.NoCrossing, abi.NoCrossing}}))
+	if err := part.before(); err == nil {
+		t.Error("a rule that should be gone is not found before the flip")
+	}
+	must(t, emptySlot(c.objects, g.slot))
+}
+
+// A wrong answer after the flip takes it back: what was in force is again, and on disk.
+func TestSelftestAfterTheFlip(t *testing.T) {
+	m := newMachine(t)
+	var c *Core
+	spoil := false
+	c, err := m.open(hooks{flipped: func() {
+		if spoil { // the table is frozen, so there is another one in its place
+			slot, _ := readState(c.objects)
+			must(t, c.objects.Maps["rules"].Delete(abi.ActiveSlot(slot.Active)))
+		}
+	}})
+	must(t, err)
+	defer func() { c.Close() }()
+	_, err = c.Apply(many(t, 1, nil), 0)
+	must(t, err)
+	spoil = true
+	if _, err = c.Apply(many(t, 2, nil), 0); err == nil || !strings.HasPrefix(err.Error(), "self-test: ") {
+		t.Fatalf("got %v", err)
+	}
+	status := c.Status()
+	if status.Active.Version != 1 || status.State != proto.StateEnforcing {
+		t.Errorf("%+v", status)
+	}
+	spoil = false
+	if _, err = c.Apply(many(t, 2, nil), 0); err != nil {
+		t.Error(err)
+	}
 }

@@ -1,6 +1,9 @@
 package detect
 
-import "fmt"
+import (
+	"fmt"
+	"time"
+)
 
 // Ports of one host, and hosts of one port, that somebody tried without success.
 // Only what failed counts: who talks to many is no scanner. A denial has certainly
@@ -22,6 +25,9 @@ func (g *Engine) remember(m *moment) {
 		m.actors.raw, m.actors.rawAt = m.process, m.at
 		g.raw, g.rawAt = m.process, m.at
 	}
+	if m.event.Signal != nil && m.process != nil && m.peer.Address.IsValid() {
+		m.actors.doers.did(m.target(), m.process, m.at)
+	}
 	if m.hasFailed() {
 		m.actors.failed.see(m.target(), m.at, max(g.config.PortScan.Within, g.config.HostSweep.Within), g.config.scanRoom(), uint8(m.contact))
 	}
@@ -33,3 +39,29 @@ func portName(t target) string {
 	}
 	return fmt.Sprintf("%s/%d", t.proto, t.port)
 }
+
+// doers are the processes that lately made contacts, by what they contacted.
+type doers struct {
+	targets   recent[target]
+	processes map[target]*Process
+}
+
+// doersKept bounds them for each party; a newer contact pushes out its own oldest.
+const doersKept = 64
+
+func (d *doers) did(t target, p *Process, at time.Time) {
+	if d.processes == nil {
+		d.processes = map[target]*Process{}
+	}
+	d.targets.see(t, at, forgetAfter, doersKept, 0)
+	d.processes[t] = p
+	if len(d.processes) > doersKept {
+		kept := map[target]*Process{}
+		for _, i := range d.targets.items {
+			kept[i.value] = d.processes[i.value]
+		}
+		d.processes = kept
+	}
+}
+
+func (d *doers) of(t target) *Process { return d.processes[t] }

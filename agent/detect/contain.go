@@ -72,7 +72,7 @@ func (c *Containment) Consider(f *Finding) string {
 	if c.Quarantine == nil {
 		return "advised: this agent cannot quarantine"
 	}
-	reason := fmt.Sprintf("finding %s: %s: %s", f.ID, f.Technique.ID, f.Title)
+	reason := fmt.Sprintf("finding %s, %s by %s", f.ID, f.Technique.ID, f.Detector)
 	if err := c.Quarantine(w, q.For, reason); err != nil {
 		return fmt.Sprintf("could not quarantine: %s", err)
 	}

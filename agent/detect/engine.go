@@ -19,6 +19,7 @@ type actor struct {
 	volumes  volumes         // bytes that edges usually carry
 	names    burst           // long DNS names
 	echoes   burst           // large ICMP payloads
+	doers    doers           // processes behind contacts
 	raw      *Process        // that last opened a raw socket,
 	rawAt    time.Time       // and when
 }
@@ -80,14 +81,17 @@ func (g *Engine) See(e Event) []Finding {
 // a socket are taken for its own.
 const attributeWithin = 5 * time.Minute
 
-// attribute names the process of a finding whose event names none. Who sends
+// attribute names the process of a finding whose event names none: an allowed flow
+// is told where its packets pass, and the process that opened it by a signal. Who sends
 // packets by a raw socket has no socket that they come from: then it is the process
 // that last opened one in the same workload.
 func (g *Engine) attribute(m *moment, f *Finding) {
 	if f.Process != nil {
 		return
 	}
-	switch {
+	switch doer := m.actors.doers.of(m.target()); {
+	case doer != nil:
+		f.Process = doer
 	case m.actors.raw != nil && m.at.Sub(m.actors.rawAt) <= attributeWithin:
 		f.Process = m.actors.raw
 	case m.actor.Identity == 0 && m.event.Flow != nil && m.outgoing() && g.raw != nil && m.at.Sub(g.rawAt) <= attributeWithin:

@@ -4,6 +4,8 @@ import (
 	"github.com/demarc/demarc/bpf/abi"
 )
 
+const rawAdvice = "Look at the process. ping works without raw sockets where net.ipv4.ping_group_range admits its group; captures belong onto the host."
+
 // isRaw says whether the event is a raw or packet socket.
 func (m *moment) isRaw() bool {
 	f := m.event.Flow
@@ -20,8 +22,13 @@ func rawSocket(_ *Engine, m *moment) []Finding {
 	if s := m.event.Signal; s != nil && s.Cause != "refused" {
 		did = "opened a raw or packet socket"
 	}
+	if m.proto == "icmp" || m.proto == "icmp6" {
+		f := m.finding("raw-socket", sniffing, Low, 30, m.proto, "%s, of the kind that ping uses", did)
+		f.Advice = rawAdvice
+		return []Finding{f}
+	}
 	f := m.finding("raw-socket", sniffing, Medium, 90, "", "%s", did)
 	f.Certain = true
-	f.Advice = "Look at the process. ping works without raw sockets where net.ipv4.ping_group_range admits its group; captures belong onto the host."
+	f.Advice = rawAdvice
 	return []Finding{f}
 }

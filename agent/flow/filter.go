@@ -26,8 +26,8 @@ type condition struct {
 	holds func(*Flow) bool
 }
 
-// negated prefixes a field's name in a query string.
-const negated = "not-"
+// Negated prefixes a field's name in a query string.
+const Negated = "not-"
 
 // Field is one thing that flows are filtered by.
 type Field struct {
@@ -151,7 +151,7 @@ func (f *Filter) Values() url.Values {
 	for _, c := range f.conditions {
 		name := c.field
 		if c.not {
-			name = negated + name
+			name = Negated + name
 		}
 		v.Add(name, c.value)
 	}
@@ -166,7 +166,7 @@ func ParseFilter(v url.Values) (*Filter, error) {
 		for _, not := range []bool{false, true} {
 			name := known.Name
 			if not {
-				name = negated + name
+				name = Negated + name
 			}
 			for _, value := range v[name] {
 				if err := f.Add(known.Name, value, not); err != nil {

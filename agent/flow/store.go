@@ -8,7 +8,7 @@ import (
 )
 
 // StoreSize is how many events of each ring a Store keeps by default.
-const StoreSize = 16384
+const StoreSize = 65536
 
 // Store keeps the last events of each ring in bounded memory. Each ring has its own
 // room, so a flood of allowed flows pushes no denial out. Readers are cursors: the
@@ -50,6 +50,21 @@ func (s *Store) Add(ring int, e *abi.Event) {
 	b := &s.rings[ring]
 	b.kept[b.next%uint64(len(b.kept))] = *e
 	b.next++
+	s.wake()
+	s.mu.Unlock()
+}
+
+// AddAll keeps events of one ring, in their order.
+func (s *Store) AddAll(ring int, events []abi.Event) {
+	if len(events) == 0 {
+		return
+	}
+	s.mu.Lock()
+	b := &s.rings[ring]
+	for i := range events {
+		b.kept[b.next%uint64(len(b.kept))] = events[i]
+		b.next++
+	}
 	s.wake()
 	s.mu.Unlock()
 }

@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"encoding/hex"
 	"hash/fnv"
+	"strings"
 
 	flowpb "github.com/cilium/cilium/api/v1/flow"
 	"google.golang.org/protobuf/types/known/timestamppb"
@@ -87,7 +88,20 @@ func Flow(f *flow.Flow) *flowpb.Flow {
 		out.TraceObservationPoint = flowpb.TraceObservationPoint_TO_NETWORK
 	}
 	out.PolicyLog = []string{"reason=" + f.Reason.String()}
+	out.Summary = summary(f)
 	return out
+}
+
+// summary is what Hubble's clients show at a line's end: "TCP no-crossing".
+func summary(f *flow.Flow) string {
+	s := f.Reason.String()
+	if f.Protocol != "" {
+		s = strings.ToUpper(f.Protocol) + " " + s
+	}
+	if f.Crossing != "" {
+		s += " " + f.Crossing
+	}
+	return s
 }
 
 // uuid is the same for the same event wherever it is asked for: of the node's name,

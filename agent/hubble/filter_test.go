@@ -36,7 +36,7 @@ func TestFlowInHubblesWords(t *testing.T) {
 		L4:             &flowpb.Layer4{Protocol: &flowpb.Layer4_TCP{TCP: &flowpb.TCP{SourcePort: 44312, DestinationPort: 5432}}},
 		Source:         &flowpb.Endpoint{Identity: 0x101, Namespace: "edge", PodName: "web", Labels: []string{"demarc:workload=web", "demarc:zone=edge"}, Workloads: []*flowpb.Workload{{Name: "web", Kind: "Workload"}}},
 		Destination:    &flowpb.Endpoint{Identity: 2, Labels: []string{"reserved:world", "demarc:network=lan"}},
-		EgressDeniedBy: []*flowpb.Policy{{Name: "web-db", Kind: "Crossing"}}, PolicyLog: []string{"reason=no-crossing"},
+		EgressDeniedBy: []*flowpb.Policy{{Name: "web-db", Kind: "Crossing"}}, PolicyLog: []string{"reason=no-crossing"}, Summary: "TCP no-crossing web-db",
 	}
 	if d := cmp.Diff(want, Flow(denied), protocmp.Transform()); d != "" {
 		t.Errorf("denied (-want +got):\n%s", d)
@@ -137,6 +137,10 @@ func TestFilters(t *testing.T) {
 		{`{"ip_trace_id": ["9"]}`, true}, {`{"ip_trace_id": ["8"]}`, false},
 		{`{"encrypted": [true]}`, true}, {`{"encrypted": [false]}`, false},
 		{`{"source_pod": ["edge/"], "destination_port": ["80"]}`, false},
+		{`{"experimental": {"cel_expression": ["_flow.l4.TCP.destination_port == 5432u && 'demarc:zone=edge' in _flow.source.labels"]}}`, true},
+		{`{"experimental": {"cel_expression": ["_flow.verdict == Verdict.AUDIT"]}}`, false},
+		// What costs too much does not hold.
+		{`{"experimental": {"cel_expression": ["[1,2,3,4,5,6,7,8].all(a, [1,2,3,4,5,6,7,8].all(b, [1,2,3,4,5,6,7,8].all(c, [1,2,3,4,5,6,7,8].all(d, a+b+c+d > 0))))"]}}`, false},
 	} {
 		ff := filter(t, c.filter)
 		p, err := selection([]*flowpb.FlowFilter{ff}, nil)
@@ -159,7 +163,6 @@ func TestFilters(t *testing.T) {
 	if p, err := selection([]*flowpb.FlowFilter{filter(t, `{"dns_query": ["kube.*local"]}`)}, nil); err != nil || !p(dns) {
 		t.Errorf("dns_query: %v", err)
 	}
-	covered["experimental"] = true // refused, below
 	fields := (&flowpb.FlowFilter{}).ProtoReflect().Descriptor().Fields()
 	for i := range fields.Len() {
 		if name := string(fields.Get(i).Name()); !covered[name] {
@@ -194,7 +197,9 @@ func TestBadFilters(t *testing.T) {
 		{"bad layers", `{"http_method": ["GET"], "event_type": [{"type": 4}]}`, "event_type: filters of HTTP need events of type l7"},
 		{"bad number of values", `{"source_port": [` + many + `]}`, "source_port: 257 values, at most 256 are taken"},
 		{"bad length", `{"uuid": ["` + strings.Repeat("a", maxText+1) + `"]}`, "uuid: a value of 513 bytes, at most 512 are taken"},
-		{"bad CEL", `{"experimental": {"cel_expression": ["true"]}}`, "cel_expression: this server takes no CEL; filter what it sends with: demarc flows --cel-expression"},
+		{"bad CEL", `{"experimental": {"cel_expression": ["_flow.x ="]}}`, "cel_expression: ERROR: <input>:1:9: Syntax error: token recognition error at: '='"},
+		{"bad CEL field", `{"experimental": {"cel_expression": ["_flow.x == 1"]}}`, "cel_expression: ERROR: <input>:1:6: undefined field 'x'"},
+		{"bad CEL type", `{"experimental": {"cel_expression": ["1 + 1"]}}`, "cel_expression: it says int, and must say bool"},
 	} {
 		_, err := selection([]*flowpb.FlowFilter{{}, filter(t, c.filter)}, nil)
 		if err == nil || err.Error() != "whitelist filter 2: "+c.want {

@@ -10,6 +10,7 @@ import (
 
 	"github.com/demarc/demarc/agent/api"
 	"github.com/demarc/demarc/policy"
+	"github.com/demarc/demarc/policy/kubernetes"
 )
 
 // environment is everything that the command takes from outside its arguments.
@@ -94,6 +95,11 @@ func (env *environment) report(err error) int {
 	if errors.As(err, &problems) {
 		// Several lines that each start with the place; editors jump there.
 		fmt.Fprintln(env.Stderr, problems)
+		return exitFailed
+	}
+	var objects kubernetes.Problems
+	if errors.As(err, &objects) {
+		fmt.Fprintln(env.Stderr, objects)
 		return exitFailed
 	}
 	code, hint := exitFailed, ""

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net/url"
 	"slices"
 	"strconv"
@@ -21,7 +22,8 @@ const defaultLast = 20
 
 type flowsOptions struct {
 	filter     flow.Filter
-	not        bool // the next filter is negated
+	cel        url.Values // expressions, as parameters
+	not        bool       // the next filter is negated
 	follow     bool
 	last       int
 	first      int
@@ -92,6 +94,7 @@ workload a pod in it.`,
 	flags.BoolVarP(&o.debug, "debug", "D", false, "tell on standard error what the agent is asked")
 	flags.BoolP("ipv4", "4", false, "like --ip-version v4")
 	flags.BoolP("ipv6", "6", false, "like --ip-version v6")
+	flags.Var(&expressionFlag{&o}, api.Expression, "CEL on the flow as -o jsonpb shows it, like '_flow.l4.TCP.destination_port > 1023u'")
 	for _, f := range flow.Fields {
 		value := &filterFlag{&o, f.Name}
 		flags.VarP(value, f.Name, shorthands[f.Name], f.Help)
@@ -140,6 +143,7 @@ func (o *flowsOptions) query(flags *pflag.FlagSet) (url.Values, error) {
 		return nil, usagef("--last, --first and --all exclude each other")
 	}
 	v := o.filter.Values()
+	maps.Copy(v, o.cel)
 	if o.first > 0 {
 		v.Set("first", strconv.Itoa(o.first))
 	}
@@ -237,6 +241,25 @@ func (f *filterFlag) Set(s string) error {
 
 func (f *filterFlag) String() string { return "" }
 func (f *filterFlag) Type() string   { return "VALUE" }
+
+// expressionFlag is --cel-expression.
+type expressionFlag struct{ options *flowsOptions }
+
+func (f *expressionFlag) Set(s string) error {
+	name := api.Expression
+	if f.options.not {
+		name = flow.Negated + name
+	}
+	f.options.not = false
+	if f.options.cel == nil {
+		f.options.cel = url.Values{}
+	}
+	f.options.cel.Add(name, s)
+	return nil
+}
+
+func (f *expressionFlag) String() string { return "" }
+func (f *expressionFlag) Type() string   { return "CEL" }
 
 // notFlag is --not. It takes no value.
 type notFlag struct{ not *bool }

@@ -11,6 +11,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/demarc/demarc/identity"
 	"github.com/demarc/demarc/policy"
 )
 
@@ -19,6 +20,7 @@ type policyExplainOptions struct {
 	from, to, port string
 	at             string // RFC 3339; empty = now
 	batch          string // file of probes, - for standard input
+	inventory      string // file that names pods; empty = none
 	output         string // text or json
 }
 
@@ -27,10 +29,12 @@ func newPolicyExplainCommand(env *environment) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "explain POLICY (--from PEER --to PEER --port PORT [--at TIME] | --batch FILE)",
 		Short: "Say whether a flow is allowed, and which crossing and line decide",
-		Long: "A peer is workload/NAME, network/NAME, an address or unmanaged. A network stands for the first address of its first\n" +
-			"block. A batch is JSON lines {\"from\", \"to\", \"port\", \"at\"}, and each is answered by one line of JSON.",
+		Long: "A peer is workload/NAME, network/NAME, an address, unmanaged, or with --inventory pod/NAMESPACE/NAME. A network stands\n" +
+			"for the first address of its first block. A batch is JSON lines {\"from\", \"to\", \"port\", \"at\"}, and each is answered by one\n" +
+			"line of JSON: allowed, the end that refuses (egress, ingress or both), the crossing, the reason.",
 		Example: "  demarc policy explain shop.yaml --from workload/web --to workload/api --port tcp/8080\n" +
-			"  demarc policy explain shop.yaml --batch probes.jsonl",
+			"  demarc policy explain shop.yaml --batch probes.jsonl\n" +
+			"  demarc policy explain policy.yaml --inventory inventory.yaml --from pod/shop/api-1 --to pod/shop/db-0 --port tcp/5432",
 		Args: oneArgument("policy"),
 		RunE: func(_ *cobra.Command, args []string) error {
 			o.file = args[0]
@@ -43,6 +47,7 @@ func newPolicyExplainCommand(env *environment) *cobra.Command {
 	f.StringVar(&o.port, "port", "", "protocol and port: tcp/443, udp/53, icmp/echo")
 	f.StringVar(&o.at, "at", "", "when, as an RFC 3339 time (default: now)")
 	f.StringVar(&o.batch, "batch", "", "file of probes, one JSON object a line; - is standard input")
+	f.StringVar(&o.inventory, "inventory", "", "`file` that names pods and their addresses")
 	outputFlag(cmd, &o.output, "text", "json")
 	return cmd
 }
@@ -78,7 +83,11 @@ func policyExplainRun(env *environment, o policyExplainOptions) error {
 	if err != nil {
 		return err
 	}
-	a, err := p.Explain(probe)
+	inv, err := loadInventory(o.inventory)
+	if err != nil {
+		return err
+	}
+	a, err := p.ExplainIn(inv, probe)
 	if err != nil {
 		return err
 	}
@@ -94,6 +103,10 @@ func policyExplainBatch(env *environment, o policyExplainOptions) error {
 	if err != nil {
 		return err
 	}
+	inv, err := loadInventory(o.inventory)
+	if err != nil {
+		return err
+	}
 	in := env.Stdin
 	if o.batch != "-" {
 		f, err := os.Open(o.batch)
@@ -103,7 +116,19 @@ func policyExplainBatch(env *environment, o policyExplainOptions) error {
 		defer f.Close()
 		in = f
 	}
-	return policy.ExplainBatch(p, in, env.Stdout)
+	return policy.ExplainBatch(p, inv, in, env.Stdout)
+}
+
+// loadInventory reads an inventory; without a file there is none.
+func loadInventory(file string) (*identity.Inventory, error) {
+	if file == "" {
+		return nil, nil
+	}
+	src, err := os.ReadFile(file)
+	if err != nil {
+		return nil, err
+	}
+	return identity.ParseInventory(file, src)
 }
 
 // maxFiles is more than a command line holds.

@@ -139,6 +139,18 @@ func (f *File) Errorf(path, hint, format string, args ...any) error {
 	return e
 }
 
+// Locate returns the line and column, from 1, of a YAML path such as "$.spec.egress[0]"
+// in one document, or of the nearest place above it that the document has.
+func Locate(src []byte, path string) (line, column int) {
+	root, err := parser.ParseBytes(src, 0)
+	if err != nil {
+		return 1, 1
+	}
+	var e *Error
+	errors.As((&File{root: root}).Errorf(path, "", ""), &e)
+	return e.Line, e.Column
+}
+
 // start is the first token of a node; a mapping's own token is its first colon.
 func start(n ast.Node) *token.Token {
 	switch n := n.(type) {

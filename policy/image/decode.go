@@ -156,10 +156,7 @@ func (d *decoder) crossing(c *cursor) Crossing {
 	from, to, ports := int(c.u32()), int(c.u32()), int(c.u32())
 	x.Need, x.NAT, x.Log, x.Refuse = Need(c.u8()), NAT(c.u8()), Log(c.u8()), Refuse(c.u8())
 	flags := c.u8()
-	if flags&^(flagDecoy|flagForensic) != 0 {
-		d.fail("crossing %q: flags are %d", x.Name, flags)
-	}
-	x.Decoy, x.Forensic = flags&flagDecoy != 0, flags&flagForensic != 0
+	x.Decoy, x.Forensic, x.Side = flags&flagDecoy != 0, flags&flagForensic != 0, Side(flags>>flagsSide)
 	x.Rate, x.Burst = c.u64(), c.u64()
 	x.Since, x.Until = int64(c.u64()), int64(c.u64())
 	x.Purpose = d.str(c)

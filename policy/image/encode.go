@@ -152,7 +152,7 @@ func (e *encoder) crossing(c *Crossing) {
 	b.u8(uint8(c.NAT))
 	b.u8(uint8(c.Log))
 	b.u8(uint8(c.Refuse))
-	var flags uint8
+	flags := uint8(c.Side) << flagsSide
 	if c.Decoy {
 		flags |= flagDecoy
 	}

@@ -72,8 +72,9 @@ const (
 	flagInbound  = 2
 )
 
-// Bits of the flags in a crossing's record.
+// Bits of the flags in a crossing's record; from flagsSide on they are its side.
 const (
 	flagDecoy    = 1
 	flagForensic = 2
+	flagsSide    = 2
 )

@@ -111,6 +111,19 @@ const (
 	NATDestination NAT = 2 // the tag covers only the source
 )
 
+// Side says at which end of a flow a crossing holds. Each end judges for itself, so
+// a flow that one crossing admits at one end only needs another at the other end.
+type Side uint8
+
+const (
+	BothSides   Side = 0
+	EgressSide  Side = 1 // at the end that opens the flow
+	IngressSide Side = 2 // at the end that accepts it
+)
+
+// HoldsAt says whether the side includes the end with that direction.
+func (s Side) HoldsAt(d Direction) bool { return s == BothSides || s == EgressSide+Side(d) }
+
 // Log says which flows of a crossing are reported.
 type Log uint8
 
@@ -189,6 +202,7 @@ type Crossing struct {
 	Ports  []Span // sorted, disjoint, not adjacent within one protocol
 	Need   Need   // what terms that name workloads or zones must prove
 	NAT    NAT
+	Side   Side
 	Log    Log
 	Refuse Refuse
 	Decoy  bool
@@ -241,7 +255,7 @@ type Selector struct {
 	Path           string  // SelectCgroup ("/lab/web", no trailing slash), SelectUnit
 	Namespace      string  // SelectKubernetes; "" = not asked for
 	ServiceAccount string  // SelectKubernetes
-	Name           string  // SelectContainer
+	Name           string  // SelectKubernetes (of the pod; then with its namespace), SelectContainer
 	Image          string  // SelectContainer
 	Labels         []Label // SelectKubernetes, SelectContainer; sorted by Key
 }

@@ -137,7 +137,6 @@ func TestDecodeRefuses(t *testing.T) {
 			"address block ::: length 129"},
 		{"bad v4 prefix length", func(b []byte) []byte { b[section(b, 5)+17+16] = 95; return b },
 			"address block 0.0.0.0: length -1"},
-		{"bad flags of a crossing", func(b []byte) []byte { b[section(b, 6)+28] = 4; return b }, `crossing "public-web": flags are 4`},
 		{"bad alternatives", func(b []byte) []byte { b[section(b, 13)+11] = 250; return b },
 			"rule lists 250 crossings, 15 are left"},
 		{"bad alternatives left over", func(b []byte) []byte { b[section(b, 13)+11] = 0; return b },

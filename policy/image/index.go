@@ -36,7 +36,7 @@ type Decision struct {
 type Index struct {
 	img    *Image
 	zones  map[ID]uint16
-	rules  map[RuleKey][]uint32
+	rules  map[ID][]Rule // by subject, in the order of the image
 	blocks map[netip.Prefix]uint16
 	long   [129]bool // lengths that blocks have
 }
@@ -46,14 +46,18 @@ func (img *Image) Index() *Index {
 	x := &Index{
 		img:    img,
 		zones:  make(map[ID]uint16, len(img.Workloads)),
-		rules:  make(map[RuleKey][]uint32, len(img.Rules)),
+		rules:  make(map[ID][]Rule, len(img.Workloads)),
 		blocks: make(map[netip.Prefix]uint16, len(img.Addresses)),
 	}
 	for i := range img.Workloads {
 		x.zones[img.Workloads[i].ID] = img.Workloads[i].Zone
 	}
-	for i := range img.Rules {
-		x.rules[img.Rules[i].RuleKey] = img.Rules[i].Crossings
+	for rest := img.Rules; len(rest) > 0; {
+		n, subject := 1, rest[0].Subject
+		for n < len(rest) && rest[n].Subject == subject {
+			n++
+		}
+		x.rules[subject], rest = rest[:n], rest[n:]
 	}
 	for _, p := range img.Addresses {
 		x.blocks[p.Prefix] = p.Class
@@ -88,8 +92,14 @@ func (x *Index) declared(q Query) Decision {
 	if !known {
 		return x.undeclared(q, best)
 	}
+	rules := x.rules[q.Subject]
 	rule := func(k PeerKind, v uint32) []uint32 {
-		return x.rules[RuleKey{q.Subject, MakePeer(k, v), class, Direction(q.Direction)}]
+		i, found := slices.BinarySearchFunc(rules, RuleKey{q.Subject, MakePeer(k, v), class, Direction(q.Direction)},
+			func(r Rule, key RuleKey) int { return r.Compare(key) })
+		if !found {
+			return nil
+		}
+		return rules[i].Crossings
 	}
 
 	best.add(rule(PeerAny, 0))

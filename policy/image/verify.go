@@ -217,8 +217,8 @@ func (v *verifier) crossing(c *Crossing) error {
 		}
 	}
 	switch {
-	case c.Need > NoProof, c.NAT > NATDestination, c.Log > LogNone, c.Refuse > RefuseDrop:
-		return fmt.Errorf("identity %d, nat %d, log %d, refuse %d: unknown value", c.Need, c.NAT, c.Log, c.Refuse)
+	case c.Need > NoProof, c.NAT > NATDestination, c.Log > LogNone, c.Refuse > RefuseDrop, c.Side > IngressSide:
+		return fmt.Errorf("identity %d, nat %d, log %d, refuse %d, side %d: unknown value", c.Need, c.NAT, c.Log, c.Refuse, c.Side)
 	case c.Need == NoProof && provable(c.From) && provable(c.To):
 		return errors.New("asks no proof between workloads")
 	case c.Rate > MaxRate, (c.Rate == 0) != (c.Burst == 0):

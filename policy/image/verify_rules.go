@@ -51,7 +51,7 @@ func (v *verifier) rules() error {
 				return fmt.Errorf("rule for %s is missing", want.RuleKey)
 			}
 			got := &v.img.Rules[at]
-			switch order := compareKeys(got.RuleKey, want.RuleKey); {
+			switch order := got.Compare(want.RuleKey); {
 			case order < 0:
 				return fmt.Errorf("rule for %s: no crossing declares it", got.RuleKey)
 			case order > 0:
@@ -110,11 +110,14 @@ func (v *verifier) sides() (sides [2]map[Term][]uint32) {
 		sides[d] = make(map[Term][]uint32)
 	}
 	for i := range v.img.Crossings {
-		for _, t := range v.img.Crossings[i].From {
-			sides[Egress][t] = append(sides[Egress][t], uint32(i))
-		}
-		for _, t := range v.img.Crossings[i].To {
-			sides[Ingress][t] = append(sides[Ingress][t], uint32(i))
+		c := &v.img.Crossings[i]
+		for d, terms := range [...][]Term{Egress: c.From, Ingress: c.To} {
+			if !c.Side.HoldsAt(Direction(d)) {
+				continue
+			}
+			for _, t := range terms {
+				sides[d][t] = append(sides[d][t], uint32(i))
+			}
 		}
 	}
 	return sides
@@ -173,9 +176,10 @@ func (v *verifier) peers(terms []Term) []Peer {
 	return slices.Compact(out) // an address class can lie in two networks of one crossing
 }
 
-func compareKeys(a, b RuleKey) int {
-	return cmp.Or(cmp.Compare(a.Subject, b.Subject), cmp.Compare(a.Peer, b.Peer),
-		cmp.Compare(a.Class, b.Class), cmp.Compare(a.Direction, b.Direction))
+// Compare says which of two keys comes first in an image.
+func (k RuleKey) Compare(b RuleKey) int {
+	return cmp.Or(cmp.Compare(k.Subject, b.Subject), cmp.Compare(k.Peer, b.Peer),
+		cmp.Compare(k.Class, b.Class), cmp.Compare(k.Direction, b.Direction))
 }
 
 func (k RuleKey) String() string {

@@ -51,7 +51,7 @@ func (s *Selector) valid() bool {
 	case SelectUnit:
 		return validUnit(s.Path) && !pod && !container && s.Labels == nil
 	case SelectKubernetes:
-		return s.Path == "" && !container && (pod || len(s.Labels) > 0)
+		return s.Path == "" && s.Image == "" && (s.Name == "" || s.Namespace != "") && (pod || len(s.Labels) > 0)
 	case SelectContainer:
 		return s.Path == "" && !pod && (container || len(s.Labels) > 0)
 	}

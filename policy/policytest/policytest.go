@@ -116,7 +116,7 @@ func Random(r *rand.Rand, size Size) *policy.Policy {
 		c := policy.Crossing{
 			Pos: policy.Pos{Line: i + 1, Column: 1}, Name: fmt.Sprintf("c%d", i),
 			From: randomTerms(r, p), To: randomTerms(r, p), Ports: randomSpans(r),
-			Decoy: r.IntN(8) == 0, Forensic: r.IntN(4) == 0, Log: image.Log(r.IntN(3)), Refuse: image.Refuse(r.IntN(2)),
+			Decoy: r.IntN(8) == 0, Side: []image.Side{0, 0, 0, 1, 2}[r.IntN(5)], Forensic: r.IntN(4) == 0, Log: image.Log(r.IntN(3)), Refuse: image.Refuse(r.IntN(2)),
 		}
 		c.Need = randomNeed(r, &c)
 		if windows > 0 && r.IntN(3) == 0 {

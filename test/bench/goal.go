@@ -12,11 +12,11 @@ const (
 	Aim          Outcome = "aim"  // and the level to reach is reached
 )
 
-// Goal is an upper bound of something measured.
+// Goal is an upper bound of something measured; where Aim is above Must, a lower one.
 type Goal struct {
 	ID       string  `json:"id"`
 	What     string  `json:"what"`
-	Unit     string  `json:"unit"` // "ratio", "ns" or "ms"
+	Unit     string  `json:"unit"` // "ratio", "ns", "ms", "%", "MB" or "/s"
 	Must     float64 `json:"must"`
 	Aim      float64 `json:"aim"`
 	Measured float64 `json:"measured"`
@@ -26,12 +26,18 @@ type Goal struct {
 // judge says how a measured value stands to its bounds, if the control lets it.
 func (g Goal) judge(measured float64, conclusive bool) Goal {
 	g.Measured = measured
+	within := func(bound float64) bool {
+		if g.Aim > g.Must {
+			return measured >= bound
+		}
+		return measured <= bound
+	}
 	switch {
 	case !conclusive:
 		g.Outcome = Inconclusive
-	case measured <= g.Aim:
+	case within(g.Aim):
 		g.Outcome = Aim
-	case measured <= g.Must:
+	case within(g.Must):
 		g.Outcome = Must
 	default:
 		g.Outcome = Missed
@@ -46,6 +52,15 @@ func (g Goal) String() string {
 	}
 	return fmt.Sprintf(form, g.ID, g.What, g.Measured, g.Must, g.Aim, g.Outcome)
 }
+
+// The goals of events on their way through the agent.
+var (
+	goalIdle     = Goal{ID: "P15", What: "agent, resident, idle, a small policy", Unit: "MB", Must: 40, Aim: 25}
+	goalResident = Goal{ID: "P15", What: "agent, resident, idle, 10,000 identities", Unit: "MB", Must: 150, Aim: 90}
+	goalEvents   = Goal{ID: "P17", What: "events through the agent to a reader, none lost", Unit: "/s", Must: 100_000, Aim: 300_000}
+	goalExact    = Goal{ID: "P18", What: "events neither delivered nor counted as lost, at 1,000,000/s", Unit: "", Must: 0, Aim: 0}
+	goalCPU      = Goal{ID: "P19", What: "agent's CPU at 10,000 connections/s, every event read", Unit: "%", Must: 15, Aim: 8}
+)
 
 // The goals of traffic, and those of single packets.
 var (

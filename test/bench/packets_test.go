@@ -72,18 +72,7 @@ func TestPackets(t *testing.T) {
 func (b *bench) packets(outcome *Packets) {
 	b.t.Helper()
 	c := b.private()
-	ids := b.identities()
-	var keys []abi.Key
-	for epoch := range uint32(abi.Epochs) {
-		var key abi.Key
-		check(b.t, c.Maps["keys"].Lookup(epoch, &key))
-		keys = append(keys, key)
-	}
-	var state abi.State
-	check(b.t, c.Maps["state"].Lookup(uint32(0), &state))
-	key := keys[state.TagEpoch]
-
-	signed := synFrame(ids["client"], uint32(state.TagEpoch), key)
+	signed := b.signed(c)
 	wrong := slices.Clone(signed)
 	wrong[len(wrong)-1] ^= 1
 	unsigned := frame(&layers.TCP{SrcPort: 40000, DstPort: firstPort, SYN: true, Seq: 7, Options: usualOptions()}, nil)
@@ -126,6 +115,16 @@ func (b *bench) packets(outcome *Packets) {
 	}
 }
 
+// signed is the client's SYN, with the tag of the key that is in use.
+func (b *bench) signed(c *ebpf.Collection) []byte {
+	b.t.Helper()
+	var state abi.State
+	check(b.t, c.Maps["state"].Lookup(uint32(0), &state))
+	var key abi.Key
+	check(b.t, c.Maps["keys"].Lookup(uint32(state.TagEpoch), &key))
+	return synFrame(b.identities()["client"], uint32(state.TagEpoch), key)
+}
+
 // best runs a program often and returns the least mean of a run, in ns.
 func (b *bench) best(outcome *Packets, c *ebpf.Collection, program string, frame []byte, verdict uint32) float64 {
 	b.t.Helper()
@@ -144,8 +143,8 @@ func (b *bench) best(outcome *Packets, c *ebpf.Collection, program string, frame
 }
 
 // private loads the packet programs. They read the policy, the keys and the bindings
-// of the node; what they write is their own.
-func (b *bench) private() *ebpf.Collection {
+// of the node; what they write is their own, apart from the maps that are named.
+func (b *bench) private(also ...string) *ebpf.Collection {
 	b.t.Helper()
 	spec := b.compile("packets")
 	for name := range spec.Programs {
@@ -159,7 +158,7 @@ func (b *bench) private() *ebpf.Collection {
 		check(b.t, err)
 		return m
 	}
-	for _, name := range []string{"bindings", "keys", "rules", "subjects", "crossings", "buckets", "prefixes", "ports"} {
+	for _, name := range append(also, "bindings", "keys", "rules", "subjects", "crossings", "buckets", "prefixes", "ports") {
 		shared[name] = open(name)
 		defer shared[name].Close()
 	}

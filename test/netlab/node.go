@@ -56,6 +56,8 @@ type NodeOptions struct {
 	// Metrics is where the agent serves them, HOST:PORT in the node's own
 	// namespace; "" = nowhere.
 	Metrics string
+	// AgentLines are more lines of the agent's configuration.
+	AgentLines string
 	// Home is the namespace of the host itself: its devices are the node's
 	// boundary. nil = a namespace of the node's own with nothing but lo.
 	Home *Namespace
@@ -107,9 +109,11 @@ func (n *Node) configure() {
 		"cgroup_root": n.root.dir, "bpffs": filepath.Join(n.dir, "bpf", "demarc"), "run_dir": filepath.Join(n.dir, "core"),
 		"state_dir": filepath.Join(n.dir, "state"), "trust_dir": filepath.Join(n.dir, "trust"), "keyring": keyring,
 		"agent_user": agentUser, "log_level": "debug",
+		"guard": false, // tests are who it keeps away; test/vm tries it
 	}, "", "  ")
 	n.lab.check(err, "write configuration")
 	agent := fmt.Sprintf("node: %s\nserver: unix://%s\ncore: unix://%s\n", n.home.Name, n.agentSocket(), n.coreSocket())
+	agent += n.options.AgentLines
 	if n.options.Metrics != "" {
 		agent += fmt.Sprintf("metrics: {listen: %q}\n", n.options.Metrics)
 	}
@@ -167,6 +171,9 @@ func (n *Node) CoreCommand() Command {
 
 // CoreSocket is where the core answers.
 func (n *Node) CoreSocket() string { return n.coreSocket() }
+
+// AgentSocket is where the agent serves its API.
+func (n *Node) AgentSocket() string { return n.agentSocket() }
 
 // StartAgent starts the agent and waits until it is connected to the core.
 func (n *Node) StartAgent() {
