@@ -10,7 +10,7 @@ OBJECT := agent/core/demarc_bpfel.o
 ROOT_TESTS := ./agent/core/... ./test/...
 
 .DEFAULT_GOAL := help
-.PHONY: help build generate check-generate lint test test-kernels test-hubble test-packages packages test-faults lateral unit root demo tcb fuzz bench bench-micro clean
+.PHONY: help build docs generate check-generate lint test test-kernels test-hubble test-faults lateral unit root demo tcb fuzz bench bench-micro clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -18,6 +18,10 @@ help: ## list the targets
 build: ## put the three binaries into bin/ (needs only Go)
 	@mkdir -p $(BIN)
 	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/ ./cmd/...
+
+docs: build ## manual pages and completion scripts of the command line, into bin/
+	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct 2>/dev/null || echo 0) $(BIN)/demarc docs man $(BIN)/man
+	$(BIN)/demarc docs completions $(BIN)/completions
 
 generate: ## compile bpf/ and write the generated Go
 	scripts/install build
@@ -53,6 +57,7 @@ test-kernels: ## demarc in virtual machines with the kernels KERNELS (5.10 6.1 6
 	test/vm/fetch $(KERNEL_CACHE) $(KERNELS)
 	DEMARC_KERNELS=$(KERNEL_CACHE) DEMARC_KERNEL_SERIES="$(KERNELS)" test/run -tags kernels -count=1 -v -timeout 30m ./test/vm
 
+.PHONY: packages test-packages
 ARCH ?= amd64 arm64
 packages: ## deb and rpm for ARCH (amd64 arm64), in bin/packages
 	@for arch in $(ARCH); do deploy/packages/build $$arch $(BIN)/packages || exit 1; done
