@@ -120,7 +120,7 @@ func openMap(f *os.File, kind ebpf.MapType) (*ebpf.Map, error) {
 // rest is how long a ring that was read empty is left alone. An event that wakes its
 // reader costs the packet that made it several microseconds; those that come
 // meanwhile cost nothing more, and the rings hold far more than come in that time.
-const rest = 10 * time.Millisecond
+const rest = 25 * time.Millisecond
 
 func (m *donated) Next(ring int) ([]byte, bool, error) {
 	if r := &m.records[ring]; r.RawSample != nil && r.Remaining == 0 {

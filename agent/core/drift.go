@@ -26,7 +26,7 @@ import (
 // that nobody else can.
 var programsOnly = []string{
 	"replays", "pending_syns", "young", "sockets", "endpoints", "turns", "flows", "port_owners", "bound_ports",
-	"ring_state", "counts", "faults", "speakers", "scratch", "refusals_due",
+	"ring_state", "counts", "faults", "pending_seed", "scratch", "refusals_due",
 }
 
 // freeze may be done again: a former core did.
