@@ -96,7 +96,7 @@ func (a *Agent) openJournal() error {
 	if err != nil {
 		return err
 	}
-	a.service.journal = j
+	a.service.journal, a.service.metrics.journal = j, j
 	for ring := range abi.Rings {
 		id, places := j.Resume(ring)
 		for _, p := range places {
