@@ -10,7 +10,7 @@ OBJECT := agent/core/demarc_bpfel.o
 ROOT_TESTS := ./agent/core/... ./test/...
 
 .DEFAULT_GOAL := help
-.PHONY: help build docs generate check-generate lint test test-kernels test-hubble test-faults lateral unit root demo tcb fuzz bench bench-micro clean
+.PHONY: help build docs generate check-generate lint test test-kernels test-hubble test-netpol test-faults lateral unit root demo tcb fuzz bench bench-micro clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -76,6 +76,12 @@ test-hubble: ## build Cilium's hubble command (some minutes), and compare what i
 	@mkdir -p $(BIN)
 	cd test/hubble && CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-s -w' -o $(CURDIR)/$(BIN)/hubble github.com/cilium/cilium/hubble
 	DEMARC_HUBBLE=$(CURDIR)/$(BIN)/hubble test/run -tags hubble -count=1 -v -timeout 20m -run '^TestHubble$$' ./test/e2e
+
+CHECKS ?= 5000
+test-netpol: ## every case of NetworkPolicy and ClusterNetworkPolicy on the wire, CHECKS (5000) random clusters
+	scripts/install test
+	$(GO) test -count=1 -v -timeout 30m -run '^Test(Facts|Random)$$' ./policy/kubernetes -rapid.checks=$(CHECKS)
+	DEMARC_NETPOL=all test/run -count=1 -v -timeout 60m ./test/netpol
 
 FAULTS ?= 200
 test-faults: ## the core killed and failed at FAULTS (200) places of each phase of its life, under load
