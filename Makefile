@@ -10,7 +10,7 @@ OBJECT := agent/core/demarc_bpfel.o
 ROOT_TESTS := ./agent/core/... ./test/...
 
 .DEFAULT_GOAL := help
-.PHONY: help build docs generate check-generate lint test test-kernels test-hubble test-faults lateral unit root demo tcb fuzz bench bench-micro clean
+.PHONY: help build docs generate check-generate lint test test-kernels test-hubble test-netpol test-faults lateral unit root demo tcb fuzz bench bench-micro clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -82,6 +82,12 @@ test-hubble: ## build Cilium's hubble command (some minutes), and compare what i
 	cd test/hubble && CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-s -w' -o $(CURDIR)/$(BIN)/hubble github.com/cilium/cilium/hubble
 	DEMARC_HUBBLE=$(CURDIR)/$(BIN)/hubble test/run -tags hubble -count=1 -v -timeout 20m -run '^TestHubble$$' ./test/e2e
 
+CHECKS ?= 5000
+test-netpol: ## every case of NetworkPolicy and ClusterNetworkPolicy on the wire, CHECKS (5000) random clusters
+	scripts/install test
+	$(GO) test -count=1 -v -timeout 30m -run '^Test(Facts|Random)$$' ./policy/kubernetes -rapid.checks=$(CHECKS)
+	DEMARC_NETPOL=all test/run -count=1 -v -timeout 60m ./test/netpol
+
 FAULTS ?= 200
 test-faults: ## the core killed and failed at FAULTS (200) places of each phase of its life, under load
 	scripts/install test
@@ -116,12 +122,13 @@ bench: ## the largest policies, CHANGES (50) of one, ROUNDS (15) of traffic besi
 	exit $$status
 
 REPEAT ?= 200000
-bench-micro: ## single packets, REPEAT (200000) times, net of an empty program; events through the agent, up to a million a second
+bench-micro: ## single packets, REPEAT (200000) times, net of an empty program; events through the agent, up to a million a second; a scrape of its metrics
 	scripts/install bench
 	@mkdir -p $(BIN)
 	status=0; \
 	REPEAT=$(REPEAT) BENCH_JSON=$(CURDIR)/$(BIN)/bench-micro.json test/run -count=1 -v -timeout 20m -run '^TestPackets$$' ./test/bench || status=1; \
 	REPEAT=$(REPEAT) BENCH_JSON=$(CURDIR)/$(BIN)/bench-events.json test/run -count=1 -v -timeout 20m -run '^TestEvents$$' ./test/bench || status=1; \
+	REPEAT=$(REPEAT) BENCH_JSON=$(CURDIR)/$(BIN)/bench-scrape.json test/run -count=1 -v -timeout 10m -run '^TestScrape$$' ./test/bench || status=1; \
 	exit $$status
 
 clean: ## remove what the build made, and kernels that were fetched

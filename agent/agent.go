@@ -54,6 +54,12 @@ func build(c *Config, log *zap.Logger, l *link) (*Agent, error) {
 	if c.State != "" {
 		s.detection.file = newFindingsFile(c.State)
 	}
+	if c.Detect != nil && c.Detect.Log.File != "" {
+		var err error
+		if s.detection.sink, err = openFindingsLog(c.Detect.Log); err != nil {
+			return nil, err
+		}
+	}
 	a.tasks = append(a.tasks, s.detection)
 	s.metrics = &metrics{link: l, binder: s.binder, detection: s.detection}
 	if c.Metrics != "" {

@@ -139,6 +139,9 @@ func ParseConfig(file string, src []byte) (*Config, error) {
 	if problem := c.Detect.Check(); problem != nil {
 		return nil, f.Errorf("$.detect."+problem.Path, problem.Hint, "%s", problem.Message)
 	}
+	if log := c.Detect.Log.File; log != "" && !filepath.IsAbs(log) {
+		return nil, f.Errorf("$.detect.log.file", "for example /var/log/demarc/findings.jsonl", "%q is no absolute path", log)
+	}
 	if c.State = d.State; c.State != "" && !filepath.IsAbs(c.State) {
 		return nil, f.Errorf("$.state", "for example /var/lib/demarc-agent", "%q is no absolute path", c.State)
 	}

@@ -79,6 +79,7 @@ func TestParseConfigRefuses(t *testing.T) {
 		{"bad mode", "detect: {modes: {T1046: perhaps}}\n", "a.yaml:1:17: unknown mode \"perhaps\" of T1046\nhint: use off, advise or automatic"},
 		{"bad threshold", "detect:\n  portScan: {count: 0}\n", "a.yaml:2:21: 0 is out of bounds\nhint: use 1 to 256"},
 		{"bad time", "detect: {upward: {within: -1s}}\n", "a.yaml:1:27: -1s is out of bounds\nhint: use a duration such as 5m, at most 720h"},
+		{"bad log", "detect: {log: {file: here}}\n", "a.yaml:1:22: \"here\" is no absolute path\nhint: for example /var/log/demarc/findings.jsonl"},
 		{"bad state", "state: here\n", "a.yaml:1:8: \"here\" is no absolute path\nhint: for example /var/lib/demarc-agent"},
 		{"bad level", "log: {level: loud}\n", "a.yaml:1:14: unknown log level \"loud\"\nhint: use debug, info, warn or error"},
 		{"bad fatal level", "log: {level: fatal}\n", "a.yaml:1:14: unknown log level \"fatal\"\nhint: use debug, info, warn or error"},
