@@ -27,24 +27,25 @@ import (
 
 // Core is one running core. Open makes it, Close ends it.
 type Core struct {
-	config  Config
-	log     *slog.Logger
-	lock    *os.File // held while this core runs
-	tree    *tree
-	pins    pins
-	store   store
-	objects *objects
-	links   *links
-	devices *boundary
-	answers *refusals      // nil = refused callers wait in vain
-	limits  []string       // what this machine cannot enforce
-	trusted []envelope.Key // images must be signed by one of them; none = need not be signed
-	donated *proto.Descriptors
-	stop    func() // ends the upkeep; nil = it never began
-	canary  *canary
-	flipped func()        // for tests
-	looks   atomic.Uint64 // of the upkeep
-	guard   *guard        // nil = the kernel has no BPF LSM
+	config    Config
+	log       *slog.Logger
+	lock      *os.File // held while this core runs
+	tree      *tree
+	pins      pins
+	store     store
+	objects   *objects
+	links     *links
+	devices   *boundary
+	answers   *refusals      // nil = refused callers wait in vain
+	limits    []string       // what this machine cannot enforce
+	trusted   []envelope.Key // images must be signed by one of them; none = need not be signed
+	donated   *proto.Descriptors
+	stop      func() // ends the upkeep; nil = it never began
+	canary    *canary
+	observers *observers    // nil = none yet
+	flipped   func()        // for tests
+	looks     atomic.Uint64 // of the upkeep
+	guard     *guard        // nil = the kernel has no BPF LSM
 
 	mu          sync.Mutex
 	active      *generation       // what this core put in force; nil = nothing
@@ -123,6 +124,7 @@ func open(config Config, log *slog.Logger, h hooks) (_ *Core, err error) {
 	if c.donated, err = c.donate(); err != nil {
 		return nil, err
 	}
+	c.observers = observe(c.objects)
 	if err := c.useKeys(); err != nil {
 		return nil, err
 	}
@@ -528,7 +530,7 @@ func (c *Core) Status() *proto.Status {
 
 func (c *Core) status() *proto.Status {
 	s := &proto.Status{State: proto.StateIdle, Previous: c.previous, Links: c.links.status(), Limits: append(c.limits[:len(c.limits):len(c.limits)], c.foreign...),
-		Problems: append([]string(nil), c.standing...), Quarantines: c.listQuarantines()}
+		Problems: append([]string(nil), c.standing...), Quarantines: c.listQuarantines(), Blind: c.observers.blindness()}
 	if c.active != nil {
 		s.Active, s.State, s.Claims = c.active.describe(), proto.StateEnforcing, len(c.active.selectors.claims)
 		if c.active.flags&abi.ActiveObserve != 0 {
@@ -581,6 +583,7 @@ func (c *Core) Close() error {
 		_ = c.record("core", auditStop, c.active, "")
 	}
 	c.canary.close()
+	c.observers.close()
 	c.journal.close()
 	c.canary, c.journal = nil, nil
 	if c.objects != nil {

