@@ -100,11 +100,7 @@ GLOBAL int note_flow(struct packet *p, struct outcome *o)
 	fresh.unproven = fresh.verdict_out == DEMARC_PROVISIONAL;
 	fresh.until_out = window_end(&o->query);
 	fresh.last = o->query.now;
-	if (put_flow(&p->tuple, &fresh, BPF_ANY)) {
-		fault(DEMARC_FAULT_FLOW);
-		return !refused(o, DEMARC_MAP_FULL);
-	}
-	return true;
+	return !put_flow(&p->tuple, &fresh, BPF_ANY);
 }
 
 /* A new flow leaves. Its entry is made by a function of its own: frames of the
@@ -116,8 +112,10 @@ GLOBAL int open_flow(struct packet *p, struct outcome *o)
 	o->query.proof = DEMARC_PROOF_UNKNOWN;
 	if (!settle(o))
 		return false;
-	if (!note_flow(p, o))
-		return false;
+	if (!note_flow(p, o)) {
+		fault(DEMARC_FAULT_FLOW);
+		return !refused(o, DEMARC_MAP_FULL);
+	}
 	if (o->query.verdict != DEMARC_DENY && o->query.verdict != DEMARC_AUDIT)
 		report(o);
 	return true;
