@@ -87,9 +87,11 @@ GLOBAL int opened_out(struct demarc_flow *flow, struct outcome *o)
 GLOBAL int note_flow(struct packet *p, struct outcome *o)
 {
 	struct demarc_flow fresh = {};
+	struct demarc_tuple key;
 
 	if (!p || !o)
 		return 0;
+	key = p->tuple;
 	fresh.opener = o->query.subject;
 	fresh.epoch_out = DEMARC_ACTIVE_EPOCH(o->active);
 	fresh.verdict_out = o->query.verdict == DEMARC_PROVISIONAL ? DEMARC_PROVISIONAL : DEMARC_ALLOW;
@@ -100,7 +102,7 @@ GLOBAL int note_flow(struct packet *p, struct outcome *o)
 	fresh.unproven = fresh.verdict_out == DEMARC_PROVISIONAL;
 	fresh.until_out = window_end(&o->query);
 	fresh.last = o->query.now;
-	return !put_flow(&p->tuple, &fresh, BPF_ANY);
+	return !bpf_map_update_elem(&flows, &key, &fresh, BPF_ANY);
 }
 
 /* A new flow leaves. Its entry is made by a function of its own: frames of the
