@@ -94,6 +94,12 @@ func limitFiles(c *Config) error {
 	if c.State != "" {
 		rules = append(rules, landlock.PathAccess(ll.AccessFSReadDir|ll.AccessFSReadFile|ll.AccessFSWriteFile|ll.AccessFSTruncate|ll.AccessFSMakeReg|ll.AccessFSRemoveFile, c.State))
 	}
+	if c.Journal != "" { // segments come and go
+		if err := os.MkdirAll(c.Journal, 0o700); err != nil {
+			return fmt.Errorf("make directory of the journal: %w", err)
+		}
+		rules = append(rules, landlock.RWDirs(c.Journal))
+	}
 	if c.Metrics != "" {
 		_, port, err := net.SplitHostPort(c.Metrics)
 		if err != nil {
@@ -162,6 +168,7 @@ func landlockLimit() string {
 var ownCalls = []uint32{
 	unix.SYS_RENAMEAT, unix.SYS_FSYNC, // of findings, in the state directory
 	unix.SYS_UNLINKAT, unix.SYS_MKDIRAT, unix.SYS_FLOCK, unix.SYS_FCHMOD, unix.SYS_FCHMODAT,
+	unix.SYS_FDATASYNC, unix.SYS_FTRUNCATE, // the journal
 	unix.SYS_RSEQ, unix.SYS_SET_ROBUST_LIST, // of the C library, where tests look for races
 }
 

@@ -19,6 +19,7 @@ import (
 	"github.com/demarc/demarc/agent/api"
 	"github.com/demarc/demarc/agent/core/proto"
 	"github.com/demarc/demarc/agent/flow"
+	"github.com/demarc/demarc/agent/journal"
 	"github.com/demarc/demarc/bpf/abi"
 	"github.com/demarc/demarc/exporter"
 	"github.com/demarc/demarc/internal/version"
@@ -35,6 +36,7 @@ const (
 
 // service answers the API.
 type service struct {
+	journal   *journal.Journal // nil without one
 	node      string
 	server    string    // path of the API's socket
 	since     time.Time // of the agent's start
@@ -109,7 +111,7 @@ func (s *service) status() *api.Status {
 	received := s.link.store.Counts()
 	s.link.look(func(v view, k kernel) {
 		out.Core = api.Core{Connected: v.Connected, Since: v.Since, Problem: v.Problem, Root: v.Root, Status: v.Status}
-		var states [abi.Rings]abi.RingState
+		var states [abi.AllRings]abi.RingState
 		if k != nil {
 			var err error
 			if states, err = k.Rings(); err != nil {
@@ -117,6 +119,11 @@ func (s *service) status() *api.Status {
 			}
 		}
 		for i, name := range ringNames {
+			if i == abi.RingSignals {
+				n, missed := s.link.signals.counts()
+				out.Rings = append(out.Rings, api.Ring{Name: name, Made: states[i].Seq, Lost: states[i].Lost, Received: n, Missed: missed})
+				continue
+			}
 			out.Rings = append(out.Rings, api.Ring{Name: name, Made: states[i].Seq, Lost: states[i].Lost, Received: received[i].Received, Missed: received[i].Missed})
 		}
 		if v.Status == nil {
@@ -132,6 +139,13 @@ func (s *service) status() *api.Status {
 			}
 		}
 	})
+	if s.journal != nil {
+		j := s.journal.State()
+		out.Journal = &api.Journal{Dir: s.journal.Dir, Bytes: j.Bytes, MaxBytes: s.journal.MaxSize, Flows: j.Flows, Dropped: j.Dropped}
+		if j.Problem != "" {
+			out.Problems = append(out.Problems, j.Problem)
+		}
+	}
 	if out.Core.Problem != "" {
 		out.Problems = append(out.Problems, "core: "+out.Core.Problem)
 	}
