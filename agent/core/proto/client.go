@@ -188,7 +188,7 @@ func (c *Client) exchange(q Request, file *os.File) (*Response, []*os.File, erro
 
 // places lists where each descriptor goes, in the order of the wire.
 func (d *Descriptors) places() []**os.File {
-	return []**os.File{&d.Denied, &d.Allowed, &d.Counts, &d.Rings, &d.Faults, &d.Bindings, &d.State}
+	return []**os.File{&d.Denied, &d.Allowed, &d.Signals, &d.Counts, &d.Rings, &d.Faults, &d.Bindings, &d.State}
 }
 
 // Files lists the descriptors in the order of the wire.

@@ -203,8 +203,8 @@ func TestClient(t *testing.T) {
 		want  string
 	}{
 		{"bad refused", 0, Response{Error: "no", Hint: "ask later"}, "no"},
-		{"bad no hello", 7, Response{}, "hello: the core sent 7 descriptors of 7"},
-		{"bad too few descriptors", 6, Response{Hello: &Hello{}}, "hello: the core sent 6 descriptors of 7"},
+		{"bad no hello", 8, Response{}, "hello: the core sent 8 descriptors of 8"},
+		{"bad too few descriptors", 6, Response{Hello: &Hello{}}, "hello: the core sent 6 descriptors of 8"},
 		{"bad refused, with descriptors", 1, Response{Error: "no"}, "no"},
 	}
 	for _, tt := range tests {
