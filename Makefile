@@ -10,7 +10,7 @@ OBJECT := agent/core/demarc_bpfel.o
 ROOT_TESTS := ./agent/core/... ./test/...
 
 .DEFAULT_GOAL := help
-.PHONY: help build generate check-generate lint test test-kernels test-hubble test-faults lateral unit root demo tcb fuzz bench bench-micro clean
+.PHONY: help build docs generate check-generate lint test test-kernels test-hubble test-netpol test-faults lateral unit root demo tcb fuzz bench bench-micro clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -18,6 +18,10 @@ help: ## list the targets
 build: ## put the three binaries into bin/ (needs only Go)
 	@mkdir -p $(BIN)
 	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/ ./cmd/...
+
+docs: build ## manual pages and completion scripts of the command line, into bin/
+	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct 2>/dev/null || echo 0) $(BIN)/demarc docs man $(BIN)/man
+	$(BIN)/demarc docs completions $(BIN)/completions
 
 generate: ## compile bpf/ and write the generated Go
 	scripts/install build
@@ -31,6 +35,7 @@ lint: ## formatting and vet
 	@unformatted=$$(gofmt -l $$(git ls-files '*.go')); [ -z "$$unformatted" ] || { echo "gofmt would change:"; echo "$$unformatted"; exit 1; }
 	$(GO) vet ./...
 	$(GO) vet -tags kernels ./test/vm/...
+	$(GO) vet -tags packages ./test/systemd
 	$(GO) vet -tags hubble ./test/e2e
 
 unit:
@@ -45,18 +50,38 @@ test: ## everything that CI runs: generated code, lint, unit tests, tests as roo
 	$(MAKE) --no-print-directory check-generate lint tcb unit root
 
 # Newest last. Kernels are kept outside the checkout, by checksum; `make clean` removes them.
-KERNELS ?= 6.1 6.12 6.18 7.3
+KERNELS ?= 5.10 6.1 6.12 6.18 7.3
 KERNEL_CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/demarc/kernels
-test-kernels: ## demarc in virtual machines with the kernels KERNELS (6.1 6.12 6.18 7.3)
+test-kernels: ## demarc in virtual machines with the kernels KERNELS (5.10 6.1 6.12 6.18 7.3)
 	scripts/install kernels
 	test/vm/fetch $(KERNEL_CACHE) $(KERNELS)
 	DEMARC_KERNELS=$(KERNEL_CACHE) DEMARC_KERNEL_SERIES="$(KERNELS)" test/run -tags kernels -count=1 -v -timeout 30m ./test/vm
+
+.PHONY: packages test-packages
+ARCH ?= amd64 arm64
+packages: ## deb and rpm for ARCH (amd64 arm64), in bin/packages
+	@for arch in $(ARCH); do deploy/packages/build $$arch $(BIN)/packages || exit 1; done
+
+test-packages: ## packages built twice, judged by lintian, installed, upgraded and removed under a systemd
+	scripts/install packages
+	@rm -rf $(BIN)/test-packages
+	PACKAGE_VERSION=0.1.0 deploy/packages/build amd64 $(BIN)/test-packages/old
+	PACKAGE_VERSION=0.2.0 deploy/packages/build amd64 $(BIN)/test-packages/new
+	PACKAGE_VERSION=0.2.0 deploy/packages/build arm64 $(BIN)/test-packages/new
+	PACKAGE_VERSION=0.2.0 deploy/packages/build amd64 $(BIN)/test-packages/again
+	DEMARC_PACKAGES=$(CURDIR)/$(BIN)/test-packages test/run -tags packages -count=1 -v -run Package -timeout 20m ./test/systemd
 
 test-hubble: ## build Cilium's hubble command (some minutes), and compare what it shows with what it should
 	scripts/install test
 	@mkdir -p $(BIN)
 	cd test/hubble && CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-s -w' -o $(CURDIR)/$(BIN)/hubble github.com/cilium/cilium/hubble
 	DEMARC_HUBBLE=$(CURDIR)/$(BIN)/hubble test/run -tags hubble -count=1 -v -timeout 20m -run '^TestHubble$$' ./test/e2e
+
+CHECKS ?= 5000
+test-netpol: ## every case of NetworkPolicy and ClusterNetworkPolicy on the wire, CHECKS (5000) random clusters
+	scripts/install test
+	$(GO) test -count=1 -v -timeout 30m -run '^Test(Facts|Random)$$' ./policy/kubernetes -rapid.checks=$(CHECKS)
+	DEMARC_NETPOL=all test/run -count=1 -v -timeout 60m ./test/netpol
 
 FAULTS ?= 200
 test-faults: ## the core killed and failed at FAULTS (200) places of each phase of its life, under load
@@ -92,12 +117,13 @@ bench: ## the largest policies, CHANGES (50) of one, ROUNDS (15) of traffic besi
 	exit $$status
 
 REPEAT ?= 200000
-bench-micro: ## single packets, REPEAT (200000) times, net of an empty program; events through the agent, up to a million a second
+bench-micro: ## single packets, REPEAT (200000) times, net of an empty program; events through the agent, up to a million a second; a scrape of its metrics
 	scripts/install bench
 	@mkdir -p $(BIN)
 	status=0; \
 	REPEAT=$(REPEAT) BENCH_JSON=$(CURDIR)/$(BIN)/bench-micro.json test/run -count=1 -v -timeout 20m -run '^TestPackets$$' ./test/bench || status=1; \
 	REPEAT=$(REPEAT) BENCH_JSON=$(CURDIR)/$(BIN)/bench-events.json test/run -count=1 -v -timeout 20m -run '^TestEvents$$' ./test/bench || status=1; \
+	REPEAT=$(REPEAT) BENCH_JSON=$(CURDIR)/$(BIN)/bench-scrape.json test/run -count=1 -v -timeout 10m -run '^TestScrape$$' ./test/bench || status=1; \
 	exit $$status
 
 clean: ## remove what the build made, and kernels that were fetched

@@ -12,6 +12,8 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/demarc/demarc/agent/coreclient"
+	"github.com/demarc/demarc/agent/journal"
+	"github.com/demarc/demarc/bpf/abi"
 	"github.com/demarc/demarc/exporter"
 	"github.com/demarc/demarc/identity"
 )
@@ -52,6 +54,12 @@ func build(c *Config, log *zap.Logger, l *link) (*Agent, error) {
 	if c.State != "" {
 		s.detection.file = newFindingsFile(c.State)
 	}
+	if c.Detect != nil && c.Detect.Log.File != "" {
+		var err error
+		if s.detection.sink, err = openFindingsLog(c.Detect.Log); err != nil {
+			return nil, err
+		}
+	}
 	a.tasks = append(a.tasks, s.detection)
 	s.metrics = &metrics{link: l, binder: s.binder, detection: s.detection}
 	if c.Metrics != "" {
@@ -68,5 +76,35 @@ func build(c *Config, log *zap.Logger, l *link) (*Agent, error) {
 // Run works until ctx ends; ready is called once everything is up. The core may be
 // away then, and come and go: the agent stays.
 func (a *Agent) Run(ctx context.Context, ready func()) error {
+	if err := a.openJournal(); err != nil {
+		return err
+	}
 	return runTasks(ctx, ready, a.tasks...)
+}
+
+// openJournal opens the journal, if there is one, before anything is read that belongs
+// in it. Where it ends is where the reading of the rings goes on, so that what came
+// between is known to be lost.
+func (a *Agent) openJournal() error {
+	if a.config.Journal == "" {
+		return nil
+	}
+	l := a.service.link
+	j, err := journal.Open(journal.Options{
+		Dir: a.config.Journal, MaxSize: a.config.JournalSize, Store: l.store, Resolver: a.service.resolver(), Log: a.log,
+	})
+	if err != nil {
+		return err
+	}
+	a.service.journal, l.born = j, j.Born
+	for ring := range abi.Rings {
+		id, places := j.Resume(ring)
+		for _, p := range places {
+			l.resume[ring].Resume(p.CPU, p.Seq)
+		}
+		l.resumed[ring] = id
+	}
+	// Before the link, which closes the store at its end; and so the first to be ready.
+	a.tasks = append([]Task{j}, a.tasks...)
+	return nil
 }

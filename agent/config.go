@@ -1,16 +1,20 @@
 package agent
 
 import (
+	"cmp"
 	"fmt"
+	"math"
 	"net"
 	"os"
 	"path/filepath"
 	"strconv"
+	"strings"
 
 	"go.uber.org/zap/zapcore"
 
 	"github.com/demarc/demarc/agent/api"
 	"github.com/demarc/demarc/agent/detect"
+	"github.com/demarc/demarc/agent/journal"
 	"github.com/demarc/demarc/internal/yamlfile"
 )
 
@@ -24,8 +28,12 @@ type Config struct {
 	Inventory string // file of the `file` provider; "" = not used
 	State     string // directory for what outlives the agent; "" = nothing does
 	Detect    *detect.Config
-	LogLevel  zapcore.Level
-	LogJSON   bool
+	// Journal is the directory that flows are kept in; "" = they are not. JournalSize
+	// bounds it, in bytes.
+	Journal     string
+	JournalSize int64
+	LogLevel    zapcore.Level
+	LogJSON     bool
 }
 
 // document is agent.yaml as it is written.
@@ -41,10 +49,13 @@ type document struct {
 		Providers []string `yaml:"providers"`
 		Inventory string   `yaml:"inventory"`
 	} `yaml:"identity"`
-	Journal map[string]any `yaml:"journal"`
-	State   string         `yaml:"state"`
-	Detect  *detect.Config `yaml:"detect"`
-	Log     struct {
+	Journal struct {
+		Dir     string `yaml:"dir"`
+		MaxSize string `yaml:"max_size"`
+	} `yaml:"journal"`
+	State  string         `yaml:"state"`
+	Detect *detect.Config `yaml:"detect"`
+	Log    struct {
 		Level  string `yaml:"level"`
 		Format string `yaml:"format"`
 	} `yaml:"log"`
@@ -111,14 +122,25 @@ func ParseConfig(file string, src []byte) (*Config, error) {
 	if c.Inventory = d.Identity.Inventory; c.Inventory != "" && !filepath.IsAbs(c.Inventory) {
 		c.Inventory = filepath.Join(filepath.Dir(file), c.Inventory)
 	}
-	if len(d.Journal) > 0 {
-		return nil, f.Errorf("$.journal", "leave the section empty", "the journal is not available in this version")
+	if c.Journal = d.Journal.Dir; c.Journal != "" && !filepath.IsAbs(c.Journal) {
+		c.Journal = filepath.Join(filepath.Dir(file), c.Journal)
+	}
+	switch size, err := parseSize(cmp.Or(d.Journal.MaxSize, defaultJournalSize)); {
+	case d.Journal.Dir == "" && d.Journal.MaxSize != "":
+		return nil, f.Errorf("$.journal.max_size", "set journal.dir, for example /var/lib/demarc-agent/journal", "a journal needs a directory")
+	case err != nil || size < journal.MinSize:
+		return nil, f.Errorf("$.journal.max_size", "use a size like 256MiB, and at least 1MiB", "%q is no size of a journal", d.Journal.MaxSize)
+	case c.Journal != "":
+		c.JournalSize = size
 	}
 	if c.Detect = d.Detect; c.Detect == nil {
 		c.Detect = detect.DefaultConfig() // the section is there, and empty
 	}
 	if problem := c.Detect.Check(); problem != nil {
 		return nil, f.Errorf("$.detect."+problem.Path, problem.Hint, "%s", problem.Message)
+	}
+	if log := c.Detect.Log.File; log != "" && !filepath.IsAbs(log) {
+		return nil, f.Errorf("$.detect.log.file", "for example /var/log/demarc/findings.jsonl", "%q is no absolute path", log)
 	}
 	if c.State = d.State; c.State != "" && !filepath.IsAbs(c.State) {
 		return nil, f.Errorf("$.state", "for example /var/lib/demarc-agent", "%q is no absolute path", c.State)
@@ -134,6 +156,24 @@ func ParseConfig(file string, src []byte) (*Config, error) {
 		return nil, f.Errorf("$.log.format", "use text or json", "unknown log format %q", d.Log.Format)
 	}
 	return c, nil
+}
+
+// defaultJournalSize holds some million flows.
+const defaultJournalSize = "256MiB"
+
+// parseSize takes bytes, and powers of 1024 of them.
+func parseSize(s string) (int64, error) {
+	number, shift := s, 0
+	for unit, bits := range map[string]int{"KiB": 10, "MiB": 20, "GiB": 30} {
+		if n, ok := strings.CutSuffix(s, unit); ok {
+			number, shift = n, bits
+		}
+	}
+	n, err := strconv.ParseInt(number, 10, 64)
+	if err != nil || n < 0 || n > math.MaxInt64>>shift {
+		return 0, fmt.Errorf("%q is no size", s)
+	}
+	return n << shift, nil
 }
 
 func validListen(s string) bool {

@@ -83,7 +83,7 @@ func limitFiles(c *Config) error {
 		landlock.PathAccess(ll.AccessFSReadDir, cgroupMounts()...),
 		landlock.RODirs("/proc", "/sys/devices/system/cpu").IgnoreIfMissing(),
 		// The core makes its socket anew when it starts.
-		landlock.PathAccess(ll.AccessFSResolveUnix, filepath.Dir(c.Core)).IgnoreIfMissing(),
+		landlock.PathAccess(ll.AccessFSResolveUnix, existing(filepath.Dir(c.Core))),
 	}
 	if notify := os.Getenv("NOTIFY_SOCKET"); filepath.IsAbs(notify) {
 		rules = append(rules, landlock.PathAccess(ll.AccessFSResolveUnix, notify).IgnoreIfMissing())
@@ -93,6 +93,12 @@ func limitFiles(c *Config) error {
 	}
 	if c.State != "" {
 		rules = append(rules, landlock.PathAccess(ll.AccessFSReadDir|ll.AccessFSReadFile|ll.AccessFSWriteFile|ll.AccessFSTruncate|ll.AccessFSMakeReg|ll.AccessFSRemoveFile, c.State))
+	}
+	if c.Journal != "" { // segments come and go
+		if err := os.MkdirAll(c.Journal, 0o700); err != nil {
+			return fmt.Errorf("make directory of the journal: %w", err)
+		}
+		rules = append(rules, landlock.RWDirs(c.Journal))
 	}
 	if c.Metrics != "" {
 		_, port, err := net.SplitHostPort(c.Metrics)
@@ -114,6 +120,17 @@ func limitFiles(c *Config) error {
 		}
 	}
 	return landlock.V9.BestEffort().Restrict(rules...)
+}
+
+// existing is a directory, or the nearest above it that is there: the core may make its
+// own after the agent has started.
+func existing(dir string) string {
+	for {
+		if _, err := os.Stat(dir); err == nil || dir == filepath.Dir(dir) {
+			return dir
+		}
+		dir = filepath.Dir(dir)
+	}
 }
 
 // cgroupMounts lists where cgroup2 is mounted.
@@ -151,6 +168,7 @@ func landlockLimit() string {
 var ownCalls = []uint32{
 	unix.SYS_RENAMEAT, unix.SYS_FSYNC, // of findings, in the state directory
 	unix.SYS_UNLINKAT, unix.SYS_MKDIRAT, unix.SYS_FLOCK, unix.SYS_FCHMOD, unix.SYS_FCHMODAT,
+	unix.SYS_FDATASYNC, unix.SYS_FTRUNCATE, // the journal
 	unix.SYS_RSEQ, unix.SYS_SET_ROBUST_LIST, // of the C library, where tests look for races
 }
 

@@ -2,6 +2,7 @@ package agent
 
 import (
 	"context"
+	"errors"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -22,6 +23,7 @@ type detection struct {
 	contain  *detect.Containment
 	found    *detect.Findings
 	file     *findingsFile // nil without a state directory
+	sink     *findingsLog  // nil unless configured
 	log      *zap.Logger
 	ready    chan struct{}
 	names    *flow.Names   // that the engine knows
@@ -108,9 +110,14 @@ func (d *detection) see(e detect.Event) {
 			d.log.Info("finding", zap.String("id", f.ID), zap.String("technique", f.Technique.ID), zap.Stringer("severity", f.Severity),
 				zap.String("title", f.Title), zap.String("suppressed_by", f.SuppressedBy), zap.String("action", f.Action))
 		}
+		var err error
 		if d.file != nil {
-			d.note(d.file.write(&f))
+			err = d.file.write(&f)
 		}
+		if d.sink != nil {
+			err = errors.Join(err, d.sink.write(&f))
+		}
+		d.note(err)
 	}
 }
 

@@ -19,6 +19,7 @@ import (
 	"github.com/demarc/demarc/agent/api"
 	"github.com/demarc/demarc/agent/core/proto"
 	"github.com/demarc/demarc/agent/flow"
+	"github.com/demarc/demarc/agent/journal"
 	"github.com/demarc/demarc/bpf/abi"
 	"github.com/demarc/demarc/exporter"
 	"github.com/demarc/demarc/internal/version"
@@ -35,6 +36,7 @@ const (
 
 // service answers the API.
 type service struct {
+	journal   *journal.Journal // nil without one
 	node      string
 	server    string    // path of the API's socket
 	since     time.Time // of the agent's start
@@ -132,6 +134,13 @@ func (s *service) status() *api.Status {
 			}
 		}
 	})
+	if s.journal != nil {
+		j := s.journal.State()
+		out.Journal = &api.Journal{Dir: s.journal.Dir, Bytes: j.Bytes, MaxBytes: s.journal.MaxSize, Flows: j.Flows, Dropped: j.Dropped}
+		if j.Problem != "" {
+			out.Problems = append(out.Problems, j.Problem)
+		}
+	}
 	if out.Core.Problem != "" {
 		out.Problems = append(out.Problems, "core: "+out.Core.Problem)
 	}

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"crypto/sha256"
+	"encoding/binary"
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -16,6 +17,7 @@ import (
 
 	"github.com/demarc/demarc/agent/core/proto"
 	"github.com/demarc/demarc/agent/flow"
+	"github.com/demarc/demarc/agent/journal"
 	"github.com/demarc/demarc/bpf/abi"
 	"github.com/demarc/demarc/policy/image"
 )
@@ -70,7 +72,13 @@ type link struct {
 	session *session
 	problem string // why there is no session
 	gaps    [abi.Rings]flow.Gaps
-	rings   [abi.Rings]uint64 // that the gaps are of
+	rings   [abi.Rings]uint64 // that the gaps are of; 0 = not known
+
+	// Of an agent before this one: how far it read which rings. Set before Run.
+	resumed [abi.Rings]uint64
+	resume  [abi.Rings]flow.Gaps
+	born    func(context.Context, []journal.Birth) // is told of rings that are new, before they are read; may be nil
+	boot    string                                 // tells one start of the machine from another
 }
 
 // session is one connection. Its fields below status are guarded by link.mu.
@@ -87,8 +95,9 @@ type session struct {
 }
 
 func newLink(dial func(context.Context) (core, error), open func(*proto.Descriptors) (kernel, error), log *zap.Logger) *link {
+	boot, _ := os.ReadFile("/proc/sys/kernel/random/boot_id") // without it, ids alone tell rings apart
 	return &link{
-		dial: dial, open: open, log: log,
+		boot: string(boot), dial: dial, open: open, log: log,
 		store: flow.NewStore(flow.StoreSize), book: &flow.Book{}, clock: newClock(),
 		ready: make(chan struct{}), news: make(chan struct{}, 1),
 		problem: "not connected yet",
@@ -170,14 +179,34 @@ func (l *link) connected(parent context.Context, up func()) error {
 		l.mu.Unlock()
 		l.tell()
 	}()
+	var born []journal.Birth
 	l.mu.Lock()
 	l.session = s
 	for ring := range l.rings {
-		if id := k.RingID(ring); id != l.rings[ring] {
+		if id := l.ringNumber(k.RingID(ring)); id != l.rings[ring] {
 			l.rings[ring], l.gaps[ring] = id, flow.Gaps{}
+			last, read, err := k.Positions(ring)
+			if err != nil {
+				l.log.Warn("read positions", zap.Error(err)) // then losses show from each CPU's first event on
+			}
+			switch {
+			case id != 0 && id == l.resumed[ring]:
+				l.gaps[ring] = l.resume[ring]
+			default:
+				for cpu, seq := range last {
+					if seq == 0 { // its first event will be number 1
+						l.gaps[ring].Resume(uint32(cpu), 0)
+					}
+				}
+				born = append(born, journal.Birth{Ring: ring, Number: id, Last: last, Read: read})
+			}
+			l.resumed[ring] = 0 // only once: after that the gaps are newer
 		}
 	}
 	l.mu.Unlock()
+	if l.born != nil {
+		l.born(ctx, born)
+	}
 	if err := l.refresh(); err != nil {
 		return cmp.Or(context.Cause(ctx), err)
 	}
@@ -204,6 +233,16 @@ func (l *link) connected(parent context.Context, up func()) error {
 
 // readBatch is how many events are put into the store at a time, at most.
 const readBatch = 256
+
+// ringNumber tells a ring from any other, also of another start of the machine; 0 where
+// the kernel tells none.
+func (l *link) ringNumber(id uint64) uint64 {
+	if id == 0 {
+		return 0
+	}
+	sum := sha256.Sum256(fmt.Appendf(nil, "%s %d", l.boot, id))
+	return binary.BigEndian.Uint64(sum[:])
+}
 
 // read takes a ring's events into the store until the kernel is closed. Only one
 // reader of a ring runs at a time, so that it owns the ring's gaps.

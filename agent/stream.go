@@ -106,7 +106,11 @@ func (s *service) flows(w http.ResponseWriter, r *http.Request) {
 // Flows answers a query from what this agent knows.
 func (s *service) Flows(ctx context.Context, q *flow.Query, out flow.Sink) error {
 	s.link.catchUp(ctx)
-	return q.Run(ctx, s.link.store, nil, s.resolver(), out)
+	var history flow.History
+	if s.journal != nil {
+		history = s.journal
+	}
+	return q.Run(ctx, s.link.store, history, s.resolver(), out)
 }
 
 func (s *service) resolver() *flow.Resolver {

@@ -27,6 +27,7 @@
 #include "replay.h"
 #include "judge.h"
 #include "refusal.h"
+#include "pending.h"
 #include "talk.h"
 #include "young.h"
 #include "stream.h"

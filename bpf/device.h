@@ -232,7 +232,7 @@ static __always_inline bool tagged_by_us(struct __sk_buff *skb, const struct pac
 
 	if (!sk) { /* an answer by SYN cookie has no owner */
 		reverse(&opener, &p->tuple);
-		pending = bpf_map_lookup_elem(&pending_syns, &opener);
+		pending = pending_at(&opener, pending_mark(&opener));
 		return pending && pending->self == claimed;
 	}
 	full = bpf_sk_fullsock(sk);

@@ -55,6 +55,16 @@ static __always_inline __u32 opener_identity(struct bpf_sock_ops *ctx, __u32 slo
 	return tcp ? identity_of(slot, cgroup_of_tcp(tcp)) : DEMARC_ID_NONE;
 }
 
+/* Whether a workload opens this connection: its SYN may need a tag. */
+static __always_inline bool opens(struct bpf_sock_ops *ctx)
+{
+	__u64 cookie = bpf_get_socket_cookie(ctx);
+	struct demarc_young *place = young_place(cookie);
+
+	return (place && young_owner(place) == cookie && place->self >= DEMARC_ID_FIRST) ||
+	       opener_identity(ctx, DEMARC_ACTIVE_SLOT(active_word())) >= DEMARC_ID_FIRST;
+}
+
 static __always_inline void want_options(struct bpf_sock_ops *ctx, bool want)
 {
 	int flags = ctx->bpf_sock_ops_cb_flags;
@@ -63,32 +73,30 @@ static __always_inline void want_options(struct bpf_sock_ops *ctx, bool want)
 					      flags & ~BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG);
 }
 
-/* What the crossing lets a tag leave out. */
-static __always_inline __u8 omission_of(__u32 slot, __u32 index, bool answer)
-{
-	struct demarc_crossing *crossing = table_crossing(slot, index);
-
-	return crossing ? omission(crossing->nat, answer) : 0;
-}
-
 /* Whom the segment being built speaks for: the caller itself on a SYN, the
  * listener that admitted a proven SYN on a SYN-ACK; none: no tag. */
-static __always_inline __u32 speaks_for(struct bpf_sock_ops *ctx, __u32 slot, bool answer,
-					const struct demarc_tuple *t, __u8 *omitted)
+static __always_inline __u32 speaks_for(struct bpf_sock_ops *ctx, bool answer, const struct demarc_tuple *t,
+					__u8 *omitted)
 {
+	__u64 active;
+	__u32 slot;
 	struct demarc_pending_syn *pending;
 	struct demarc_tuple opener;
 	__u32 identity, index;
 
 	if (answer) {
 		reverse(&opener, t);
-		pending = bpf_map_lookup_elem(&pending_syns, &opener);
-		if (!pending || pending->proof != DEMARC_PROOF_IDENTITY || pending->self < DEMARC_ID_FIRST ||
-		    pending->peer < DEMARC_ID_FIRST)
+		pending = pending_at(&opener, pending_mark(&opener));
+		if (!pending || !both_tagged(pending))
 			return DEMARC_ID_NONE;
 		*omitted = omission_of(pending->slot, pending->crossing, true);
 		return pending->self;
 	}
+	active = active_word();
+	slot = DEMARC_ACTIVE_SLOT(active);
+	identity = young_opener(bpf_get_socket_cookie(ctx), t->dport, DEMARC_ACTIVE_EPOCH(active), omitted);
+	if (identity)
+		return identity;
 	identity = opener_identity(ctx, slot);
 	if (identity < DEMARC_ID_FIRST)
 		return DEMARC_ID_NONE;
@@ -101,34 +109,20 @@ static __always_inline __u32 speaks_for(struct bpf_sock_ops *ctx, __u32 slot, bo
 
 static __noinline int write_tag(struct bpf_sock_ops *ctx, bool reserve)
 {
-	__u32 identity, seq, acked = 0, zero = 0;
+	__u32 identity, seq, acked = 0;
 	__u8 flags = ctx->skb_tcp_flags, omitted = 0;
 	bool answer = flags & FLAG_ACK;
-	struct demarc_speaker *speaker;
 	struct demarc_tuple t;
 	struct demarc_tag tag;
 	struct tcphdr *tcp;
 
 	if (!(flags & FLAG_SYN))
 		return 1;
-	speaker = bpf_map_lookup_elem(&speakers, &zero);
-	if (!speaker)
-		return 1;
 	connection(ctx, &t);
-	if (!reserve && speaker->identity && speaker->answer == answer && same_tuple(&speaker->tuple, &t)) {
-		identity = speaker->identity;
-		omitted = speaker->omitted;
-	} else {
-		identity = speaks_for(ctx, DEMARC_ACTIVE_SLOT(active_word()), answer, &t, &omitted);
-	}
-	speaker->identity = 0;
+	identity = speaks_for(ctx, answer, &t, &omitted);
 	if (!identity)
 		return 1;
 	if (reserve) {
-		speaker->tuple = t;
-		speaker->answer = answer;
-		speaker->omitted = omitted;
-		speaker->identity = identity;
 		bpf_reserve_hdr_opt(ctx, DEMARC_TAG_LENGTH, 0);
 		return 1;
 	}
@@ -150,13 +144,15 @@ static __noinline int accepted(struct bpf_sock_ops *ctx)
 	struct demarc_pending_syn *pending;
 	struct demarc_socket fresh = {};
 	struct bpf_sock *sk = ctx->sk;
+	__u64 mark;
 	struct demarc_tuple t;
 	struct outcome o;
 
 	connection(ctx, &t);
 	begin(&o, 0, DEMARC_ID_NONE, 0, DEMARC_HOOK_ESTABLISHED);
 	reverse(&o.opener, &t);
-	pending = bpf_map_lookup_elem(&pending_syns, &o.opener);
+	mark = pending_mark(&o.opener);
+	pending = pending_at(&o.opener, mark);
 	if (!pending || !sk)
 		return 1;
 	/* The verdict is told under the generation that gave it: another one may be
@@ -179,8 +175,9 @@ static __noinline int accepted(struct bpf_sock_ops *ctx)
 	o.query.verdict = DEMARC_ALLOW;
 	o.query.reason = pending->reason;
 	o.query.crossing = pending->crossing;
-	bpf_map_delete_elem(&pending_syns, &o.opener);
-	if (!young_take(bpf_get_socket_cookie(ctx), &fresh) &&
+	if (!pending_end(pending, mark)) /* somebody else has its place */
+		return 1;
+	if (!young_take(bpf_get_socket_cookie(ctx), &fresh, 0, 0) &&
 	    !bpf_sk_storage_get(&sockets, sk, &fresh, BPF_SK_STORAGE_GET_F_CREATE)) {
 		fault(DEMARC_FAULT_STORAGE);
 		return 1;
@@ -192,12 +189,9 @@ static __noinline int accepted(struct bpf_sock_ops *ctx)
 
 static __always_inline int handshake(struct bpf_sock_ops *ctx)
 {
-	__u32 slot;
-
 	switch (ctx->op) {
 	case BPF_SOCK_OPS_TCP_CONNECT_CB:
-		slot = DEMARC_ACTIVE_SLOT(active_word());
-		want_options(ctx, opener_identity(ctx, slot) >= DEMARC_ID_FIRST);
+		want_options(ctx, opens(ctx));
 		return 1;
 	case BPF_SOCK_OPS_TCP_LISTEN_CB:
 		want_options(ctx, true);

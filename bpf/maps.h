@@ -103,25 +103,59 @@ struct {
 	__type(value, struct demarc_replay_bucket);
 } replays SEC(".maps");
 
-/* Handshakes whose SYN was admitted. Writer: ingress. Only admitted SYNs enter,
- * so junk cannot evict. Miss: the handshake is refused. */
+/* A SYN that verified and was admitted, until its handshake ends. */
+struct demarc_pending_syn {
+	__u64 mark; /* hash of the tuple; 0 = nobody's place, PENDING_GIVEN = it is being written */
+	struct demarc_tuple tuple; /* as the SYN has it */
+	__u64 cgroup; /* of the listener */
+	__u64 until;  /* when the crossing's window closes */
+	__u32 self;   /* identity of the listener */
+	__u32 peer;   /* identity the tag proved; 0 = none */
+	__u32 seq;    /* the SYN's sequence number, host order */
+	__u32 crossing; /* index, or DEMARC_NO_CROSSING_INDEX */
+	__u32 epoch;
+	__u32 born; /* in jiffies */
+	__u8 proof; /* enum demarc_proof */
+	__u8 reason;
+	__u8 slot; /* of the generation that the crossing is of */
+	__u8 zero[5];
+};
+#define DEMARC_PENDING_BUCKETS 8192
+#define DEMARC_PENDING_PLACES 8
+struct demarc_pending_bucket {
+	struct demarc_pending_syn syn[DEMARC_PENDING_PLACES];
+};
+
+/* Handshakes whose SYN was admitted. Writers: ingress, sockops (accepted). Only admitted
+ * SYNs enter, so junk cannot evict. Miss: the handshake is refused. */
 struct {
-	__uint(type, BPF_MAP_TYPE_LRU_HASH);
-	__uint(max_entries, 65536);
-	__type(key, struct demarc_tuple);
-	__type(value, struct demarc_pending_syn);
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, DEMARC_PENDING_BUCKETS);
+	__type(key, __u32);
+	__type(value, struct demarc_pending_bucket);
 } pending_syns SEC(".maps");
 
-/* Verdicts of connections that have just begun. Writers: ingress (SYN-ACK), sockops
- * (accepted). Miss: it may have storage. */
+/* What makes places among them hard to guess. Writer: the first that asks. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, __u64);
+} pending_seed SEC(".maps");
+
+/* Connections that are being opened here, and verdicts of those that have just begun.
+ * Writers: connect, ingress (SYN-ACK), sockops (accepted). Miss: a SYN is judged anew; a
+ * connection may have storage. */
 #define DEMARC_YOUNG 65536
 struct demarc_young {
 	__u64 cookie; /* of the socket; 0 = nobody's place */
 	__u64 over;   /* when it may be given away, in jiffies; 0 = not yet */
-	__u64 born;   /* jiffies, too */
-	struct demarc_socket kept;
-	__u32 fins;
-	__u32 zero;
+	struct demarc_socket kept; /* provisional: it is being opened */
+	__u32 born; /* jiffies, too */
+	__u32 self; /* who opens it */
+	__u8 fins;
+	__u8 omitted; /* what the opener's tag leaves out */
+	__u8 zero[6];
 };
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
@@ -261,23 +295,6 @@ struct {
 	__type(value, __u64);
 } faults SEC(".maps");
 
-/* Whom the segment that is being built speaks for, from the call that makes room for
- * its tag to the call that writes it: both are of one CPU, one after the other,
- * unless another segment comes between. */
-struct demarc_speaker {
-	struct demarc_tuple tuple;
-	__u32 identity;
-	__u8 answer;
-	__u8 omitted;
-	__u8 zero[2];
-};
-struct {
-	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
-	__uint(max_entries, 1);
-	__type(key, __u32);
-	__type(value, struct demarc_speaker);
-} speakers SEC(".maps");
-
 /* Scratch for paths, which do not fit the stack. Only cgroup_mkdir uses it, and
  * the kernel makes one cgroup at a time. The room behind the key lets an index of
  * eight bits stay inside. */
@@ -338,20 +355,6 @@ static __noinline long put_flow(const struct demarc_tuple *opener, const struct 
 	struct demarc_tuple key = *opener;
 
 	return bpf_map_update_elem(&flows, &key, flow, flags);
-}
-
-static __noinline struct demarc_pending_syn *pending_at(const struct demarc_tuple *opener)
-{
-	struct demarc_tuple key = *opener;
-
-	return bpf_map_lookup_elem(&pending_syns, &key);
-}
-
-static __noinline long put_pending(const struct demarc_tuple *opener, const struct demarc_pending_syn *syn)
-{
-	struct demarc_tuple key = *opener;
-
-	return bpf_map_update_elem(&pending_syns, &key, syn, BPF_ANY);
 }
 
 #endif

@@ -26,7 +26,10 @@ static __always_inline bool replay_live(__u64 entry, __u64 fresh)
 
 static __always_inline __u32 replay_index(__u64 mac, bool second)
 {
-	return (second ? mac >> 18 : mac) & (DEMARC_REPLAY_BUCKETS - 1);
+	__u32 index = mac & (DEMARC_REPLAY_BUCKETS - 1);
+
+	/* Both lie in a page or two: what a look costs is to find the memory. */
+	return second ? index ^ (mac >> 17 & 62) ^ 1 : index;
 }
 
 /* What a bucket holds, in one number, and verified once: whoever tracks each entry

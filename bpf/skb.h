@@ -67,7 +67,11 @@ static __always_inline bool judge_packet(struct __sk_buff *skb, struct bpf_sock 
 	if (stream ? carried(skb, sk, tcp_state, outgoing, active) :
 		     goes_on(skb, sk, 0, outgoing, true, active))
 		return true;
+	reason = parse(skb, 0, &p);
 	cgroup = bpf_sk_cgroup_id(sk);
+	if (stream && !reason && (tcp_state == TCP_LISTEN || (tcp_state == TCP_SYN_SENT && outgoing)) &&
+	    expected(skb, &p, cgroup, DEMARC_ACTIVE_EPOCH(active), outgoing))
+		return true;
 	subject = identity_of(DEMARC_ACTIVE_SLOT(active), cgroup);
 	free_to = carefree(DEMARC_ACTIVE_SLOT(active), subject);
 	if (free_to && sk->type == SOCK_STREAM && tcp_state != TCP_SYN_SENT && tcp_state != TCP_LISTEN)
@@ -76,7 +80,6 @@ static __always_inline bool judge_packet(struct __sk_buff *skb, struct bpf_sock 
 	o.query.direction = outgoing ? DEMARC_EGRESS : DEMARC_INGRESS;
 	if (!(DEMARC_ACTIVE_FLAGS(active) & DEMARC_ACTIVE_ON))
 		return !refused(&o, DEMARC_NO_POLICY);
-	reason = parse(skb, 0, &p);
 	__builtin_memcpy(&o.opener, &p.tuple, sizeof(o.opener));
 	if (free_to) {
 		if (reason || sk->type == SOCK_RAW)

@@ -37,12 +37,12 @@ static __always_inline bool protocol_known(__u32 type, __u32 protocol)
 
 static __always_inline int socket_made(struct bpf_sock *sk)
 {
-	__u64 cgroup = bpf_get_current_cgroup_id();
-	struct demarc_endpoint fresh = { .cgroup = cgroup };
+	struct demarc_endpoint fresh = {};
 	struct outcome o;
 
 	if (sk->type == SOCK_STREAM && sk->protocol == PROTO_TCP) /* everybody may: what it does with it is judged */
 		return 1;
+	fresh.cgroup = bpf_get_current_cgroup_id();
 	bpf_sk_storage_get(&endpoints, sk, &fresh, BPF_SK_STORAGE_GET_F_CREATE);
 	if (sk->type == SOCK_DGRAM && sk->protocol == PROTO_UDP)
 		return 1;
@@ -93,6 +93,36 @@ static __always_inline void read_user_address(struct bpf_sock_addr *ctx, __u8 *o
 	__builtin_memcpy(out, word, 16);
 }
 
+/* What the crossing lets a tag leave out. */
+static __always_inline __u8 omission_of(__u32 slot, __u32 index, bool answer)
+{
+	struct demarc_crossing *crossing = table_crossing(slot, index);
+
+	return crossing ? omission(crossing->nat, answer) : 0;
+}
+
+/* Whether a workload opens a connection that takes its tag: then its SYN may leave, as
+ * in syn_out(), and its hooks are told who opens it. */
+static __noinline bool opens_with_tag(struct bpf_sock_addr *ctx, struct outcome *o)
+{
+	struct demarc_query *q = &o->query;
+	struct demarc_socket opening = {
+		.epoch = DEMARC_ACTIVE_EPOCH(o->active),
+		.port = q->port,
+		.verdict = DEMARC_PROVISIONAL,
+		.reason = DEMARC_UNPROVEN,
+		.direction = DEMARC_EGRESS,
+	};
+
+	q->crossing = provable_crossing(q->slot, q->subject, DEMARC_EGRESS, PROTO_TCP, q->port, q->now);
+	if (q->crossing == DEMARC_NO_CROSSING_INDEX || quarantined(q->slot, q->subject, q->crossing, q->now))
+		return false;
+	opening.crossing = q->crossing;
+	opening.until = window_end(q);
+	young_take(bpf_get_socket_cookie(ctx), &opening, q->subject, omission_of(q->slot, q->crossing, false));
+	return true;
+}
+
 /* connect and sendmsg: could anything declared be there? */
 static __always_inline int addressed(struct bpf_sock_addr *ctx, __u8 hook, bool ipv6)
 {
@@ -131,6 +161,9 @@ static __always_inline int addressed(struct bpf_sock_addr *ctx, __u8 hook, bool 
 	o.query.direction = DEMARC_EGRESS;
 	o.query.proof = DEMARC_PROOF_UNKNOWN;
 	__builtin_memcpy(o.query.address, o.opener.daddr, 16);
+	if (ctx->type == SOCK_STREAM && o.query.proto == PROTO_TCP && o.query.subject >= DEMARC_ID_FIRST &&
+	    opens_with_tag(ctx, &o))
+		return 1;
 	decide(&o.query);
 	return o.query.verdict != DEMARC_DENY || !refused(&o, o.query.reason);
 }

@@ -38,7 +38,7 @@ GLOBAL int remember(struct __sk_buff *skb, const struct outcome *o)
 	kept = bpf_sk_storage_get(&sockets, sk, 0, 0);
 	if (kept) /* the socket had a connection before */
 		*kept = fresh;
-	else if (!young_take(bpf_get_socket_cookie(skb), &fresh) &&
+	else if (!young_take(bpf_get_socket_cookie(skb), &fresh, 0, 0) &&
 		 !bpf_sk_storage_get(&sockets, sk, &fresh, BPF_SK_STORAGE_GET_F_CREATE))
 		fault(DEMARC_FAULT_STORAGE);
 	return 0;
@@ -87,11 +87,79 @@ static __always_inline void ask_vouchers(struct outcome *o, bool acceptor)
 	o->query.peer = peer;
 }
 
+/* Whether a segment carries the tag of `identity`, which sockops wrote: 0, or why it may
+ * not leave. No room for it, no connection; and a socket must not speak for another
+ * identity than its own. */
+GLOBAL int own_tag(struct __sk_buff *skb, struct packet *p, __u32 identity)
+{
+	struct demarc_tag tag = {};
+
+	if (!p || find_tag(skb, p, &tag) != 1)
+		return DEMARC_TAG_NO_ROOM;
+	return bpf_ntohl(tag.claim) >> 8 == identity ? 0 : DEMARC_TAG_BAD_IDENTITY;
+}
+
+/* Between workloads each end proves itself by a tag. */
+static __always_inline bool both_tagged(const struct demarc_pending_syn *pending)
+{
+	return pending->proof == DEMARC_PROOF_IDENTITY && pending->peer >= DEMARC_ID_FIRST &&
+	       pending->self >= DEMARC_ID_FIRST;
+}
+
+/*
+ * A packet within a handshake that was judged under the policy that stands: our SYN of
+ * whom connect(2) found to open here, our SYN-ACK and its acknowledgement of the SYN that
+ * was admitted. 1 = it is what its judge expected and may pass; 0 = look closer.
+ */
+GLOBAL int expected(struct __sk_buff *skb, struct packet *p, __u64 cgroup, __u32 epoch, bool outgoing)
+{
+	struct demarc_pending_syn *pending;
+	struct demarc_tuple opener;
+	__u32 self, seq;
+	__u64 mark;
+	__u8 omitted;
+	bool tagged;
+
+	if (!p)
+		return 0;
+	switch (p->flags & (FLAG_SYN | FLAG_ACK | FLAG_RST)) {
+	case FLAG_SYN:
+		self = outgoing ? young_opener(bpf_get_socket_cookie(skb), p->tuple.dport, epoch, &omitted) : DEMARC_ID_NONE;
+		return self && !own_tag(skb, p, self);
+	case FLAG_SYN | FLAG_ACK:
+		if (!outgoing)
+			return 0;
+		reverse(&opener, &p->tuple);
+		seq = p->ack;
+		break;
+	case FLAG_ACK:
+		if (outgoing)
+			return 0;
+		__builtin_memcpy(&opener, &p->tuple, sizeof(opener));
+		seq = p->seq;
+		break;
+	default:
+		return 0;
+	}
+	mark = pending_mark(&opener);
+	pending = pending_at(&opener, mark);
+	if (!pending)
+		return 0;
+	self = pending->self;
+	tagged = both_tagged(pending);
+	if (pending->cgroup != cgroup || pending->epoch != epoch || pending->seq + 1 != seq || over(pending->until) ||
+	    (outgoing && !tagged))
+		return 0;
+	/* That the peer acknowledges our SYN-ACK is checked by the stack, also where that
+	 * is a SYN cookie. */
+	return pending_is(pending, mark) && (!outgoing || !own_tag(skb, p, self));
+}
+
 /* Our SYN leaves. */
 GLOBAL int syn_out(struct __sk_buff *skb, struct packet *p, struct outcome *o)
 {
-	struct demarc_tag tag = {};
 	bool provable;
+	int reason;
 
 	if (!p || !o)
 		return 0;
@@ -99,7 +167,7 @@ GLOBAL int syn_out(struct __sk_buff *skb, struct packet *p, struct outcome *o)
 	o->query.proof = DEMARC_PROOF_UNKNOWN;
 	/* Where a crossing asks for proof, a SYN may leave whatever else is declared:
 	 * the answer decides. */
-	if (o->query.subject >= DEMARC_ID_FIRST && table_subject(o->query.slot, o->query.subject))
+	if (o->query.subject >= DEMARC_ID_FIRST)
 		o->query.crossing = provable_crossing(o->query.slot, o->query.subject, DEMARC_EGRESS, PROTO_TCP,
 						      o->query.port, o->query.now);
 	provable = o->query.crossing != DEMARC_NO_CROSSING_INDEX &&
@@ -118,21 +186,16 @@ GLOBAL int syn_out(struct __sk_buff *skb, struct packet *p, struct outcome *o)
 			vouch(&p->tuple, o->query.subject, false);
 		return true;
 	}
-	/* The tag was written by sockops. No room for it, no connection; and a
-	 * socket must not speak for another identity than its own. */
-	if (find_tag(skb, p, &tag) != 1)
-		return !refused(o, DEMARC_TAG_NO_ROOM);
-	if (bpf_ntohl(tag.claim) >> 8 != o->query.subject)
-		return !refused(o, DEMARC_TAG_BAD_IDENTITY);
-	return true;
+	reason = own_tag(skb, p, o->query.subject);
+	return !reason || !refused(o, reason);
 }
 
 /* A SYN arrives at a listener. */
 GLOBAL int syn_in(struct __sk_buff *skb, struct packet *p, struct outcome *o)
 {
-	struct demarc_pending_syn fresh = {}, *pending;
+	struct demarc_pending_syn *pending;
+	__u64 mac = 0, mark;
 	bool tagged, again;
-	__u64 mac = 0;
 	int spent = 0;
 
 	if (!p || !o)
@@ -140,13 +203,15 @@ GLOBAL int syn_in(struct __sk_buff *skb, struct packet *p, struct outcome *o)
 	ask_forward(o, p, DEMARC_INGRESS);
 	read_proof(skb, p, 0, 0, o);
 	ask_vouchers(o, false);
+	mark = pending_mark(&p->tuple);
 	tagged = p->tag && o->query.proof == DEMARC_PROOF_IDENTITY;
 	if (tagged) {
 		mac = mac_of(skb, p);
+		pending_touch(mark);
 		spent = spend(mac, o->query.now);
 	}
 	if (!tagged || spent) { /* a tag that is new is of a SYN that is new */
-		pending = pending_at(&p->tuple);
+		pending = pending_at(&p->tuple, mark);
 		again = pending && pending->seq == p->seq && pending->self == o->query.subject &&
 			pending->proof == o->query.proof && pending->peer == o->query.peer;
 		if (again && pending->epoch == DEMARC_ACTIVE_EPOCH(o->active))
@@ -160,19 +225,22 @@ GLOBAL int syn_in(struct __sk_buff *skb, struct packet *p, struct outcome *o)
 		tell_refusal(o, p->seq + 1);
 		return false;
 	}
-	fresh.self = o->query.subject;
-	fresh.peer = o->query.peer;
-	fresh.seq = p->seq;
-	fresh.crossing = o->query.crossing;
-	fresh.epoch = DEMARC_ACTIVE_EPOCH(o->active);
-	fresh.proof = o->query.proof;
-	fresh.reason = o->query.reason;
-	fresh.slot = o->query.slot;
-	fresh.until = window_end(&o->query);
-	if (put_pending(&p->tuple, &fresh)) {
+	pending = pending_take(&p->tuple, mark);
+	if (!pending) {
 		fault(DEMARC_FAULT_PENDING);
 		return !refused(o, DEMARC_MAP_FULL);
 	}
+	pending->cgroup = o->cgroup;
+	pending->self = o->query.subject;
+	pending->peer = o->query.peer;
+	pending->seq = p->seq;
+	pending->crossing = o->query.crossing;
+	pending->epoch = DEMARC_ACTIVE_EPOCH(o->active);
+	pending->proof = o->query.proof;
+	pending->reason = o->query.reason;
+	pending->slot = o->query.slot;
+	pending->until = window_end(&o->query);
+	pending_publish(pending, mark);
 	return true;
 }
 
@@ -181,12 +249,12 @@ GLOBAL int syn_in(struct __sk_buff *skb, struct packet *p, struct outcome *o)
 GLOBAL int synack_out(struct __sk_buff *skb, struct packet *p, struct outcome *o)
 {
 	struct demarc_pending_syn *pending;
-	struct demarc_tag tag = {};
+	int reason;
 
 	if (!p || !o)
 		return 0;
 	ask_back(o, p, DEMARC_INGRESS);
-	pending = pending_at(&o->opener);
+	pending = pending_at(&o->opener, pending_mark(&o->opener));
 	if (!pending) {
 		/* A redirected port is translated back before packets are judged, so
 		 * its entry is not found here. The SYN that is answered was admitted,
@@ -198,13 +266,9 @@ GLOBAL int synack_out(struct __sk_buff *skb, struct packet *p, struct outcome *o
 		return !refused(o, DEMARC_NO_STATE);
 	o->query.peer = pending->peer;
 	o->query.proof = pending->proof;
-	if (pending->proof == DEMARC_PROOF_IDENTITY && pending->peer >= DEMARC_ID_FIRST &&
-	    pending->self >= DEMARC_ID_FIRST) {
-		if (find_tag(skb, p, &tag) != 1)
-			return !refused(o, DEMARC_TAG_NO_ROOM);
-		if (bpf_ntohl(tag.claim) >> 8 != o->query.subject)
-			return !refused(o, DEMARC_TAG_BAD_IDENTITY);
-	}
+	reason = both_tagged(pending) ? own_tag(skb, p, o->query.subject) : 0;
+	if (reason)
+		return !refused(o, reason);
 	if ((o->query.subject == DEMARC_ID_UNMANAGED || pending->peer == DEMARC_ID_UNMANAGED) &&
 	    DEMARC_ACTIVE_FLAGS(o->active) & DEMARC_ACTIVE_UNMANAGED)
 		vouch(&o->opener, o->query.subject, true);
@@ -247,7 +311,7 @@ GLOBAL int ack_in(struct packet *p, struct outcome *o)
 
 	if (!p || !o)
 		return 0;
-	pending = pending_at(&p->tuple);
+	pending = pending_at(&p->tuple, pending_mark(&p->tuple));
 	ask_forward(o, p, DEMARC_INGRESS);
 	if (!pending || pending->self != o->query.subject || p->flags & FLAG_SYN)
 		return !refused(o, DEMARC_NO_STATE);

@@ -82,13 +82,6 @@ static __always_inline bool part_of(struct __sk_buff *skb, __u32 network, bool o
 	return udp->source == bpf_htons(sport) && udp->dest == bpf_htons(dport) && bpf_ntohs(udp->len) == length;
 }
 
-static __always_inline bool same_tuple(const struct demarc_tuple *a, const struct demarc_tuple *b)
-{
-	const __u64 *x = (const __u64 *)a, *y = (const __u64 *)b;
-
-	return x[0] == y[0] && x[1] == y[1] && x[2] == y[2] && x[3] == y[3] && x[4] == y[4];
-}
-
 /* Whether a datagram goes on with what its socket carries: `admitted` at the
  * socket, otherwise that no tag is owed where it leaves the host. */
 static __always_inline bool goes_on(struct __sk_buff *skb, struct bpf_sock *sk, __u32 network, bool outgoing,

@@ -6,12 +6,16 @@
  * given to another connection only once its own is over: filling the table makes
  * connections dearer, and denies nobody anything. Both ends' CPUs read a place with
  * each packet, so only a connection's first and last packets write it.
+ *
+ * A connection that is being opened has its place before: what connect(2) found out
+ * there, the SYN's hooks need not look for again.
  */
 #ifndef DEMARC_YOUNG_H
 #define DEMARC_YOUNG_H
 
 /* In jiffies, which are 1 to 10 ms: nothing else tells the time as cheaply. */
 #define YOUNG_TIME 16		  /* before storage is made */
+#define YOUNG_LAST 2		  /* for the answer to a last packet */
 #define YOUNG_ENDED (1 << 10)	  /* for last segments to be sent again */
 #define YOUNG_RELEASED (1 << 18)  /* for the kernel to go on by itself; at least 260 s */
 #define YOUNG_GIVEN (~0ULL)		    /* cookie of a place that is being given away */
@@ -45,11 +49,27 @@ static __always_inline struct demarc_socket *young_verdict(__u64 cookie)
 {
 	struct demarc_young *place = young_place(cookie);
 
-	return place && young_owner(place) == cookie ? &place->kept : 0;
+	return place && young_owner(place) == cookie && place->kept.verdict != DEMARC_PROVISIONAL ? &place->kept : 0;
 }
 
-/* Gives a socket its place with a verdict. Returns 0 where somebody else has it. */
-GLOBAL int young_take(__u64 cookie, const struct demarc_socket *fresh)
+/* Who opens a connection to this port by this socket, with a tag; none: nobody that is
+ * known under the policy that stands. */
+static __always_inline __u32 young_opener(__u64 cookie, __u16 port, __u32 epoch, __u8 *omitted)
+{
+	struct demarc_young *place = young_place(cookie);
+	__u32 self;
+
+	if (!place || young_owner(place) != cookie || place->kept.verdict != DEMARC_PROVISIONAL ||
+	    place->kept.port != port || place->kept.epoch != epoch || over(place->kept.until))
+		return DEMARC_ID_NONE;
+	self = place->self;
+	*omitted = place->omitted;
+	return young_owner(place) == cookie ? self : DEMARC_ID_NONE;
+}
+
+/* Gives a socket its place, with a verdict, or with who opens a connection by it.
+ * Returns 0 where somebody else has it. */
+GLOBAL int young_take(__u64 cookie, const struct demarc_socket *fresh, __u32 self, __u8 omitted)
 {
 	struct demarc_young *place = young_place(cookie);
 	__u64 old;
@@ -64,6 +84,8 @@ GLOBAL int young_take(__u64 cookie, const struct demarc_socket *fresh)
 	place->kept = *fresh;
 	place->over = 0;
 	place->born = bpf_jiffies64();
+	place->self = self;
+	place->omitted = omitted;
 	place->fins = 0;
 	__sync_lock_test_and_set(&place->cookie, cookie);
 	return 1;
@@ -88,14 +110,17 @@ static __always_inline void young_ages(struct bpf_sock *sk, struct demarc_young 
 	if (flags & FLAG_FIN)
 		place->fins |= outgoing ? YOUNG_FIN_OUT : YOUNG_FIN_IN;
 	if (flags & FLAG_RST || place->fins == (YOUNG_FIN_OUT | YOUNG_FIN_IN)) {
-		/* After its last packet a socket is closed, or waits as another one. */
+		/* After its last packet a socket acknowledges it and is closed, or waits as
+		 * another one. */
 		bool last = flags & FLAG_RST || (!outgoing && (tcp_state == TCP_FIN_WAIT1 || tcp_state == TCP_FIN_WAIT2 ||
 							       tcp_state == TCP_LAST_ACK));
+		__u64 at = bpf_jiffies64() + (last ? YOUNG_LAST : YOUNG_ENDED);
 
-		place->over = bpf_jiffies64() + (last ? 0 : YOUNG_ENDED);
+		if (!place->over || at < place->over)
+			place->over = at;
 		return;
 	}
-	if (bpf_jiffies64() - place->born < YOUNG_TIME)
+	if ((__u32)bpf_jiffies64() - place->born < YOUNG_TIME)
 		return;
 	kept = place->kept;
 	if (young_owner(place) == cookie && bpf_sk_storage_get(&sockets, sk, &kept, BPF_SK_STORAGE_GET_F_CREATE))
@@ -129,7 +154,7 @@ static __always_inline void young_released(__u64 cookie)
 	struct demarc_young *place = young_place(cookie);
 
 	if (place && young_owner(place) == cookie && !place->over)
-		place->over = bpf_jiffies64() + YOUNG_RELEASED;
+		place->over = bpf_jiffies64() + (place->kept.verdict == DEMARC_PROVISIONAL ? YOUNG_LAST : YOUNG_RELEASED);
 }
 
 #endif

@@ -62,6 +62,7 @@ type Status struct {
 	Unconfirmed *proto.Unconfirmed `json:"unconfirmed,omitempty"`
 	Rings       []Ring             `json:"rings"`
 	Inventory   *Inventory         `json:"inventory,omitempty"`
+	Journal     *Journal           `json:"journal,omitempty"`
 	Problems    []string           `json:"problems,omitempty"`
 	Limits      []string           `json:"limits,omitempty"` // what this host's kernel cannot do; no problem by itself
 }
@@ -97,6 +98,15 @@ type Ring struct {
 	Lost     uint64 `json:"lost"`
 	Received uint64 `json:"received"`
 	Missed   uint64 `json:"missed"` // gaps that the agent saw in the events' numbers
+}
+
+// Journal is where flows are kept on disk.
+type Journal struct {
+	Dir      string `json:"dir"`
+	Bytes    int64  `json:"bytes"`
+	MaxBytes int64  `json:"max_bytes"`
+	Flows    uint64 `json:"flows"`   // written since there is a journal here
+	Dropped  uint64 `json:"dropped"` // found no room on disk since the agent's start
 }
 
 // Inventory is the file of the `file` provider and what came of it.

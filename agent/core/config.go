@@ -32,6 +32,7 @@ type Config struct {
 	Blast      int        // workloads that may be quarantined at once without anybody's order
 	LogLevel   slog.Level // least severe line that is written
 	LogJSON    bool       // one JSON object a line instead of text
+	Unguarded  bool       // others are not kept from what enforces, though the kernel could
 }
 
 // Socket is where the agent finds the core.
@@ -52,7 +53,7 @@ func ParseConfig(file string, src []byte) (Config, error) {
 	r := strict.New(file, src)
 	c := Config{BPFFS: "/sys/fs/bpf/demarc", RunDir: "/run/demarc", StateDir: "/var/lib/demarc", Devices: Devices{Auto: true}, Blast: defaultBlast}
 	if err := r.Object(func(key string) error { return c.set(r, key) }, "cgroup_root", "bpffs", "run_dir", "state_dir", "trust_dir", "keyring",
-		"devices", "agent_user", "quarantine_automatic", "log_level", "log_format"); err != nil {
+		"devices", "agent_user", "quarantine_automatic", "guard", "log_level", "log_format"); err != nil {
 		return Config{}, err
 	}
 	if err := r.End(); err != nil {
@@ -97,6 +98,10 @@ func (c *Config) set(r *strict.Reader, key string) (err error) {
 		if r.Value(&c.LogLevel) != nil {
 			err = r.Fail("log_level is one of debug, info, warn, error")
 		}
+	case "guard":
+		on := true
+		err = r.Value(&on)
+		c.Unguarded = !on
 	case "log_format":
 		var format string
 		if err = r.Value(&format); err == nil && format != "text" && format != "json" {

@@ -44,6 +44,7 @@ type Core struct {
 	canary  *canary
 	flipped func()        // for tests
 	looks   atomic.Uint64 // of the upkeep
+	guard   *guard        // nil = the kernel has no BPF LSM
 
 	mu          sync.Mutex
 	active      *generation       // what this core put in force; nil = nothing
@@ -141,6 +142,12 @@ func open(config Config, log *slog.Logger, h hooks) (_ *Core, err error) {
 	}
 	if c.canary, err = openCanary(c.tree); err != nil {
 		c.stand("no canary, which would prove that the kernel enforces: %v", err)
+	}
+	c.guard, t.shield = t.shield, nil
+	if c.guard != nil {
+		if err := errors.Join(c.guard.raise(c.pins), c.guard.cover(c.guarded())); err != nil {
+			return nil, err
+		}
 	}
 	for path := range c.pinned() {
 		c.pins.saw(path)
@@ -504,6 +511,9 @@ func (c *Core) succeed(g *generation, before abi.State, on bool, how change) {
 		former.close()
 	}
 	c.upkeepImage()
+	for _, i := range c.watchGuard() {
+		c.log.Error("degraded", "problem", i)
+	}
 	c.log.Info("policy in force", "policy", g.image.Name, "version", g.image.Version, "slot", g.slot, "epoch", g.epoch,
 		"crossings", len(g.image.Crossings), "bindings", g.bindings)
 }
@@ -582,6 +592,7 @@ func (c *Core) Close() error {
 		}
 		c.devices.close()
 		c.answers.close()
+		c.guard.close()
 		for _, g := range []*generation{c.active, c.fallback} {
 			if g != nil {
 				g.close()

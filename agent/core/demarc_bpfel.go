@@ -84,18 +84,25 @@ type demarcDemarcKey struct {
 	Zero  uint32
 }
 
-type demarcDemarcPendingSyn struct {
-	_        structs.HostLayout
-	Self     uint32
-	Peer     uint32
-	Seq      uint32
-	Crossing uint32
-	Epoch    uint32
-	Proof    uint8
-	Reason   uint8
-	Slot     uint8
-	Zero     uint8
-	Until    uint64
+type demarcDemarcPendingBucket struct {
+	_   structs.HostLayout
+	Syn [8]struct {
+		_        structs.HostLayout
+		Mark     uint64
+		Tuple    demarcDemarcTuple
+		Cgroup   uint64
+		Until    uint64
+		Self     uint32
+		Peer     uint32
+		Seq      uint32
+		Crossing uint32
+		Epoch    uint32
+		Born     uint32
+		Proof    uint8
+		Reason   uint8
+		Slot     uint8
+		Zero     [5]uint8
+	}
 }
 
 type demarcDemarcPortKey struct {
@@ -172,15 +179,6 @@ type demarcDemarcSocket struct {
 	Until     uint64
 }
 
-type demarcDemarcSpeaker struct {
-	_        structs.HostLayout
-	Tuple    demarcDemarcTuple
-	Identity uint32
-	Answer   uint8
-	Omitted  uint8
-	Zero     [2]uint8
-}
-
 type demarcDemarcState struct {
 	_           structs.HostLayout
 	Active      uint64
@@ -203,13 +201,15 @@ type demarcDemarcTuple struct {
 }
 
 type demarcDemarcYoung struct {
-	_      structs.HostLayout
-	Cookie uint64
-	Over   uint64
-	Born   uint64
-	Kept   demarcDemarcSocket
-	Fins   uint32
-	Zero   uint32
+	_       structs.HostLayout
+	Cookie  uint64
+	Over    uint64
+	Kept    demarcDemarcSocket
+	Born    uint32
+	Self    uint32
+	Fins    uint8
+	Omitted uint8
+	Zero    [6]uint8
 }
 
 // Names of all BPF objects in the ELF.
@@ -231,6 +231,7 @@ const (
 	demarcMapGraveyard             = "graveyard"
 	demarcMapKeys                  = "keys"
 	demarcMapPaths                 = "paths"
+	demarcMapPendingSeed           = "pending_seed"
 	demarcMapPendingSyns           = "pending_syns"
 	demarcMapPortOwners            = "port_owners"
 	demarcMapPorts                 = "ports"
@@ -245,7 +246,6 @@ const (
 	demarcMapScratch               = "scratch"
 	demarcMapSelftest              = "selftest"
 	demarcMapSockets               = "sockets"
-	demarcMapSpeakers              = "speakers"
 	demarcMapState                 = "state"
 	demarcMapSubjects              = "subjects"
 	demarcMapTurns                 = "turns"
@@ -377,6 +377,7 @@ type demarcMapSpecs struct {
 	Graveyard     *ebpf.MapSpec `ebpf:"graveyard"`
 	Keys          *ebpf.MapSpec `ebpf:"keys"`
 	Paths         *ebpf.MapSpec `ebpf:"paths"`
+	PendingSeed   *ebpf.MapSpec `ebpf:"pending_seed"`
 	PendingSyns   *ebpf.MapSpec `ebpf:"pending_syns"`
 	PortOwners    *ebpf.MapSpec `ebpf:"port_owners"`
 	Ports         *ebpf.MapSpec `ebpf:"ports"`
@@ -391,7 +392,6 @@ type demarcMapSpecs struct {
 	Scratch       *ebpf.MapSpec `ebpf:"scratch"`
 	Selftest      *ebpf.MapSpec `ebpf:"selftest"`
 	Sockets       *ebpf.MapSpec `ebpf:"sockets"`
-	Speakers      *ebpf.MapSpec `ebpf:"speakers"`
 	State         *ebpf.MapSpec `ebpf:"state"`
 	Subjects      *ebpf.MapSpec `ebpf:"subjects"`
 	Turns         *ebpf.MapSpec `ebpf:"turns"`
@@ -455,6 +455,7 @@ type demarcMaps struct {
 	Graveyard     *ebpf.Map `ebpf:"graveyard"`
 	Keys          *ebpf.Map `ebpf:"keys"`
 	Paths         *ebpf.Map `ebpf:"paths"`
+	PendingSeed   *ebpf.Map `ebpf:"pending_seed"`
 	PendingSyns   *ebpf.Map `ebpf:"pending_syns"`
 	PortOwners    *ebpf.Map `ebpf:"port_owners"`
 	Ports         *ebpf.Map `ebpf:"ports"`
@@ -469,7 +470,6 @@ type demarcMaps struct {
 	Scratch       *ebpf.Map `ebpf:"scratch"`
 	Selftest      *ebpf.Map `ebpf:"selftest"`
 	Sockets       *ebpf.Map `ebpf:"sockets"`
-	Speakers      *ebpf.Map `ebpf:"speakers"`
 	State         *ebpf.Map `ebpf:"state"`
 	Subjects      *ebpf.Map `ebpf:"subjects"`
 	Turns         *ebpf.Map `ebpf:"turns"`
@@ -495,6 +495,7 @@ func (m *demarcMaps) Close() error {
 		m.Graveyard,
 		m.Keys,
 		m.Paths,
+		m.PendingSeed,
 		m.PendingSyns,
 		m.PortOwners,
 		m.Ports,
@@ -509,7 +510,6 @@ func (m *demarcMaps) Close() error {
 		m.Scratch,
 		m.Selftest,
 		m.Sockets,
-		m.Speakers,
 		m.State,
 		m.Subjects,
 		m.Turns,

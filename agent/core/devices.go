@@ -502,3 +502,13 @@ func deviceNames(all []netdev) []string {
 	slices.Sort(names)
 	return names
 }
+
+// links are the open ones.
+func (b *boundary) links() (all []link.Link) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for _, a := range b.open {
+		all = append(all, a.Link)
+	}
+	return all
+}

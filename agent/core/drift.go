@@ -26,7 +26,7 @@ import (
 // that nobody else can.
 var programsOnly = []string{
 	"replays", "pending_syns", "young", "sockets", "endpoints", "turns", "flows", "port_owners", "bound_ports",
-	"ring_state", "counts", "faults", "speakers", "scratch", "refusals_due",
+	"ring_state", "counts", "faults", "pending_seed", "scratch", "refusals_due",
 }
 
 // freeze may be done again: a former core did.
@@ -40,24 +40,6 @@ func freeze(o *objects) error {
 			return fmt.Errorf("freeze map %s: %w", name, err)
 		}
 	}
-	return nil
-}
-
-// securityFS is where the kernel says what guards it.
-const securityFS = "/sys/kernel/security"
-
-// guard says what keeps root from what enforces: nothing, in this version.
-func (t *trial) guard() error {
-	lsm := "no BPF LSM here"
-	if b, err := os.ReadFile(filepath.Join(securityFS, "lsm")); err == nil && slices.Contains(strings.Split(string(b), ","), "bpf") {
-		lsm = "BPF LSM is here, and not used by this version"
-	}
-	lockdown := "unknown"
-	if b, err := os.ReadFile(filepath.Join(securityFS, "lockdown")); err == nil {
-		_, rest, _ := strings.Cut(string(b), "[") // none [integrity] confidentiality
-		lockdown, _, _ = strings.Cut(rest, "]")
-	}
-	t.limits = append(t.limits, fmt.Sprintf("root is not kept from what enforces, but seen within a second and undone: %s; kernel lockdown: %s", lsm, lockdown))
 	return nil
 }
 
@@ -94,7 +76,7 @@ func (c *Core) watch() {
 		return
 	}
 	var all []incident
-	for _, look := range []func() []incident{c.watchState, c.watchQuarantines, c.watchTables, c.watchLinks, c.watchPins, c.watchKeys, c.watchBindings} {
+	for _, look := range []func() []incident{c.watchState, c.watchQuarantines, c.watchTables, c.watchLinks, c.watchPins, c.watchKeys, c.watchBindings, c.watchGuard} {
 		all = append(all, look()...)
 	}
 	all = append(all, c.devices.drift()...)
@@ -246,6 +228,11 @@ func (c *Core) pinned() map[string]pinnable {
 	}
 	for name, l := range c.links.open {
 		all[c.pins.links(name)] = l
+	}
+	if c.guard != nil {
+		for name, l := range c.guard.links {
+			all[c.pins.links(name)] = l
+		}
 	}
 	return all
 }

@@ -10,6 +10,9 @@ import (
 	"sync/atomic"
 
 	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
+	"github.com/cilium/ebpf/features"
+	"golang.org/x/sys/unix"
 
 	"github.com/demarc/demarc/agent/core/proto"
 	"github.com/demarc/demarc/bpf/abi"
@@ -49,14 +52,38 @@ func readSpec(t *tree) (*ebpf.CollectionSpec, error) {
 // loadObjects gives the programs to the kernel. They use the pinned maps where
 // there are any, else new ones.
 func loadObjects(spec *ebpf.CollectionSpec, pinned map[string]*ebpf.Map) (*objects, error) {
+	// Before Linux 5.11 maps count as locked memory. Such a kernel lacks more, and the
+	// limit must not hide what.
+	_ = unix.Setrlimit(unix.RLIMIT_MEMLOCK, &unix.Rlimit{Cur: unix.RLIM_INFINITY, Max: unix.RLIM_INFINITY})
 	c, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{MapReplacements: pinned})
 	if errors.Is(err, ebpf.ErrNotSupported) {
 		return nil, proto.Refuse("use a kernel that has it (6.1 or later)", "this kernel lacks a feature: load %w", err)
 	}
 	if err != nil {
+		if what := lacking(spec); what != "" {
+			return nil, proto.Refuse("use a kernel that has it (6.1 or later)", "this kernel lacks a feature: %s", what)
+		}
 		return nil, fmt.Errorf("load %s%w", kindOf(spec, err), err)
 	}
 	return &objects{Collection: c, spec: spec}, nil
+}
+
+// lacking names the first kind of program or helper function of these programs that
+// this kernel does not have, or nothing: what old kernels say about programs that they
+// cannot run names something else.
+func lacking(spec *ebpf.CollectionSpec) string {
+	for _, name := range sortedKeys(spec.Programs) {
+		p := spec.Programs[name]
+		if errors.Is(features.HaveProgramType(p.Type), ebpf.ErrNotSupported) {
+			return fmt.Sprintf("%v programs (%s)", p.Type, name)
+		}
+		for _, i := range p.Instructions {
+			if i.IsBuiltinCall() && errors.Is(features.HaveProgramHelper(p.Type, asm.BuiltinFunc(i.Constant)), ebpf.ErrNotSupported) {
+				return fmt.Sprintf("%v for %v programs (%s)", asm.BuiltinFunc(i.Constant), p.Type, name)
+			}
+		}
+	}
+	return ""
 }
 
 // kindOf says what kind of program or map an error is about: which the kernel

@@ -50,7 +50,7 @@ func (p pins) check(spec *ebpf.CollectionSpec) (committed bool, err error) {
 		return false, err
 	}
 	known := map[string][]string{p.dir: {"maps", "links", "abi", "audit"}, p.maps(""): keptMaps(spec), p.links(""): nil}
-	for _, name := range attachOrder {
+	for _, name := range slices.Concat(attachOrder, guardOrder) {
 		known[p.links("")] = append(known[p.links("")], name, filepath.Base(p.aside(name)))
 	}
 	for _, h := range p.hooks() {
@@ -292,7 +292,7 @@ func (p pins) clear(spec *ebpf.CollectionSpec) error {
 	for _, h := range p.hooks() {
 		paths = append(paths, p.links(h.String()))
 	}
-	for _, name := range slices.Backward(attachOrder) {
+	for _, name := range slices.Backward(slices.Concat(attachOrder, guardOrder)) {
 		paths = append(paths, p.links(name), p.aside(name))
 	}
 	for _, name := range keptMaps(spec) {

@@ -56,6 +56,7 @@ type trial struct {
 	trusted   []envelope.Key     // keys that sign images; none = images need no signature
 	objects   *objects
 	answers   *refusals // nil = the machine does not let us
+	shield    *guard    // nil = the kernel loads no BPF LSM programs
 }
 
 func (t *trial) close() {
@@ -63,6 +64,7 @@ func (t *trial) close() {
 	closeAll(t.links)
 	closeAll(t.taps)
 	t.answers.close()
+	t.shield.close()
 	if t.objects != nil {
 		t.objects.Close()
 	}
@@ -94,7 +96,7 @@ var checks = []struct {
 	{"attach", "programs", "attach every program to a scratch cgroup and detach it", "look for another program that does not share the hook", (*trial).attach},
 	{"refusals", "programs", "make the raw sockets that tell callers they are refused", "grant CAP_NET_RAW", (*trial).refusals},
 	{"ring buffer", "programs", "map the events ring into memory", "use a kernel with BPF_MAP_TYPE_RINGBUF", (*trial).ring},
-	{"guard", "", "read the kernel's security modules and its lockdown", "keep root in the host's namespaces to those who may end enforcement", (*trial).guard},
+	{"guard", "", "load the BPF LSM programs that keep others from what enforces", "keep root in the host's namespaces to those who may end enforcement", (*trial).guard},
 	{"self-test", "programs", "ask the loaded decision a question", "use a kernel with BPF_PROG_RUN for syscall programs", (*trial).judge},
 }
 

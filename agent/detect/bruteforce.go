@@ -24,5 +24,8 @@ func bruteForcing(g *Engine, m *moment) []Finding {
 	}
 	found := m.finding("brute-force", bruteForce, Medium, 75, portName(now.to), "connected %d times within %s to log in by %s", len(m.actors.attempts.items), c.Within, portName(now.to))
 	found.Advice = "Look at the service's log for refused logins, and at the process for who tries. A limit on the crossing slows it down."
+	if len(m.actors.logins) > 0 {
+		found.led(m.actors.logins)
+	}
 	return []Finding{found}
 }

@@ -28,7 +28,11 @@ func (g *Engine) remember(m *moment) {
 	if m.event.Signal != nil && m.process != nil && m.peer.Address.IsValid() {
 		m.actors.doers.did(m.target(), m.process, m.at)
 	}
+	if _, admin := adminPorts[m.peer.Port]; admin && m.contact != noContact && m.proto == "tcp" {
+		m.actors.logins.add(m.event)
+	}
 	if m.hasFailed() {
+		m.actors.failures.add(m.event)
 		m.actors.failed.see(m.target(), m.at, max(g.config.PortScan.Within, g.config.HostSweep.Within), g.config.scanRoom(), uint8(m.contact))
 	}
 }
@@ -65,3 +69,26 @@ func (d *doers) did(t target, p *Process, at time.Time) {
 }
 
 func (d *doers) of(t target) *Process { return d.processes[t] }
+
+// trail is the latest events of a kind, oldest first: what led to a finding.
+type trail []Event
+
+// trailKept bounds it.
+const trailKept = evidenceFirst
+
+func (t *trail) add(e *Event) {
+	if len(*t) == trailKept {
+		copy(*t, (*t)[1:])
+		*t = (*t)[:trailKept-1]
+	}
+	*t = append(*t, *e)
+}
+
+// led makes a trail that ends with the finding's own event its evidence.
+func (f *Finding) led(t trail) {
+	f.Evidence = append([]Event(nil), t...)
+	f.FirstSeen = t[0].Time()
+	if f.FirstSeen.After(f.LastSeen) {
+		f.FirstSeen = f.LastSeen
+	}
+}

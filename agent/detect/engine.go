@@ -19,6 +19,8 @@ type actor struct {
 	volumes  volumes         // bytes that edges usually carry
 	names    burst           // long DNS names
 	echoes   burst           // large ICMP payloads
+	failures trail           // events of contacts that failed,
+	logins   trail           // and of those that may be logins
 	doers    doers           // processes behind contacts
 	raw      *Process        // that last opened a raw socket,
 	rawAt    time.Time       // and when

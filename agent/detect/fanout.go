@@ -21,5 +21,6 @@ func fanOut(g *Engine, m *moment) []Finding {
 	}
 	f := m.finding("fan-out", technique, Medium, 70, portName(now), "went to %s of %d hosts within %s", portName(now), hosts, c.Within)
 	f.Advice = "Who administers many hosts belongs into a workload with the role bastion or management. Look for who logged in where."
+	f.led(m.actors.logins)
 	return []Finding{f}
 }

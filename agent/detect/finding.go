@@ -116,13 +116,14 @@ const (
 	evidenceKept  = 16
 )
 
-// add takes another sighting into a finding. The worse severity stays.
+// add takes another sighting into a finding. The worse severity stays, with the
+// newest title of its kind.
 func (f *Finding) add(s *Finding) {
 	f.Count += s.Count
 	if s.LastSeen.After(f.LastSeen) {
 		f.LastSeen = s.LastSeen
 	}
-	if s.Severity > f.Severity {
+	if s.Severity >= f.Severity {
 		f.Severity, f.Title = s.Severity, s.Title
 	}
 	f.Confidence = max(f.Confidence, s.Confidence)
@@ -133,7 +134,8 @@ func (f *Finding) add(s *Finding) {
 	if s.SuppressedBy == "" {
 		f.SuppressedBy = "" // the role has ended: what was explained no longer is
 	}
-	for _, e := range s.Evidence {
+	// What led to a sighting is told once, with the first one.
+	for _, e := range s.Evidence[max(0, len(s.Evidence)-1):] {
 		if len(f.Evidence) == evidenceKept {
 			copy(f.Evidence[evidenceFirst:], f.Evidence[evidenceFirst+1:])
 			f.Evidence = f.Evidence[:evidenceKept-1]

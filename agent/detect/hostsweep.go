@@ -22,5 +22,6 @@ func hostSweep(g *Engine, m *moment) []Finding {
 	}
 	f := m.finding("host-sweep", systemDiscovery, Medium, 90, "", "tried %s of %d hosts, and was let in by none", portName(now), hosts)
 	f.Advice = sweepAdvice
+	f.led(m.actors.failures)
 	return []Finding{f}
 }

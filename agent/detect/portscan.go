@@ -22,10 +22,12 @@ func portScan(g *Engine, m *moment) []Finding {
 	case ports >= c.Count:
 		f := m.finding("port-scan", serviceDiscovery, Medium, 90, "", "tried %d %s ports of %s, and none was open to it", ports, now.proto, now.address)
 		f.Advice = scanAdvice
+		f.led(m.actors.failures)
 		return []Finding{f}
 	case all >= g.config.PortScan.Count+g.config.HostSweep.Count:
 		f := m.finding("port-scan", serviceDiscovery, Medium, 80, "", "tried %d ports of several hosts, and none was open to it", all)
 		f.Advice = scanAdvice
+		f.led(m.actors.failures)
 		return []Finding{f}
 	}
 	return nil

@@ -112,6 +112,7 @@ type roster[T any] struct {
 	workloads map[who]*T
 	others    map[who]*entry[T]
 	shared    map[who]*T
+	swept     time.Time // when others was last looked through
 }
 
 type entry[T any] struct {
@@ -137,7 +138,10 @@ func (r *roster[T]) get(w who, at time.Time, idle time.Duration) (*T, who) {
 		e.at = latest(e.at, at)
 		return &e.value, w
 	}
-	if len(r.others) >= addressesKept {
+	// Looking through them all is dear, and whoever has many addresses could ask for
+	// it with each packet.
+	if len(r.others) >= addressesKept && at.Sub(r.swept) > idle/64 {
+		r.swept = at
 		for k, e := range r.others {
 			if at.Sub(e.at) > idle {
 				delete(r.others, k)

@@ -29,6 +29,7 @@ func slowScan(g *Engine, m *moment) []Finding {
 	first := m.actors.first.items[0].at
 	f := m.finding("slow-scan", serviceDiscovery, severity, confidence, "", "failed at %d different places within %s", score, max(m.at.Sub(first), time.Second).Round(time.Second))
 	f.Advice = "Compare the places with what the workload needs: declare them, or look for who asked for them."
+	f.led(m.actors.failures)
 	return []Finding{f}
 }
 

@@ -20,5 +20,8 @@ func upwardProbe(g *Engine, m *moment) []Finding {
 	}
 	f := m.finding("upward-probe", remoteServices, severity, confidence, to, "was refused at %d places of zone %s, which is more trusted than its own, %s", n, to, from)
 	f.Advice = "Declare the crossing if it is meant; it needs a limit and a log. If not, look for what runs in the workload."
+	if n >= c.Count {
+		f.led(m.actors.failures)
+	}
 	return []Finding{f}
 }

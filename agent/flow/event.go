@@ -52,6 +52,14 @@ type Gaps struct{ cpus map[uint32]span }
 
 type span struct{ first, last uint64 }
 
+// Resume sets that a CPU's events up to a number were seen before.
+func (g *Gaps) Resume(cpu uint32, seq uint64) {
+	if g.cpus == nil {
+		g.cpus = make(map[uint32]span)
+	}
+	g.cpus[cpu] = span{first: seq, last: seq}
+}
+
 // See takes the next event's CPU and number and returns how many events are now
 // known to be lost: more than zero at a gap, -1 when an event that was counted as
 // lost arrives after all (an interrupt on the same CPU may overtake), 0 otherwise.

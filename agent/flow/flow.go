@@ -46,6 +46,31 @@ type Endpoint struct {
 	Cgroup   string     `json:"cgroup,omitempty"`   // path below the managed root; only of the judged side
 }
 
+// Inert escapes what a flow of another process may hold, so that its strings are as
+// harmless as those of this one's. What is so already stays as it is.
+func (f *Flow) Inert() {
+	for _, s := range []*string{&f.Node, &f.Protocol, &f.Crossing, &f.Comm,
+		&f.Source.Workload, &f.Source.Zone, &f.Source.Reserved, &f.Source.Cgroup,
+		&f.Destination.Workload, &f.Destination.Zone, &f.Destination.Reserved, &f.Destination.Cgroup} {
+		*s = inert(*s)
+	}
+	for _, e := range []*Endpoint{&f.Source, &f.Destination} {
+		for i := range e.Networks {
+			e.Networks[i] = inert(e.Networks[i])
+		}
+	}
+}
+
+// inert is Escape that leaves backslashes: it may be done again.
+func inert(s string) string {
+	for i := range len(s) {
+		if s[i] < 0x20 || s[i] > 0x7e {
+			return strings.ReplaceAll(Escape(s), `\x5c`, `\`)
+		}
+	}
+	return s
+}
+
 // Label is the endpoint in one word: "edge/web", "unmanaged", "network/anywhere",
 // "claims edge/web", or "unknown".
 func (e Endpoint) Label() string {

@@ -205,6 +205,26 @@ func (c *Cursor) Read(events []abi.Event) (int, Loss) {
 	return n, loss
 }
 
+// Changed is closed when something is new, or when the store is closed.
+func (c *Cursor) Changed() <-chan struct{} {
+	s := c.store
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.changed == nil {
+		s.changed = make(chan struct{})
+	}
+	changed := s.changed
+	for i := range s.rings {
+		b := &s.rings[i]
+		if s.closed || c.at[i] != b.next || c.missed[i] < b.missed {
+			now := make(chan struct{})
+			close(now)
+			return now
+		}
+	}
+	return changed
+}
+
 // Wait returns when something is new, with false when ctx or the store ended.
 func (c *Cursor) Wait(ctx context.Context) bool {
 	for {

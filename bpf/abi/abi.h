@@ -324,8 +324,8 @@ struct demarc_tag_input {
 #define DEMARC_TAG_SLOT_SHIFT 36
 
 /*
- * The memory of tags that were admitted: 2^18 buckets, of which a MAC has two. An
- * entry is the upper 40 bits of the MAC and when it was admitted, in steps of 2^32
+ * The memory of tags that were admitted: 2^18 buckets, of which a MAC has two among
+ * 64 neighbours. An entry is the upper 40 bits of the MAC and when it was admitted, in steps of 2^32
  * ns of CLOCK_BOOTTIME; 0 = empty. Entries are kept for longer than any tag holds,
  * also while a clock that went back is slewed, and then give way.
  */
@@ -345,21 +345,6 @@ struct demarc_tuple {
 	__u16 dport;
 	__u8 proto;
 	__u8 zero[3];
-};
-
-/* A SYN that verified and was admitted, until its handshake ends. Key: the tuple
- * as the SYN has it. */
-struct demarc_pending_syn {
-	__u32 self;	/* identity of the listener */
-	__u32 peer;	/* identity the tag proved; 0 = none */
-	__u32 seq;	/* the SYN's sequence number, host order */
-	__u32 crossing; /* index, or DEMARC_NO_CROSSING_INDEX */
-	__u32 epoch;
-	__u8 proof; /* enum demarc_proof */
-	__u8 reason;
-	__u8 slot; /* of the generation that the crossing is of */
-	__u8 zero;
-	__u64 until; /* when the crossing's window closes */
 };
 
 /* What a TCP socket proved and was allowed, in its socket storage. */

@@ -27,8 +27,9 @@ func newQuarantineCommand(env *environment) *cobra.Command {
 Its other live connections are cut. The kernel ends it by itself when the time is
 over, also if no part of demarc runs by then. A crossing is forensic if the policy
 says forensic: true. A workload with the role management is never quarantined.`,
-		Example: "  demarc quarantine api --for 1h --reason \"ticket 4711: scans the data zone\"",
-		Args:    oneArgument("WORKLOAD"),
+		Example:           "  demarc quarantine api --for 1h --reason \"ticket 4711: scans the data zone\"",
+		Args:              oneArgument("WORKLOAD"),
+		ValidArgsFunction: completeFromAgent(env, "workload"),
 		RunE: func(c *cobra.Command, args []string) error {
 			if o.lasting <= 0 {
 				return usagef("say for how long: --for 1h")
@@ -61,9 +62,10 @@ func quarantineRun(ctx context.Context, env *environment, workload string, o qua
 func newReleaseCommand(env *environment) *cobra.Command {
 	var o changeOptions
 	c := &cobra.Command{
-		Use:   "release WORKLOAD",
-		Short: "End a workload's quarantine",
-		Args:  oneArgument("WORKLOAD"),
+		Use:               "release WORKLOAD",
+		Short:             "End a workload's quarantine",
+		Args:              oneArgument("WORKLOAD"),
+		ValidArgsFunction: completeFromAgent(env, "workload"),
 		RunE: func(c *cobra.Command, args []string) error {
 			return releaseRun(c.Context(), env, args[0], o)
 		},

@@ -74,11 +74,29 @@ const (
 	tc     = "tc conntrack"
 )
 
-// Round is one run of every configuration under one mode.
+// slots are how often every configuration runs within a round. What else the machine
+// does comes in bursts: short runs in turns meet the same ones, and a median over them
+// leaves out the few that one configuration met alone.
+const slots = 6
+
+// Round is every configuration's runs under one mode, taken in turns.
 type Round struct {
-	Mode    Mode              `json:"mode"`
-	Order   []string          `json:"order"`
-	Results map[string]Result `json:"results"`
+	Mode    Mode                `json:"mode"`
+	Order   []string            `json:"order"` // of all runs
+	Results map[string][]Result `json:"results"`
+}
+
+// metric is the median over a configuration's runs.
+func (r *Round) metric(name string) float64 {
+	return r.median(name, r.Mode.metric)
+}
+
+func (r *Round) median(name string, of func(Result) float64) float64 {
+	var all []float64
+	for _, result := range r.Results[name] {
+		all = append(all, of(result))
+	}
+	return spread(all).Median
 }
 
 // Row sums one configuration under one mode up.
@@ -90,7 +108,7 @@ type Row struct {
 	Rate          Spread  `json:"rate"`     // operations a second
 	P99           Spread  `json:"p99"`      // µs
 	Lost          int64   `json:"lost"`
-	Switches      float64 `json:"switches"` // involuntary, of both ends, a run
+	Switches      float64 `json:"switches"` // involuntary, of both ends, a round
 }
 
 // Traffic is the whole outcome. Control is the ratio of none A to none B.
@@ -114,7 +132,7 @@ func (t *Traffic) sum(configurations []string) {
 		ratios[m] = map[string]Spread{}
 		for _, r := range t.Rounds {
 			if r.Mode == m {
-				control = append(control, m.metric(r.Results[noneA])/m.metric(r.Results[noneB]))
+				control = append(control, r.metric(noneA)/r.metric(noneB))
 			}
 		}
 		t.Control[m] = spread(control)
@@ -145,13 +163,15 @@ func (t *Traffic) row(m Mode, name string) Row {
 		if r.Mode != m {
 			continue
 		}
-		own := r.Results[name]
-		ratio = append(ratio, 2*m.metric(own)/(m.metric(r.Results[noneA])+m.metric(r.Results[noneB])))
-		absolute = append(absolute, m.metric(own))
-		rate = append(rate, own.Rate)
-		p99 = append(p99, own.P99)
-		row.Lost += own.Lost
-		row.Switches += float64(own.ClientInvoluntary + own.ServerInvoluntary)
+		own := r.metric(name)
+		ratio = append(ratio, 2*own/(r.metric(noneA)+r.metric(noneB)))
+		absolute = append(absolute, own)
+		rate = append(rate, r.median(name, func(r Result) float64 { return r.Rate }))
+		p99 = append(p99, r.median(name, func(r Result) float64 { return r.P99 }))
+		for _, result := range r.Results[name] {
+			row.Lost += result.Lost
+			row.Switches += float64(result.ClientInvoluntary + result.ServerInvoluntary)
+		}
 	}
 	row.Ratio, row.Absolute, row.Rate, row.P99 = spread(ratio), spread(absolute), spread(rate), spread(p99)
 	row.Switches /= float64(max(len(ratio), 1))

@@ -21,14 +21,14 @@ const jsonVariable = "BENCH_JSON"
 // TestTraffic runs every configuration under every load, in rounds of a fresh order,
 // and checks with the controls that what was measured is what was meant.
 func TestTraffic(t *testing.T) {
-	rounds, seconds, tuples := 1, 0.1, 400
+	rounds, turns, seconds, tuples := 1, 1, 0.1, 400
 	full := os.Getenv(roundsVariable)
 	if full != "" {
 		var err error
 		if rounds, err = strconv.Atoi(full); err != nil || rounds < 1 {
 			t.Fatalf("%s=%q is no number of rounds", roundsVariable, full)
 		}
-		seconds, tuples = 0.6, 10_000
+		turns, tuples = slots, 10_000
 	}
 	outcome := Traffic{Machine: describeMachine(), Tuples: tuples}
 	b := build(t, tuples)
@@ -49,21 +49,23 @@ func TestTraffic(t *testing.T) {
 	var connections int64
 	for range rounds {
 		for _, mode := range modes {
-			rand.Shuffle(len(order), func(i, j int) { order[i], order[j] = order[j], order[i] })
-			r := Round{Mode: mode, Results: map[string]Result{}}
-			for _, p := range order {
-				before := b.admitted(p)
-				result := b.run(p, mode, seconds)
-				if result.Operations == 0 {
-					t.Fatalf("%s, %s: nothing came through: %+v", p.name, mode, result)
+			r := Round{Mode: mode, Results: map[string][]Result{}}
+			for range turns {
+				rand.Shuffle(len(order), func(i, j int) { order[i], order[j] = order[j], order[i] })
+				for _, p := range order {
+					before := b.admitted(p)
+					result := b.run(p, mode, seconds)
+					if result.Operations == 0 {
+						t.Fatalf("%s, %s: nothing came through: %+v", p.name, mode, result)
+					}
+					if p.name == demarc {
+						after := b.admitted(p)
+						b.accounted(mode, result.Made, [2]uint64{after[0] - before[0], after[1] - before[1]})
+						connections += result.Made
+					}
+					r.Order = append(r.Order, p.name)
+					r.Results[p.name] = append(r.Results[p.name], result)
 				}
-				if p.name == demarc {
-					after := b.admitted(p)
-					b.accounted(mode, result.Made, [2]uint64{after[0] - before[0], after[1] - before[1]})
-					connections += result.Made
-				}
-				r.Order = append(r.Order, p.name)
-				r.Results[p.name] = result
 			}
 			outcome.Rounds = append(outcome.Rounds, r)
 		}

@@ -12,10 +12,11 @@ import (
 // youngPlace is struct demarc_young of maps.h.
 type youngPlace struct {
 	Cookie, Over uint64
-	Born         uint64
 	Kept         [32]byte
-	Fins         uint32
-	_            uint32
+	Born, Self   uint32
+	Fins         uint8
+	Omitted      uint8
+	_            [6]byte
 }
 
 func (w *world) young() (*ebpf.Map, []youngPlace) {

@@ -53,6 +53,8 @@ type NodeOptions struct {
 	Keyring string
 	// Inventory is the content of the agent's inventory; "" = none.
 	Inventory string
+	// Journal has the agent keep flows in Node.JournalDir.
+	Journal bool
 	// Metrics is where the agent serves them, HOST:PORT in the node's own
 	// namespace; "" = nowhere.
 	Metrics string
@@ -109,10 +111,14 @@ func (n *Node) configure() {
 		"cgroup_root": n.root.dir, "bpffs": filepath.Join(n.dir, "bpf", "demarc"), "run_dir": filepath.Join(n.dir, "core"),
 		"state_dir": filepath.Join(n.dir, "state"), "trust_dir": filepath.Join(n.dir, "trust"), "keyring": keyring,
 		"agent_user": agentUser, "log_level": "debug",
+		"guard": false, // tests are who it keeps away; test/vm tries it
 	}, "", "  ")
 	n.lab.check(err, "write configuration")
 	agent := fmt.Sprintf("node: %s\nserver: unix://%s\ncore: unix://%s\n", n.home.Name, n.agentSocket(), n.coreSocket())
 	agent += n.options.AgentLines
+	if n.options.Journal {
+		agent += fmt.Sprintf("journal: {dir: %s, max_size: 64MiB}\n", n.JournalDir())
+	}
 	if n.options.Metrics != "" {
 		agent += fmt.Sprintf("metrics: {listen: %q}\n", n.options.Metrics)
 	}
@@ -170,6 +176,9 @@ func (n *Node) CoreCommand() Command {
 
 // CoreSocket is where the core answers.
 func (n *Node) CoreSocket() string { return n.coreSocket() }
+
+// JournalDir is where flows are kept, with NodeOptions.Journal.
+func (n *Node) JournalDir() string { return filepath.Join(n.dir, "agent", "journal") }
 
 // AgentSocket is where the agent serves its API.
 func (n *Node) AgentSocket() string { return n.agentSocket() }

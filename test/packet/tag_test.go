@@ -362,7 +362,8 @@ const replayBuckets = 1 << 18
 func (h *host) remembered(mac []byte) (places [2]uint32, buckets [2]replayBucket) {
 	h.t.Helper()
 	m := binary.LittleEndian.Uint64(mac)
-	places = [2]uint32{uint32(m % replayBuckets), uint32(m >> 18 % replayBuckets)}
+	first := uint32(m % replayBuckets)
+	places = [2]uint32{first, first ^ uint32(m>>17&62) ^ 1}
 	for i, place := range places {
 		if err := h.Maps["replays"].Lookup(place, &buckets[i]); err != nil {
 			h.t.Fatal(err)

@@ -66,7 +66,7 @@ func TestDaemons(t *testing.T) {
 	lab := netlab.New(t)
 	h := newHost(t, lab)
 	for _, unit := range []string{"demarc-core", "demarc-agent"} {
-		if !strings.Contains(h.file(unit+".service"), "\nWatchdogSec=30\n") {
+		if !strings.Contains(h.shipped(unit+".service"), "\nWatchdogSec=30\n") {
 			t.Errorf("%s has no watchdog", unit)
 		}
 		h.Write("/etc/systemd/system/"+unit+".service.d/soon.conf", fmt.Sprintf("[Service]\nWatchdogSec=%d\nTimeoutAbortSec=1\n", int(watchdog.Seconds())), 0o644)
@@ -137,28 +137,38 @@ func TestDaemons(t *testing.T) {
 	}
 }
 
-// TestCredential: a keyring that systemd hands over is the one that is used.
+// TestCredential: a keyring that systemd hands over, from a file or encrypted, is the
+// one that is used; and what docs/install.md says of workloads that must not run
+// without a policy.
 func TestCredential(t *testing.T) {
 	lab := netlab.New(t)
 	h := newHost(t, lab)
+	h.unit("guarded.service", "[Unit]\nAfter=demarc-core.service\nAssertPathExists=/sys/fs/bpf/demarc/abi\n[Service]\nExecStart=/bin/sleep infinity\n")
 	h.Boot()
-	h.Run("demarc", "keys", "generate", "tag", "--out", "/etc/demarc/keyring")
-	h.Write("/etc/systemd/system/demarc-core.service.d/keyring.conf", "[Service]\nLoadCredential=demarc.keyring:/etc/demarc/keyring\n", 0o644)
-	h.Run("systemctl", "daemon-reload")
-	h.Run("systemctl", "restart", "demarc-core")
-	h.awaitState("idle")
-	h.apply(fmt.Sprintf(workerPolicy, h.peer.IP4))
-	var prints []string
-	for line := range strings.Lines(h.Journal("demarc-core")) {
-		if _, print, found := strings.Cut(line, "fingerprint="); found && strings.Contains(line, "tag key loaded") {
-			prints = append(prints, strings.TrimSpace(print))
+	if out, status := h.Try("systemctl", "start", "guarded"); status == 0 || !strings.Contains(out, "Assertion failed") {
+		t.Errorf("without a policy: %d, %s", status, out)
+	}
+	h.Run("demarc", "keys", "generate", "tag", "--out", "/root/first")
+	h.Run("demarc", "keys", "generate", "tag", "--out", "/root/second")
+	h.Run("systemd-creds", "encrypt", "--name=demarc.keyring", "/root/second", "/root/second.cred")
+	for file, setting := range map[string]string{"/root/first": "LoadCredential=demarc.keyring:/root/first", "/root/second": "LoadCredentialEncrypted=demarc.keyring:/root/second.cred"} {
+		h.Write("/etc/systemd/system/demarc-core.service.d/keyring.conf", "[Service]\nLoadCredential=\n"+setting+"\n", 0o644)
+		h.Run("systemctl", "daemon-reload")
+		h.Run("systemctl", "restart", "demarc-core")
+		h.awaitState("idle")
+		var print string
+		for line := range strings.Lines(h.Journal("demarc-core")) {
+			if _, text, found := strings.Cut(line, "fingerprint="); found {
+				print = strings.TrimSpace(text)
+			}
+		}
+		if show := h.Run("demarc", "keys", "show", file); print == "" || !strings.Contains(show, print) {
+			t.Errorf("%s: loaded %s, which is not of\n%s", setting, print, show)
+		}
+		if out := h.Run("stat", "-c", "%a", "/run/credentials/demarc-core.service/demarc.keyring"); out != "400\n" {
+			t.Errorf("mode of the credential: %s", out)
 		}
 	}
-	show := h.Run("demarc", "keys", "show", "/etc/demarc/keyring")
-	if len(prints) != 2 || prints[0] == prints[1] || !strings.Contains(show, prints[1]) {
-		t.Errorf("loaded %v, the last one is not of\n%s", prints, show)
-	}
-	if out := h.Run("stat", "-c", "%a", "/run/credentials/demarc-core.service/demarc.keyring"); out != "400\n" {
-		t.Errorf("mode of the credential: %s", out)
-	}
+	h.apply(fmt.Sprintf(workerPolicy, h.peer.IP4))
+	h.Run("systemctl", "start", "guarded")
 }

@@ -46,7 +46,7 @@ func newHost(t *testing.T, lab *netlab.Lab) *host {
 		"demarc.sysusers":      "/usr/lib/sysusers.d/demarc.conf",
 		"demarc.tmpfiles":      "/usr/lib/tmpfiles.d/demarc.conf",
 	} {
-		h.Write(to, h.file(from), 0o644)
+		h.Write(to, h.shipped(from), 0o644)
 	}
 	h.enable("demarc-core.service", "sysinit.target")
 	h.enable("demarc-agent.service", "multi-user.target")
@@ -74,8 +74,8 @@ func (h *host) tree() string {
 	return filepath.Join(filepath.Base(filepath.Dir(lab)), filepath.Base(lab), filepath.Base(h.Root.Dir()))
 }
 
-// file reads one of the files in deploy/systemd.
-func (h *host) file(name string) string {
+// shipped reads one of the files in deploy/systemd.
+func (h *host) shipped(name string) string {
 	h.t.Helper()
 	b, err := os.ReadFile(filepath.Join("../../deploy/systemd", name))
 	if err != nil {
@@ -163,4 +163,14 @@ func dialArgs(h *host) string {
 		all = append(all, fmt.Sprint(p))
 	}
 	return strings.Join(all, " ")
+}
+
+// written is a file of the host's.
+func (h *host) written(name string) string {
+	h.t.Helper()
+	b, err := os.ReadFile(h.Path(name))
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	return string(b)
 }

@@ -19,6 +19,7 @@ import (
 	"github.com/demarc/demarc/agent/core/proto"
 	"github.com/demarc/demarc/bpf/abi"
 	"github.com/demarc/demarc/test/netlab"
+	"github.com/demarc/demarc/test/vm/talk"
 )
 
 // limits are what kernels of a series are known to lack. A kernel that lacks
@@ -30,6 +31,11 @@ var limits = map[string][]string{
 // agentLimits are what they lack to confine the agent.
 var agentLimits = map[string][]string{
 	"6.1": {"the agent is confined to its files by Landlock 2, which lacks limits for networks or signals (6 has them)"},
+}
+
+// refusals are the kernels that demarc does not run on, and what it says they lack.
+var refusals = map[string]string{
+	"5.10": "this kernel lacks a feature: ",
 }
 
 // single is the policy of one machine. `other` has a crossing on that port, so that
@@ -58,11 +64,19 @@ func TestKernels(t *testing.T) {
 	for _, s := range series(t) {
 		begin, hello := time.Now(), "not booted"
 		boot := 0.0
+		result := "pass"
 		passed := t.Run(s, func(t *testing.T) {
-			m := testKernel(t, programs, s)
+			var m *machine
+			if want, ok := refusals[s]; ok {
+				m, result = testRefusal(t, programs, s, want), "refuse"
+			} else {
+				m = testKernel(t, programs, s)
+			}
 			hello, boot = m.hello.Release, m.hello.Uptime
 		})
-		result := map[bool]string{true: "pass", false: "FAIL"}[passed]
+		if !passed {
+			result = "FAIL"
+		}
 		fmt.Fprintf(&table, "%-8s %-28s %6.1f %6.1f  %-6s %s\n", s, hello, boot, time.Since(begin).Seconds(), result, strings.Join(limits[s], "; "))
 	}
 }
@@ -154,8 +168,87 @@ func testKernel(t *testing.T, programs, series string) *machine {
 	m.healthy()
 	m.control(outside)
 	m.clockSteps(outside)
+	m.guarded(true)
+	m.control(outside)
 	m.stop()
 	return m
+}
+
+// On a kernel that lacks what enforcement needs, preflight and a start say what that
+// is, and nothing is attached or left.
+func testRefusal(t *testing.T, programs, series, want string) *machine {
+	lab := netlab.New(t)
+	m := boot(t, programs, lab, series)[0]
+	for _, args := range [][]string{{"preflight", "--config", coreFile}, {"run", "--config", coreFile}} {
+		out := call[talk.Outcome](m, "Run", talk.Command{Path: corePath, Args: args})
+		t.Logf("%s: %d\n%s%s", args[0], out.Status, out.Stdout, out.Stderr)
+		if out.Status != 1 || !strings.Contains(out.Stdout+out.Stderr, want) {
+			t.Errorf("%s ended with %d, want 1, and %q", args[0], out.Status, want)
+		}
+	}
+	if left := call[[]string](m, "List", "/sys/fs/bpf"); len(left) > 0 {
+		t.Errorf("left pins %v", left)
+	}
+	m.stop()
+	return m
+}
+
+// guarded has root tamper with what enforces. Where BPF LSM guards it, nothing of that
+// is done; else it is done, and mended.
+func (m *machine) guarded(guard bool) {
+	m.t.Helper()
+	done := map[string]string{}
+	for _, tried := range call[[]talk.Tampering](m, "Tamper", guard) {
+		done[tried.What] = tried.Errno
+		if guard != (tried.Errno == "EPERM") {
+			m.t.Errorf("%s, with guard %v: %q", tried.What, guard, tried.Errno)
+		}
+	}
+	if len(done) == 0 {
+		m.t.Error("nothing was tried")
+	}
+	m.t.Logf("tampering: %v", done)
+	m.run("demarc", "status", "--wait", "enforcing", "--timeout", patience.String())
+	m.healthy()
+}
+
+// The same machine with and without BPF LSM on its command line: there what enforces
+// is kept from root's hands, here what they did is seen and undone. (I06, I07, I08)
+func TestGuard(t *testing.T) {
+	programs, all := build(t), series(t)
+	newest := all[len(all)-1]
+	for _, tt := range []struct {
+		lsm   string
+		guard bool
+	}{
+		{"landlock,lockdown,yama,bpf", true},
+		{"landlock,lockdown,yama", false},
+	} {
+		l := lane{series: newest, lsm: tt.lsm}
+		t.Run(l.String(), func(t *testing.T) {
+			lab := netlab.New(t)
+			outside := lab.Namespace("outside")
+			outside.Echo(443)
+			m := bootLanes(t, programs, lab, l)[0]
+			m.enforce(document(fmt.Sprintf(single, outside.IP4, outside.IP6)))
+			serve(t, m, "db", 7000)
+			var s api.Status
+			check(t, json.Unmarshal([]byte(m.run("demarc", "status", "-o", "json")), &s), "read status")
+			told := slices.ContainsFunc(s.Limits, func(l string) bool { return strings.HasPrefix(l, "root is not kept from what enforces") })
+			if told == tt.guard {
+				t.Errorf("limits %q, with guard %v", s.Limits, tt.guard)
+			}
+			m.guarded(tt.guard)
+			m.control(outside)
+			// Another core takes over, guard and all.
+			call[bool](m, "Kill", corePath)
+			m.start()
+			m.run("demarc", "status", "--wait", "enforcing", "--timeout", patience.String())
+			m.guarded(tt.guard)
+			m.control(outside)
+			m.stop()
+		})
+	}
 }
 
 // clockSteps sets the wall clock a day forward, and two back. A crossing's window

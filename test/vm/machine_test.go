@@ -31,6 +31,7 @@ import (
 type machine struct {
 	t      *testing.T
 	series string
+	lsm    string // security modules of the kernel's command line; "" = its own choice
 	ns     *netlab.Namespace
 	wire   *netlab.Wire
 	qemu   *netlab.Process
@@ -47,10 +48,35 @@ const patience = 3 * time.Minute
 // boot starts machines side by side and sets their clocks to the same time.
 func boot(t *testing.T, programs string, lab *netlab.Lab, series ...string) []*machine {
 	t.Helper()
+	return bootLanes(t, programs, lab, lanesOf(series)...)
+}
+
+// lane is a kernel and how it is started.
+type lane struct {
+	series string
+	lsm    string // security modules of its command line; "" = its own choice
+}
+
+func (l lane) String() string {
+	if l.lsm == "" {
+		return l.series
+	}
+	return l.series + " lsm=" + l.lsm
+}
+
+func lanesOf(series []string) (all []lane) {
+	for _, s := range series {
+		all = append(all, lane{series: s})
+	}
+	return all
+}
+
+func bootLanes(t *testing.T, programs string, lab *netlab.Lab, lanes ...lane) []*machine {
+	t.Helper()
 	key := keyring(t, programs, lab)
 	var all []*machine
-	for _, s := range series {
-		all = append(all, start(t, lab, s, func(m *machine) []byte { return rootFiles(m, programs, key) }))
+	for _, l := range lanes {
+		all = append(all, start(t, lab, l, func(m *machine) []byte { return rootFiles(m, programs, key) }))
 	}
 	for _, m := range all {
 		m.hello = call[talk.Machine](m, "Hello", struct{}{})
@@ -73,9 +99,13 @@ func (m *machine) step(by time.Duration) {
 	call[bool](m, "SetClock", time.Now().Add(m.ahead))
 }
 
-func start(t *testing.T, lab *netlab.Lab, series string, content func(*machine) []byte) *machine {
+func start(t *testing.T, lab *netlab.Lab, l lane, content func(*machine) []byte) *machine {
 	t.Helper()
-	m := &machine{t: t, series: series, ns: lab.Namespace("linux-" + series)}
+	m := &machine{t: t, series: l.series, lsm: l.lsm, ns: lab.Namespace("linux-" + l.series)}
+	options := "console=ttyS0 panic=-1 quiet"
+	if l.lsm != "" {
+		options += " lsm=" + l.lsm
+	}
 	m.wire = m.ns.Wire()
 	files, err := os.MkdirTemp(lab.Dir(), "machine")
 	check(t, err, "make directory")
@@ -90,8 +120,8 @@ func start(t *testing.T, lab *netlab.Lab, series string, content func(*machine) 
 		// code crash now and then at their start.
 		"-M", "pc", "-accel", "tcg,thread=single", "-cpu", "max", "-smp", "2", "-m", "640",
 		"-nodefaults", "-nographic", "-no-reboot", "-serial", "stdio",
-		"-kernel", filepath.Join(kernel(t, series), "vmlinuz"), "-initrd", root,
-		"-append", "console=ttyS0 panic=-1 quiet",
+		"-kernel", filepath.Join(kernel(t, l.series), "vmlinuz"), "-initrd", root,
+		"-append", options,
 		"-netdev", "tap,id=net,ifname=tap0,script=no,downscript=no",
 		"-device", "virtio-net-pci,netdev=net,romfile=,mac=" + m.address(),
 		"-chardev", "socket,id=channel,path=" + filepath.Join(files, "port"),

@@ -50,7 +50,7 @@ enum {
 	OUTSTANDING = 16,
 	WINDOW = 32,
 	DATAGRAM = 64,
-	SAMPLES = 1 << 21,
+	SAMPLES = 1 << 18,
 	EVENTS = 64,
 };
 

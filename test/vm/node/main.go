@@ -203,6 +203,15 @@ func (n *Node) Set(s talk.Setting, _ *bool) error {
 	return os.WriteFile(s.Path, []byte(s.Value), 0o644)
 }
 
+// List names what is in a directory.
+func (n *Node) List(dir string, reply *[]string) error {
+	entries, err := os.ReadDir(dir)
+	for _, e := range entries {
+		*reply = append(*reply, e.Name())
+	}
+	return err
+}
+
 // Stop ends the node, and so the machine.
 func (n *Node) Stop(_ struct{}, _ *bool) error {
 	close(n.stop)

@@ -61,3 +61,9 @@ type ProbeCall struct {
 
 // Setting is a file to write, such as a sysctl.
 type Setting struct{ Path, Value string }
+
+// Tampering is something that root does to what enforces.
+type Tampering struct {
+	What  string // what was tried
+	Errno string // how the kernel answered: "EPERM", "" = it was done
+}

@@ -1,0 +1,143 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR Apache-2.0) */
+/*
+ * Handshakes whose SYN was admitted. A tuple has a bucket, and any place in it. The
+ * oldest of a full bucket gives way: as a bucket's tuples cannot be guessed, that takes
+ * as many admitted SYNs as there are places in all, give or take. A place is written by
+ * whoever has marked it as given; readers compare its mark and its tuple.
+ */
+#ifndef DEMARC_PENDING_H
+#define DEMARC_PENDING_H
+
+#define PENDING_GIVEN 1 /* mark of a place that is being given away; marks of tuples are even */
+#define PENDING_TRIES 4
+
+static __always_inline bool same_tuple(const struct demarc_tuple *a, const struct demarc_tuple *b)
+{
+	const __u64 *x = (const __u64 *)a, *y = (const __u64 *)b;
+
+	return x[0] == y[0] && x[1] == y[1] && x[2] == y[2] && x[3] == y[3] && x[4] == y[4];
+}
+
+/* A number that stays the same for as long as the maps do, and that nobody knows. */
+static __always_inline __u64 seed_of_pending(void)
+{
+	__u32 zero = 0;
+	__u64 *seed = bpf_map_lookup_elem(&pending_seed, &zero), fresh;
+
+	if (!seed)
+		return 0;
+	if (!*(volatile __u64 *)seed) {
+		fresh = (__u64)bpf_get_prandom_u32() << 32 | bpf_get_prandom_u32() | 1;
+		__sync_val_compare_and_swap(seed, 0, fresh);
+	}
+	return *(volatile __u64 *)seed;
+}
+
+/* Never 0, nor PENDING_GIVEN. */
+static __noinline __u64 pending_mark(const struct demarc_tuple *opener)
+{
+	const __u64 *word = (const __u64 *)opener;
+	__u64 seed = seed_of_pending(), mark = seed;
+
+#pragma unroll
+	for (int i = 0; i < sizeof(*opener) / 8; i++) {
+		mark = (mark ^ word[i]) * seed;
+		mark ^= mark >> 29;
+	}
+	return mark & ~1ULL ? mark & ~1ULL : 2;
+}
+
+static __always_inline struct demarc_pending_bucket *pending_bucket(__u64 mark)
+{
+	__u32 index = (mark >> 32) & (DEMARC_PENDING_BUCKETS - 1);
+
+	return bpf_map_lookup_elem(&pending_syns, &index);
+}
+
+static __always_inline bool pending_is(const struct demarc_pending_syn *syn, __u64 mark)
+{
+	return *(volatile __u64 *)&syn->mark == mark;
+}
+
+/* The handshake of a tuple; 0 = there is none. */
+static __noinline struct demarc_pending_syn *pending_at(const struct demarc_tuple *opener, __u64 mark)
+{
+	struct demarc_pending_bucket *bucket = pending_bucket(mark);
+
+	if (!bucket)
+		return 0;
+	for (int i = 0; i < DEMARC_PENDING_PLACES; i++) {
+		struct demarc_pending_syn *syn = &bucket->syn[i];
+
+		if (pending_is(syn, mark) && same_tuple(&syn->tuple, opener))
+			return syn;
+	}
+	return 0;
+}
+
+/* A tuple's place is nowhere near the processor, and neither is a tag's: both are fetched
+ * at once where the one is read before the other is waited for. */
+static __always_inline void pending_touch(__u64 mark)
+{
+	struct demarc_pending_bucket *bucket = pending_bucket(mark);
+
+	if (bucket)
+		(void)*(volatile __u64 *)&bucket->syn[0].mark;
+}
+
+/* Which place of its bucket a tuple gets: the one it has, else a free one, else the
+ * oldest. */
+GLOBAL int pending_place(__u64 mark)
+{
+	struct demarc_pending_bucket *bucket = pending_bucket(mark);
+	__u32 now = bpf_jiffies64(), oldest = 0, age = 0;
+
+	if (!bucket)
+		return 0;
+	for (__u32 i = 0; i < DEMARC_PENDING_PLACES; i++) {
+		struct demarc_pending_syn *syn = &bucket->syn[i];
+
+		if (pending_is(syn, mark) || pending_is(syn, 0))
+			return i;
+		if (now - syn->born >= age) {
+			age = now - syn->born;
+			oldest = i;
+		}
+	}
+	return oldest;
+}
+
+/* Gives a tuple a place, to be filled and then published. Returns 0 where others are
+ * always faster. */
+static __always_inline struct demarc_pending_syn *pending_take(const struct demarc_tuple *opener, __u64 mark)
+{
+	struct demarc_pending_bucket *bucket = pending_bucket(mark);
+	struct demarc_pending_syn *syn;
+	__u64 old;
+
+	if (!bucket)
+		return 0;
+	for (int i = 0; i < PENDING_TRIES; i++) {
+		syn = &bucket->syn[pending_place(mark) & (DEMARC_PENDING_PLACES - 1)];
+		old = *(volatile __u64 *)&syn->mark;
+		if (old == PENDING_GIVEN || __sync_val_compare_and_swap(&syn->mark, old, PENDING_GIVEN) != old)
+			continue;
+		syn->tuple = *opener;
+		syn->born = bpf_jiffies64();
+		return syn;
+	}
+	return 0;
+}
+
+static __always_inline void pending_publish(struct demarc_pending_syn *syn, __u64 mark)
+{
+	__sync_lock_test_and_set(&syn->mark, mark);
+}
+
+/* Ends a handshake. Returns true if it was still the one that `mark` says. */
+static __always_inline bool pending_end(struct demarc_pending_syn *syn, __u64 mark)
+{
+	return __sync_val_compare_and_swap(&syn->mark, mark, 0) == mark;
+}
+
+#endif
