@@ -96,7 +96,7 @@ func (a *Agent) openJournal() error {
 	if err != nil {
 		return err
 	}
-	a.service.journal, l.born = j, j.Born
+	a.service.journal, a.service.metrics.journal, l.born = j, j, j.Born
 	for ring := range abi.Rings {
 		id, places := j.Resume(ring)
 		for _, p := range places {

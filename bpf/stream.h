@@ -171,7 +171,7 @@ GLOBAL int syn_out(struct __sk_buff *skb, struct packet *p, struct outcome *o)
 		o->query.crossing = provable_crossing(o->query.slot, o->query.subject, DEMARC_EGRESS, PROTO_TCP,
 						      o->query.port, o->query.now);
 	provable = o->query.crossing != DEMARC_NO_CROSSING_INDEX &&
-		   !quarantined(o->query.slot, o->query.subject, o->query.crossing, o->query.now);
+		   !quarantined(o->query.slot, o->query.subject, o->query.crossing, o->query.now) && !at_decoy(o);
 	if (!provable) {
 		decide(&o->query);
 		if (o->query.verdict == DEMARC_DENY)

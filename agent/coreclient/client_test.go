@@ -71,8 +71,8 @@ func TestClient(t *testing.T) {
 		want  string
 	}{
 		{"bad refused", 0, proto.Response{Error: "no", Hint: "ask later"}, "no"},
-		{"bad no hello", 7, proto.Response{}, "hello: the core sent 7 descriptors of 7"},
-		{"bad too few descriptors", 6, proto.Response{Hello: &proto.Hello{}}, "hello: the core sent 6 descriptors of 7"},
+		{"bad no hello", 8, proto.Response{}, "hello: the core sent 8 descriptors of 8"},
+		{"bad too few descriptors", 6, proto.Response{Hello: &proto.Hello{}}, "hello: the core sent 6 descriptors of 8"},
 		{"bad refused, with descriptors", 1, proto.Response{Error: "no"}, "no"},
 	}
 	for _, tt := range tests {
