@@ -64,9 +64,11 @@ static __always_inline bool judge_closely(struct __sk_buff *skb, struct bpf_sock
 	reason = parse(skb, 0, &p);
 	cgroup = bpf_sk_cgroup_id(sk);
 	o->reported = false;
-	if (stream && !reason && (tcp_state == TCP_LISTEN || (tcp_state == TCP_SYN_SENT && outgoing)) &&
-	    expected(skb, &p, cgroup, DEMARC_ACTIVE_EPOCH(active), outgoing))
-		return true;
+	if (stream && !reason && (tcp_state == TCP_LISTEN || (tcp_state == TCP_SYN_SENT && outgoing))) {
+		subject = expected(skb, &p, cgroup, DEMARC_ACTIVE_EPOCH(active), outgoing);
+		if (subject == EXPECTED || (subject && speaks_as(skb, &p, subject)))
+			return true;
+	}
 	subject = identity_of(DEMARC_ACTIVE_SLOT(active), cgroup);
 	free_to = carefree(DEMARC_ACTIVE_SLOT(active), subject);
 	if (free_to && sk->type == SOCK_STREAM && tcp_state != TCP_SYN_SENT && tcp_state != TCP_LISTEN)
