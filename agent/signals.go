@@ -7,6 +7,7 @@ import (
 	"math"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/demarc/demarc/agent/detect"
@@ -136,6 +137,8 @@ type events struct {
 	signals  *signalCursor
 	queue    []detect.Event
 	blind    map[string]bool // told already
+
+	lookedFlows, lookedSignals atomic.Uint64 // of those received, how many were handed out and done with
 }
 
 // newEvents begins with what happens from now on.
@@ -146,10 +149,13 @@ func newEvents(l *link, r *flow.Resolver) *events {
 // Next implements detect.Source. It ends with io.EOF when the agent does.
 func (e *events) Next(ctx context.Context) (detect.Event, error) {
 	for len(e.queue) == 0 {
+		flows, signals := e.received()
 		e.fill()
 		if len(e.queue) > 0 {
 			break
 		}
+		e.lookedFlows.Store(flows)
+		e.lookedSignals.Store(signals)
 		if !e.wait(ctx) {
 			if err := ctx.Err(); err != nil {
 				return detect.Event{}, err
@@ -160,6 +166,22 @@ func (e *events) Next(ctx context.Context) (detect.Event, error) {
 	next := e.queue[0]
 	e.queue = e.queue[1:]
 	return next, nil
+}
+
+// received counts what the kernel told so far.
+func (e *events) received() (flows, signals uint64) {
+	for _, c := range e.link.store.Counts() {
+		flows += c.Received
+	}
+	signals, _ = e.link.signals.counts()
+	return flows, signals
+}
+
+// drained says whether everything that was received has been handed out, and the
+// reader came back for more. Anybody may ask.
+func (e *events) drained() bool {
+	flows, signals := e.received()
+	return e.lookedFlows.Load() >= flows && e.lookedSignals.Load() >= signals
 }
 
 // wait returns when one of the two has something new.

@@ -91,7 +91,7 @@ func table(t *testing.T, results []result) {
 		if r.found.ID == "" {
 			continue
 		}
-		fmt.Fprintf(w, "| %s\t| %s\t| %s\t| %s\t| %s\t| %s\t| %s\t|\n", r.name, r.technique, r.found.Detector, r.found.Severity, cmp.Or(r.process, "the party"), r.delay.Round(10*time.Millisecond), r.within)
+		fmt.Fprintf(w, "| %s\t| %s\t| %s\t| %s\t| %s\t| %s\t| %s\t|\n", r.name, r.technique, r.found.Detector, r.found.Severity, cmp.Or(r.process, "the subject"), r.delay.Round(10*time.Millisecond), r.within)
 	}
 	w.Flush()
 	t.Logf("found:\n%s", b.String())
