@@ -11,7 +11,7 @@ import (
 
 	"go.uber.org/zap"
 
-	"github.com/demarc/demarc/agent/core/proto"
+	"github.com/demarc/demarc/agent/coreclient"
 	"github.com/demarc/demarc/agent/journal"
 	"github.com/demarc/demarc/bpf/abi"
 	"github.com/demarc/demarc/exporter"
@@ -33,7 +33,7 @@ func New(c *Config, log *zap.Logger) (*Agent, error) {
 		if err := safePlace(c.Core); err != nil {
 			return nil, err
 		}
-		return proto.Dial(ctx, c.Core)
+		return coreclient.Dial(ctx, c.Core)
 	}
 	return build(c, log, newLink(dial, openMaps, log))
 }
@@ -91,12 +91,12 @@ func (a *Agent) openJournal() error {
 	}
 	l := a.service.link
 	j, err := journal.Open(journal.Options{
-		Dir: a.config.Journal, MaxSize: a.config.JournalSize, Store: l.store, Resolver: a.service.resolver(), Rings: l.ringNumbers, Log: a.log,
+		Dir: a.config.Journal, MaxSize: a.config.JournalSize, Store: l.store, Resolver: a.service.resolver(), Log: a.log,
 	})
 	if err != nil {
 		return err
 	}
-	a.service.journal = j
+	a.service.journal, a.service.metrics.journal, l.born = j, j, j.Born
 	for ring := range abi.Rings {
 		id, places := j.Resume(ring)
 		for _, p := range places {
