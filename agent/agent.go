@@ -11,7 +11,7 @@ import (
 
 	"go.uber.org/zap"
 
-	"github.com/demarc/demarc/agent/core/proto"
+	"github.com/demarc/demarc/agent/coreclient"
 	"github.com/demarc/demarc/agent/journal"
 	"github.com/demarc/demarc/bpf/abi"
 	"github.com/demarc/demarc/exporter"
@@ -33,7 +33,7 @@ func New(c *Config, log *zap.Logger) (*Agent, error) {
 		if err := safePlace(c.Core); err != nil {
 			return nil, err
 		}
-		return proto.Dial(ctx, c.Core)
+		return coreclient.Dial(ctx, c.Core)
 	}
 	return build(c, log, newLink(dial, openMaps, log))
 }

@@ -22,7 +22,7 @@ import (
 	"github.com/demarc/demarc/policy/image"
 )
 
-// core is what the agent asks of the trusted core; *proto.Client is one. A refusal
+// core is what the agent asks of the trusted core; *coreclient.Client is one. A refusal
 // is a *proto.Refused; any other error ends the connection.
 type core interface {
 	Hello() (*proto.Hello, *proto.Descriptors, error)

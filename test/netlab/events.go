@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/demarc/demarc/agent/core/proto"
+	"github.com/demarc/demarc/agent/coreclient"
 	"github.com/demarc/demarc/agent/detect"
 	"github.com/demarc/demarc/agent/flow"
 	"github.com/demarc/demarc/bpf/abi"
@@ -34,7 +35,7 @@ type book struct {
 
 // coreLink is the test's own connection to a core.
 type coreLink struct {
-	client      *proto.Client
+	client      *coreclient.Client
 	descriptors *proto.Descriptors
 	book        *book
 	rings       []*ringbuf.Reader
@@ -47,7 +48,7 @@ type coreLink struct {
 func dialCore(socket string, events bool, b *book) (*coreLink, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 	defer cancel()
-	client, err := proto.Dial(ctx, socket)
+	client, err := coreclient.Dial(ctx, socket)
 	if err != nil {
 		return nil, err
 	}

@@ -179,3 +179,20 @@ type Cut struct {
 	Inbound bool           `json:"inbound,omitempty"` // the other end opened it; false if that is not known
 	Reason  string         `json:"reason"`
 }
+
+// Places lists where each descriptor goes, in the order of the wire.
+func (d *Descriptors) Places() []**os.File {
+	return []**os.File{&d.Denied, &d.Allowed, &d.Signals, &d.Counts, &d.Rings, &d.Faults, &d.Bindings, &d.State}
+}
+
+// Files lists the descriptors in the order of the wire.
+func (d *Descriptors) Files() []*os.File {
+	var files []*os.File
+	for _, place := range d.Places() {
+		files = append(files, *place)
+	}
+	return files
+}
+
+// Close closes all of them.
+func (d *Descriptors) Close() { CloseFiles(d.Files()) }
