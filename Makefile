@@ -10,7 +10,7 @@ OBJECT := agent/core/demarc_bpfel.o
 ROOT_TESTS := ./agent/core/... ./test/...
 
 .DEFAULT_GOAL := help
-.PHONY: help build docs generate check-generate lint test test-kernels test-hubble test-faults lateral unit root demo tcb fuzz bench bench-micro clean
+.PHONY: help build docs generate check-generate lint test test-kernels test-hubble test-netpol test-faults lateral unit root demo tcb fuzz bench bench-micro clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -57,25 +57,36 @@ test-kernels: ## demarc in virtual machines with the kernels KERNELS (5.10 6.1 6
 	test/vm/fetch $(KERNEL_CACHE) $(KERNELS)
 	DEMARC_KERNELS=$(KERNEL_CACHE) DEMARC_KERNEL_SERIES="$(KERNELS)" test/run -tags kernels -count=1 -v -timeout 30m ./test/vm
 
-.PHONY: packages test-packages
+.PHONY: packages image test-packages
 ARCH ?= amd64 arm64
 packages: ## deb and rpm for ARCH (amd64 arm64), in bin/packages
 	@for arch in $(ARCH); do deploy/packages/build $$arch $(BIN)/packages || exit 1; done
 
-test-packages: ## packages built twice, judged by lintian, installed, upgraded and removed under a systemd
+image: ## a container image for amd64 and arm64, as an OCI layout in bin/packages; needs no daemon
+	deploy/packages/build image $(BIN)/packages
+
+test-packages: ## packages and image built twice, judged by lintian, installed, upgraded, run and removed under a systemd
 	scripts/install packages
 	@rm -rf $(BIN)/test-packages
 	PACKAGE_VERSION=0.1.0 deploy/packages/build amd64 $(BIN)/test-packages/old
 	PACKAGE_VERSION=0.2.0 deploy/packages/build amd64 $(BIN)/test-packages/new
 	PACKAGE_VERSION=0.2.0 deploy/packages/build arm64 $(BIN)/test-packages/new
 	PACKAGE_VERSION=0.2.0 deploy/packages/build amd64 $(BIN)/test-packages/again
-	DEMARC_PACKAGES=$(CURDIR)/$(BIN)/test-packages test/run -tags packages -count=1 -v -run Package -timeout 20m ./test/systemd
+	PACKAGE_VERSION=0.2.0 deploy/packages/build image $(BIN)/test-packages/new
+	PACKAGE_VERSION=0.2.0 deploy/packages/build image $(BIN)/test-packages/again
+	DEMARC_PACKAGES=$(CURDIR)/$(BIN)/test-packages test/run -tags packages -count=1 -v -run 'Package|Image' -timeout 20m ./test/systemd
 
 test-hubble: ## build Cilium's hubble command (some minutes), and compare what it shows with what it should
 	scripts/install test
 	@mkdir -p $(BIN)
 	cd test/hubble && CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-s -w' -o $(CURDIR)/$(BIN)/hubble github.com/cilium/cilium/hubble
 	DEMARC_HUBBLE=$(CURDIR)/$(BIN)/hubble test/run -tags hubble -count=1 -v -timeout 20m -run '^TestHubble$$' ./test/e2e
+
+CHECKS ?= 5000
+test-netpol: ## every case of NetworkPolicy and ClusterNetworkPolicy on the wire, CHECKS (5000) random clusters
+	scripts/install test
+	$(GO) test -count=1 -v -timeout 30m -run '^Test(Facts|Random)$$' ./policy/kubernetes -rapid.checks=$(CHECKS)
+	DEMARC_NETPOL=all test/run -count=1 -v -timeout 60m ./test/netpol
 
 FAULTS ?= 200
 test-faults: ## the core killed and failed at FAULTS (200) places of each phase of its life, under load

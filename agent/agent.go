@@ -91,12 +91,12 @@ func (a *Agent) openJournal() error {
 	}
 	l := a.service.link
 	j, err := journal.Open(journal.Options{
-		Dir: a.config.Journal, MaxSize: a.config.JournalSize, Store: l.store, Resolver: a.service.resolver(), Rings: l.ringNumbers, Log: a.log,
+		Dir: a.config.Journal, MaxSize: a.config.JournalSize, Store: l.store, Resolver: a.service.resolver(), Log: a.log,
 	})
 	if err != nil {
 		return err
 	}
-	a.service.journal = j
+	a.service.journal, l.born = j, j.Born
 	for ring := range abi.Rings {
 		id, places := j.Resume(ring)
 		for _, p := range places {

@@ -28,6 +28,9 @@ type kernel interface {
 	Drained() bool
 	// RingID tells one ring from another that takes its place.
 	RingID(ring int) uint64
+	// Positions are the numbers of the last event that each CPU made in a ring, and
+	// whether all of them were read.
+	Positions(ring int) (last []uint64, read bool, err error)
 	Counts() (map[abi.CountKey]uint64, error)
 	Rings() ([abi.Rings]abi.RingState, error)
 	Faults() ([abi.Faults]uint64, error)
@@ -184,6 +187,17 @@ func (m *donated) Rings() (states [abi.Rings]abi.RingState, err error) {
 		}
 	}
 	return states, nil
+}
+
+func (m *donated) Positions(ring int) (last []uint64, read bool, err error) {
+	var cpus []abi.RingState
+	if err := m.states.Lookup(uint32(ring), &cpus); err != nil {
+		return nil, false, fmt.Errorf("read ring states: %w", err)
+	}
+	for _, s := range cpus {
+		last = append(last, s.Seq)
+	}
+	return last, m.rings[ring].AvailableBytes() == 0, nil
 }
 
 func (m *donated) Faults() (faults [abi.Faults]uint64, err error) {

@@ -17,6 +17,7 @@ import (
 
 	"github.com/demarc/demarc/agent/core/proto"
 	"github.com/demarc/demarc/agent/flow"
+	"github.com/demarc/demarc/agent/journal"
 	"github.com/demarc/demarc/bpf/abi"
 	"github.com/demarc/demarc/policy/image"
 )
@@ -76,7 +77,8 @@ type link struct {
 	// Of an agent before this one: how far it read which rings. Set before Run.
 	resumed [abi.Rings]uint64
 	resume  [abi.Rings]flow.Gaps
-	boot    string // tells one start of the machine from another
+	born    func(context.Context, []journal.Birth) // is told of rings that are new, before they are read; may be nil
+	boot    string                                 // tells one start of the machine from another
 }
 
 // session is one connection. Its fields below status are guarded by link.mu.
@@ -177,18 +179,34 @@ func (l *link) connected(parent context.Context, up func()) error {
 		l.mu.Unlock()
 		l.tell()
 	}()
+	var born []journal.Birth
 	l.mu.Lock()
 	l.session = s
 	for ring := range l.rings {
 		if id := l.ringNumber(k.RingID(ring)); id != l.rings[ring] {
 			l.rings[ring], l.gaps[ring] = id, flow.Gaps{}
-			if id != 0 && id == l.resumed[ring] {
+			last, read, err := k.Positions(ring)
+			if err != nil {
+				l.log.Warn("read positions", zap.Error(err)) // then losses show from each CPU's first event on
+			}
+			switch {
+			case id != 0 && id == l.resumed[ring]:
 				l.gaps[ring] = l.resume[ring]
+			default:
+				for cpu, seq := range last {
+					if seq == 0 { // its first event will be number 1
+						l.gaps[ring].Resume(uint32(cpu), 0)
+					}
+				}
+				born = append(born, journal.Birth{Ring: ring, Number: id, Last: last, Read: read})
 			}
 			l.resumed[ring] = 0 // only once: after that the gaps are newer
 		}
 	}
 	l.mu.Unlock()
+	if l.born != nil {
+		l.born(ctx, born)
+	}
 	if err := l.refresh(); err != nil {
 		return cmp.Or(context.Cause(ctx), err)
 	}
@@ -224,13 +242,6 @@ func (l *link) ringNumber(id uint64) uint64 {
 	}
 	sum := sha256.Sum256(fmt.Appendf(nil, "%s %d", l.boot, id))
 	return binary.BigEndian.Uint64(sum[:])
-}
-
-// ringNumbers are those of the rings that are read.
-func (l *link) ringNumbers() [abi.Rings]uint64 {
-	l.mu.RLock()
-	defer l.mu.RUnlock()
-	return l.rings
 }
 
 // read takes a ring's events into the store until the kernel is closed. Only one

@@ -315,6 +315,8 @@ func (m *memory) Rings() ([abi.Rings]abi.RingState, error) {
 	return m.standIn.rings, nil
 }
 
+func (m *memory) Positions(ring int) ([]uint64, bool, error) { return nil, true, nil }
+
 func (m *memory) Faults() ([abi.Faults]uint64, error) {
 	return [abi.Faults]uint64{abi.FaultStorage: 3}, nil
 }

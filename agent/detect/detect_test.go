@@ -196,6 +196,16 @@ func TestDetectors(t *testing.T) {
 			r.signal("web", Signal{Kind: Chain, Hops: 2, Protocol: "tcp", Peer: peer("10.1.0.1:22")})
 		},
 			[]string{"T1021.004 chain high edge/web tool[4242]"}},
+		{"chain in flows", func(r *trace) {
+			r.accepts("batch", "web").wait(time.Minute).allowed("batch", "10.1.0.1:22", "ssh")
+		}, []string{"T1021.004 chain low app/batch tool[4242]"}},
+		{"longer chain in flows", func(r *trace) {
+			r.accepts("batch", "web").accepts("mail", "batch").wait(time.Minute).allowed("mail", "10.1.0.1:22", "ssh")
+		}, []string{"T1021.004 chain low app/batch", "T1021.004 chain high app/mail tool[4242]"}},
+		{"OK session of yesterday", func(r *trace) {
+			r.accepts("batch", "web").wait(2*time.Hour).allowed("batch", "10.1.0.1:22", "ssh")
+		}, []string{}},
+		{"OK ssh only", func(r *trace) { r.allowed("batch", "10.1.0.1:22", "ssh").allowed("batch", "10.1.0.1:22", "ssh") }, []string{}},
 		{"chain of a bastion", func(r *trace) {
 			r.signal("jump", Signal{Kind: Chain, Hops: 2, Protocol: "tcp", Peer: peer("10.1.0.1:22")})
 		},

@@ -21,6 +21,7 @@ type actor struct {
 	echoes   burst           // large ICMP payloads
 	failures trail           // events of contacts that failed,
 	logins   trail           // and of those that may be logins
+	session  session         // that somebody has here
 	doers    doers           // processes behind contacts
 	raw      *Process        // that last opened a raw socket,
 	rawAt    time.Time       // and when

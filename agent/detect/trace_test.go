@@ -104,6 +104,18 @@ func (r *trace) allowed(workload, to, crossing string) *trace {
 	return r.opens(workload, "tcp", to, abi.Allow, abi.ByCrossing, crossing)
 }
 
+// accepts is a login by ssh from another workload, judged where it comes in.
+func (r *trace) accepts(workload, from string) *trace {
+	r.source++
+	e, peer := r.endpoint(workload), r.endpoint(from)
+	e.Port = 22
+	r.events = append(r.events, Event{Flow: &flow.Flow{
+		Time: r.now, Node: "n1", Verdict: abi.Allow, Reason: abi.ByCrossing, Direction: abi.Ingress, Hook: abi.HookIngress, Protocol: "tcp",
+		Source: peer, Destination: e, Crossing: "ssh", Proof: abi.ProofIdentity, Epoch: r.epoch,
+	}})
+	return r
+}
+
 // arrives is a flow from somebody who proved nothing, judged where it comes in.
 func (r *trace) arrives(from, workload string, port uint16, reason abi.Reason) *trace {
 	r.source++

@@ -117,6 +117,9 @@ func decode(b []byte) (*block, error) {
 // flows hands on the flows of a block, each of which holds until the next one. Whoever
 // can write to the journal can write checksums too, so strings are escaped again.
 func (b *block) flows(take func(*flow.Flow) error) error {
+	if b.Count == 0 && b.Body == 0 {
+		return nil // it is there for its places
+	}
 	text := make([]byte, 0, b.Text)
 	buffer := bytes.NewBuffer(text)
 	r := flate.NewReader(bytes.NewReader(b.body))

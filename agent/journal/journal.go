@@ -38,9 +38,20 @@ type Options struct {
 	MaxSize  int64 // bytes of all segments
 	Store    *flow.Store
 	Resolver *flow.Resolver
-	// Rings tell the rings that the store's events come from; 0 = not known.
-	Rings func() [abi.Rings]uint64
-	Log   *zap.Logger
+	Log      *zap.Logger
+}
+
+// Birth is a ring of the kernel's that is about to be read for the first time.
+type Birth struct {
+	Ring   int
+	Number uint64   // tells it from all others; 0 = not known
+	Last   []uint64 // numbers of the last event of each CPU
+	Read   bool     // all of them were read by somebody, none is left in the ring
+}
+
+type births struct {
+	rings []Birth
+	done  chan struct{}
 }
 
 // Place is how far one CPU's events of a ring are on disk.
@@ -56,6 +67,7 @@ type Journal struct {
 	dir    *os.File // locked while the journal is open
 	ready  chan struct{}
 	flush  chan chan struct{} // asks for a commit of what there is
+	births chan births
 	resume [abi.Rings]ringPlaces
 
 	// Of the writer.
@@ -100,7 +112,7 @@ func Open(o Options) (*Journal, error) {
 		dir.Close()
 		return nil, fmt.Errorf("open journal: %w", err)
 	}
-	j := &Journal{Options: o, dir: dir, zip: zip, ready: make(chan struct{}), flush: make(chan chan struct{}), cursor: o.Store.Oldest()}
+	j := &Journal{Options: o, dir: dir, zip: zip, ready: make(chan struct{}), flush: make(chan chan struct{}), births: make(chan births), cursor: o.Store.Oldest()}
 	for i := range j.at {
 		j.at[i] = map[uint32]uint64{}
 	}
@@ -166,6 +178,11 @@ func (j *Journal) Run(ctx context.Context) error {
 			j.take()
 			j.commit()
 			close(asked)
+		case b := <-j.births:
+			j.take()
+			j.commit()
+			j.born(b.rings)
+			close(b.done)
 		case <-j.cursor.Changed():
 		}
 	}
@@ -204,13 +221,6 @@ func (j *Journal) take() {
 
 // commit puts the block on disk, or counts it as lost.
 func (j *Journal) commit() {
-	for i, ring := range j.Rings() {
-		// Events of both may be among these: where they end is known with the next block.
-		if ring != 0 && ring != j.rings[i] {
-			j.rings[i] = ring
-			clear(j.at[i])
-		}
-	}
 	if j.head.Count == 0 {
 		return
 	}
@@ -222,13 +232,7 @@ func (j *Journal) commit() {
 	}
 	h := j.head
 	h.Text, h.Rings = uint32(len(j.text)), j.rings
-	var places []place
-	for ring, cpus := range j.at {
-		for cpu, seq := range cpus {
-			places = append(places, place{uint32(ring), cpu, seq})
-		}
-	}
-	slices.SortFunc(places, func(a, b place) int { return cmp.Or(cmp.Compare(a.Ring, b.Ring), cmp.Compare(a.CPU, b.CPU)) })
+	places := j.places()
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	h.Index = j.next
@@ -252,6 +256,49 @@ func (j *Journal) commit() {
 	j.next += uint64(h.Count)
 	done := *j.cursor
 	j.done = &done
+}
+
+// Born notes where rings begin that are new, so that what a crash takes of them is known
+// from their first event on. It returns when that is on disk, or cannot be.
+func (j *Journal) Born(ctx context.Context, rings []Birth) {
+	if len(rings) == 0 {
+		return
+	}
+	b := births{rings, make(chan struct{})}
+	select {
+	case j.births <- b:
+		<-b.done
+	case <-ctx.Done():
+	}
+}
+
+func (j *Journal) born(rings []Birth) {
+	for _, b := range rings {
+		j.rings[b.Ring] = b.Number
+		clear(j.at[b.Ring])
+		for cpu, last := range b.Last {
+			if last == 0 || b.Read { // what waits in the ring is neither lost nor on disk
+				j.at[b.Ring][uint32(cpu)] = last
+			}
+		}
+	}
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if err := j.write(encode(header{Index: j.next, Rings: j.rings}, j.places(), nil)); err != nil {
+		j.problem = "journal: " + err.Error()
+		j.Log.Warn("journal", zap.Error(err))
+	}
+}
+
+// places are those of all rings, in order.
+func (j *Journal) places() (places []place) {
+	for ring, cpus := range j.at {
+		for cpu, seq := range cpus {
+			places = append(places, place{uint32(ring), cpu, seq})
+		}
+	}
+	slices.SortFunc(places, func(a, b place) int { return cmp.Or(cmp.Compare(a.Ring, b.Ring), cmp.Compare(a.CPU, b.CPU)) })
+	return places
 }
 
 // write adds a block to the segment, or to a new one; on an error nothing of it stays.

@@ -56,8 +56,8 @@ func (j *Journal) Read(ctx context.Context, since, until time.Time, take func(*f
 			if err := ctx.Err(); err != nil {
 				return err
 			}
-			if b.Index < expected || b.Index+uint64(b.Count) > next {
-				return nil // of a journal that was here before
+			if b.Count == 0 || b.Index < expected || b.Index+uint64(b.Count) > next {
+				return nil // places only, or of a journal that was here before
 			}
 			lost := b.Lost + b.Index - expected
 			expected = b.Index + uint64(b.Count)

@@ -32,9 +32,32 @@ func newKeys(t *testing.T, dir string) *keys {
 
 func (k *keys) file(name string) string { return filepath.Join(k.dir, name) }
 
-// sshd starts an OpenSSH server in a cgroup, and waits until it answers. It wants
-// a directory below /run, which is its own here.
+// sshd starts an OpenSSH server in a cgroup, and waits until it answers.
 func (k *keys) sshd(t *testing.T, ns *netlab.Namespace, c *netlab.Cgroup, at netip.AddrPort) *netlab.Process {
+	t.Helper()
+	p := k.start(t, ns, c, at)
+	await(t, "sshd listens on "+at.String(), func() bool {
+		answers := false
+		_ = ns.Do(func() error {
+			c, err := net.DialTimeout("tcp", at.String(), time.Second)
+			if err == nil {
+				c.Close()
+				answers = true
+			}
+			return nil
+		})
+		select {
+		case <-p.Ended():
+			t.Fatalf("sshd ended:\n%s", p.Output())
+		default:
+		}
+		return answers
+	})
+	return p
+}
+
+// start starts the server. It wants a directory below /run, which is its own here.
+func (k *keys) start(t *testing.T, ns *netlab.Namespace, c *netlab.Cgroup, at netip.AddrPort) *netlab.Process {
 	t.Helper()
 	config := k.file(fmt.Sprintf("sshd-%s-%s", ns.Name, at))
 	text := fmt.Sprintf(`ListenAddress %s
@@ -56,25 +79,7 @@ PrintMotd no
 		t.Fatal(err)
 	}
 	script := `mount -t tmpfs tmpfs /run && mkdir /run/sshd && exec "$@"`
-	p := ns.Start(c, netlab.Command{Path: lookPath(t, "unshare"), Args: []string{"--mount", "sh", "-c", script, "sh", lookPath(t, "sshd"), "-D", "-e", "-f", config}})
-	await(t, "sshd listens on "+at.String(), func() bool {
-		answers := false
-		_ = ns.Do(func() error {
-			c, err := net.DialTimeout("tcp", at.String(), time.Second)
-			if err == nil {
-				c.Close()
-				answers = true
-			}
-			return nil
-		})
-		select {
-		case <-p.Ended():
-			t.Fatalf("sshd ended:\n%s", p.Output())
-		default:
-		}
-		return answers
-	})
-	return p
+	return ns.Start(c, netlab.Command{Path: lookPath(t, "unshare"), Args: []string{"--mount", "sh", "-c", script, "sh", lookPath(t, "sshd"), "-D", "-e", "-f", config}})
 }
 
 // ssh is the client's arguments: as whom, where, and what to do there.

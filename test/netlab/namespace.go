@@ -222,6 +222,15 @@ func (ns *Namespace) Device(name string, prefix netip.Prefix, neighbours ...neti
 	return ns.lab.wire(far, ns, end.Attrs().Index, index, false)
 }
 
+// Neighbours makes every IPv4 address a neighbour on the switch, reached from one
+// address of the namespace: namespaces of unlike networks can then talk.
+func (ns *Namespace) Neighbours(source netip.Addr) {
+	ns.lab.t.Helper()
+	ns.lab.check(ns.links.RouteAdd(&netlink.Route{
+		Dst: &net.IPNet{IP: net.IPv4zero, Mask: net.CIDRMask(0, 32)}, Src: source.AsSlice(), LinkIndex: ns.device, Scope: netlink.SCOPE_LINK,
+	}), "add route in %s", ns.Name)
+}
+
 // Lead sends everything for a prefix to another namespace, which need not have an
 // address in it: what nobody answers can be sent there without waiting for a
 // neighbour.
