@@ -57,13 +57,20 @@ test-kernels: ## demarc in virtual machines with the kernels KERNELS (5.10 6.1 6
 	test/vm/fetch $(KERNEL_CACHE) $(KERNELS)
 	DEMARC_KERNELS=$(KERNEL_CACHE) DEMARC_KERNEL_SERIES="$(KERNELS)" test/run -tags kernels -count=1 -v -timeout 30m ./test/vm
 
-.PHONY: packages image test-packages
+.PHONY: packages image vagrant test-packages
 ARCH ?= amd64 arm64
 packages: ## deb and rpm for ARCH (amd64 arm64), in bin/packages
 	@for arch in $(ARCH); do deploy/packages/build $$arch $(BIN)/packages || exit 1; done
 
 image: ## a container image for amd64 and arm64, as an OCI layout in bin/packages; needs no daemon
 	deploy/packages/build image $(BIN)/packages
+
+vagrant: ## what the Vagrantfile's three machines install, in bin/vagrant: package, keyring, policy, API
+	@mkdir -p $(BIN)/vagrant && rm -f $(BIN)/vagrant/demarc_*.deb $(BIN)/vagrant/keyring
+	deploy/packages/build amd64 $(BIN)/vagrant && rm -f $(BIN)/vagrant/*.rpm
+	CGO_ENABLED=0 GOOS=linux GOARCH=amd64 $(GO) build -trimpath -o $(BIN)/vagrant/api ./test/demo/api
+	$(GO) run ./cmd/demarc keys generate tag --out $(BIN)/vagrant/keyring
+	cp test/demo/shop.yaml deploy/vagrant/intrude $(BIN)/vagrant/
 
 test-packages: ## packages and image built twice, judged by lintian, installed, upgraded, run and removed under a systemd
 	scripts/install packages
@@ -74,7 +81,8 @@ test-packages: ## packages and image built twice, judged by lintian, installed, 
 	PACKAGE_VERSION=0.2.0 deploy/packages/build amd64 $(BIN)/test-packages/again
 	PACKAGE_VERSION=0.2.0 deploy/packages/build image $(BIN)/test-packages/new
 	PACKAGE_VERSION=0.2.0 deploy/packages/build image $(BIN)/test-packages/again
-	DEMARC_PACKAGES=$(CURDIR)/$(BIN)/test-packages test/run -tags packages -count=1 -v -run 'Package|Image' -timeout 20m ./test/systemd
+	PACKAGE_VERSION=0.2.0 $(MAKE) --no-print-directory BIN=$(BIN)/test-packages vagrant
+	DEMARC_PACKAGES=$(CURDIR)/$(BIN)/test-packages test/run -tags packages -count=1 -v -run 'Package|Image|Vagrant' -timeout 20m ./test/systemd
 
 test-hubble: ## build Cilium's hubble command (some minutes), and compare what it shows with what it should
 	scripts/install test

@@ -11,7 +11,7 @@ import (
 
 	"go.uber.org/zap"
 
-	"github.com/demarc/demarc/agent/core/proto"
+	"github.com/demarc/demarc/agent/coreclient"
 	"github.com/demarc/demarc/agent/journal"
 	"github.com/demarc/demarc/bpf/abi"
 	"github.com/demarc/demarc/exporter"
@@ -34,7 +34,7 @@ func New(c *Config, log *zap.Logger) (*Agent, error) {
 		if err := safePlace(c.Core); err != nil {
 			return nil, err
 		}
-		return proto.Dial(ctx, c.Core)
+		return coreclient.Dial(ctx, c.Core)
 	}
 	return build(c, log, newLink(dial, openMaps, log))
 }
@@ -102,7 +102,7 @@ func (a *Agent) openJournal() error {
 	if err != nil {
 		return err
 	}
-	a.service.journal, l.born = j, j.Born
+	a.service.journal, a.service.metrics.journal, l.born = j, j, j.Born
 	for ring := range abi.Rings {
 		id, places := j.Resume(ring)
 		for _, p := range places {

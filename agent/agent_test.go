@@ -29,7 +29,7 @@ func TestStatusFollowsTheCore(t *testing.T) {
 	}
 	want := &api.Status{
 		Node: "n1", Version: "dev", State: api.StateUnknown, Core: api.Core{Problem: "connect to core: nobody there"},
-		Rings: []api.Ring{{Name: "denied"}, {Name: "allowed"}}, Problems: []string{"core: connect to core: nobody there"},
+		Rings: []api.Ring{{Name: "denied"}, {Name: "allowed"}, {Name: "signals"}}, Problems: []string{"core: connect to core: nobody there"},
 	}
 	if d := cmp.Diff(want, s); d != "" {
 		t.Errorf("core away (-want +got):\n%s", d)

@@ -3,31 +3,29 @@ package agent
 import (
 	"context"
 	"errors"
+	"io"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"go.uber.org/zap"
 
 	"github.com/demarc/demarc/agent/detect"
 	"github.com/demarc/demarc/agent/flow"
-	"github.com/demarc/demarc/bpf/abi"
 )
 
 // detection is the task that runs the detectors on what the kernel reports, keeps
 // what they find and acts on it.
 type detection struct {
-	link     *link
-	resolver *flow.Resolver
-	engine   *detect.Engine
-	contain  *detect.Containment
-	found    *detect.Findings
-	file     *findingsFile // nil without a state directory
-	sink     *findingsLog  // nil unless configured
-	log      *zap.Logger
-	ready    chan struct{}
-	names    *flow.Names   // that the engine knows
-	taken    atomic.Uint64 // events that were looked at, or pushed out before
+	link    *link
+	engine  *detect.Engine
+	contain *detect.Containment
+	found   *detect.Findings
+	file    *findingsFile // nil without a state directory
+	sink    *findingsLog  // nil unless configured
+	log     *zap.Logger
+	ready   chan struct{}
+	events  *events
+	names   *flow.Names // that the engine knows
 
 	mu      sync.Mutex
 	lost    uint64 // events that the detectors did not get to see
@@ -43,7 +41,7 @@ func newDetection(c *Config, l *link, r *flow.Resolver, log *zap.Logger) *detect
 		return l.quarantine(workload, lasting, reason, true)
 	}}
 	return &detection{
-		link: l, resolver: r, engine: detect.NewEngine(config), contain: contain,
+		link: l, events: newEvents(l, r), engine: detect.NewEngine(config), contain: contain,
 		found: detect.NewFindings(), log: log, ready: make(chan struct{}),
 	}
 }
@@ -59,24 +57,23 @@ func (d *detection) Run(ctx context.Context) error {
 		d.note(d.file.load(d.found))
 		defer d.file.close()
 	}
-	cursor := d.link.store.Oldest()
 	close(d.ready)
-	var events [256]abi.Event
-	for cursor.Wait(ctx) {
-		n, lost := cursor.Read(events[:])
+	for {
+		e, err := d.events.Next(ctx)
+		switch {
+		case errors.Is(err, io.EOF) || ctx.Err() != nil:
+			return nil
+		case err != nil:
+			return err
+		}
 		d.follow()
-		if lost.Total() > 0 {
+		d.see(e)
+		if s := e.Signal; s != nil && s.Kind == detect.Lost {
 			d.mu.Lock()
-			d.lost += lost.Total()
+			d.lost += s.Count
 			d.mu.Unlock()
 		}
-		for i := range events[:n] {
-			f := d.resolver.Flow(&events[i])
-			d.see(detect.Event{Flow: &f})
-		}
-		d.taken.Add(uint64(n) + lost.Agent)
 	}
-	return nil
 }
 
 // follow tells the engine of another policy.
@@ -149,14 +146,10 @@ func (d *detection) status() (problem string, lost uint64) {
 }
 
 // catchUp waits until the detectors have seen what was received before, but not for
-// long.
+// long: what happens all the time is never all seen.
 func (d *detection) catchUp(ctx context.Context) {
 	const longest = 2 * time.Second
-	want := uint64(0)
-	for _, c := range d.link.store.Counts() {
-		want += c.Received
-	}
-	for end := time.Now().Add(longest); d.taken.Load() < want && time.Now().Before(end) && ctx.Err() == nil; {
+	for end := time.Now().Add(longest); !d.events.drained() && time.Now().Before(end) && ctx.Err() == nil; {
 		time.Sleep(time.Millisecond)
 	}
 }

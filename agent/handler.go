@@ -111,7 +111,7 @@ func (s *service) status() *api.Status {
 	received := s.link.store.Counts()
 	s.link.look(func(v view, k kernel) {
 		out.Core = api.Core{Connected: v.Connected, Since: v.Since, Problem: v.Problem, Root: v.Root, Status: v.Status}
-		var states [abi.Rings]abi.RingState
+		var states [abi.AllRings]abi.RingState
 		if k != nil {
 			var err error
 			if states, err = k.Rings(); err != nil {
@@ -119,6 +119,11 @@ func (s *service) status() *api.Status {
 			}
 		}
 		for i, name := range ringNames {
+			if i == abi.RingSignals {
+				n, missed := s.link.signals.counts()
+				out.Rings = append(out.Rings, api.Ring{Name: name, Made: states[i].Seq, Lost: states[i].Lost, Received: n, Missed: missed})
+				continue
+			}
 			out.Rings = append(out.Rings, api.Ring{Name: name, Made: states[i].Seq, Lost: states[i].Lost, Received: received[i].Received, Missed: received[i].Missed})
 		}
 		if v.Status == nil {

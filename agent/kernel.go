@@ -19,7 +19,7 @@ import (
 // kernel is what the agent reads of the kernel's state. donated is the real one; the
 // reading methods may be used at the same time, but not during or after Close.
 type kernel interface {
-	// Next waits for a ring's next event, and says whether more were there when it
+	// Next waits for the next record of a ring, abi.RingSignals among them, and says whether more were there when it
 	// came. It returns os.ErrClosed once the kernel is closed. One goroutine reads each
 	// ring; the bytes hold until its next call.
 	Next(ring int) (event []byte, more bool, err error)
@@ -32,7 +32,7 @@ type kernel interface {
 	// whether all of them were read.
 	Positions(ring int) (last []uint64, read bool, err error)
 	Counts() (map[abi.CountKey]uint64, error)
-	Rings() ([abi.Rings]abi.RingState, error)
+	Rings() ([abi.AllRings]abi.RingState, error)
 	Faults() ([abi.Faults]uint64, error)
 	// Bindings returns the identity of every bound cgroup in the active generation.
 	Bindings() (map[uint64]uint32, error)
@@ -47,12 +47,12 @@ type room struct{ Counts, Bindings int }
 
 // donated are the maps behind the descriptors that the core donated.
 type donated struct {
-	rings    [abi.Rings]*ringbuf.Reader
-	buffers  [abi.Rings]*ebpf.Map      // of the rings; closing one would end its reader's polling
-	records  [abi.Rings]ringbuf.Record // owned by the ring's reader
-	returned [abi.Rings]atomic.Uint64  // by Next
-	waiting  [abi.Rings]atomic.Bool    // in Next
-	ids      [abi.Rings]uint64
+	rings    [abi.AllRings]*ringbuf.Reader
+	buffers  [abi.AllRings]*ebpf.Map      // of the rings; closing one would end its reader's polling
+	records  [abi.AllRings]ringbuf.Record // owned by the ring's reader
+	returned [abi.AllRings]atomic.Uint64  // by Next
+	waiting  [abi.AllRings]atomic.Bool    // in Next
+	ids      [abi.AllRings]uint64
 	counts   *ebpf.Map
 	states   *ebpf.Map
 	faults   *ebpf.Map
@@ -69,7 +69,7 @@ func openMaps(d *proto.Descriptors) (_ kernel, err error) {
 			m.Close()
 		}
 	}()
-	for i, f := range []*os.File{abi.RingDenied: d.Denied, abi.RingAllowed: d.Allowed} {
+	for i, f := range []*os.File{abi.RingDenied: d.Denied, abi.RingAllowed: d.Allowed, abi.RingSignals: d.Signals} {
 		if m.buffers[i], err = openMap(f, ebpf.RingBuf); err != nil {
 			return nil, fmt.Errorf("open %s ring: %w", ringNames[i], err)
 		}
@@ -102,7 +102,7 @@ func openMaps(d *proto.Descriptors) (_ kernel, err error) {
 	return m, nil
 }
 
-var ringNames = [abi.Rings]string{abi.RingDenied: "denied", abi.RingAllowed: "allowed"}
+var ringNames = [abi.AllRings]string{abi.RingDenied: "denied", abi.RingAllowed: "allowed", abi.RingSignals: "signals"}
 
 func openMap(f *os.File, kind ebpf.MapType) (*ebpf.Map, error) {
 	fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 0)
@@ -175,7 +175,7 @@ func (m *donated) Counts() (map[abi.CountKey]uint64, error) {
 	return counts, nil
 }
 
-func (m *donated) Rings() (states [abi.Rings]abi.RingState, err error) {
+func (m *donated) Rings() (states [abi.AllRings]abi.RingState, err error) {
 	for i := range states {
 		var cpus []abi.RingState
 		if err := m.states.Lookup(uint32(i), &cpus); err != nil {

@@ -41,8 +41,9 @@ func donate(t *testing.T) (*proto.Descriptors, map[string]*ebpf.Map) {
 	return &proto.Descriptors{
 		Denied:   file("denied", ebpf.MapSpec{Type: ebpf.RingBuf, MaxEntries: uint32(os.Getpagesize())}),
 		Allowed:  file("allowed", ebpf.MapSpec{Type: ebpf.RingBuf, MaxEntries: uint32(os.Getpagesize())}),
+		Signals:  file("signals", ebpf.MapSpec{Type: ebpf.RingBuf, MaxEntries: uint32(os.Getpagesize())}),
 		Counts:   file("counts", ebpf.MapSpec{Type: ebpf.PerCPUHash, KeySize: uint32(binary.Size(abi.CountKey{})), ValueSize: 8, MaxEntries: 64}),
-		Rings:    file("rings", ebpf.MapSpec{Type: ebpf.PerCPUArray, KeySize: 4, ValueSize: size(abi.RingState{}), MaxEntries: abi.Rings}),
+		Rings:    file("rings", ebpf.MapSpec{Type: ebpf.PerCPUArray, KeySize: 4, ValueSize: size(abi.RingState{}), MaxEntries: abi.AllRings}),
 		Faults:   file("faults", ebpf.MapSpec{Type: ebpf.PerCPUArray, KeySize: 4, ValueSize: 8, MaxEntries: abi.Faults}),
 		Bindings: file("bindings", ebpf.MapSpec{Type: ebpf.Hash, KeySize: 8, ValueSize: size(abi.Binding{}), MaxEntries: 64}),
 		State:    file("state", ebpf.MapSpec{Type: ebpf.Array, KeySize: 4, ValueSize: size(abi.State{}), MaxEntries: 1}),
@@ -116,7 +117,7 @@ func TestDonatedMapsAreRead(t *testing.T) {
 		t.Errorf("counts: %v\n%s", err, d)
 	}
 	rings, err := k.Rings()
-	if want := [abi.Rings]abi.RingState{abi.RingAllowed: {Seq: 10 * n, Lost: n}}; rings != want || err != nil {
+	if want := [abi.AllRings]abi.RingState{abi.RingAllowed: {Seq: 10 * n, Lost: n}}; rings != want || err != nil {
 		t.Errorf("rings %v, %v", rings, err)
 	}
 	faults, err := k.Faults()

@@ -22,7 +22,7 @@ import (
 	"github.com/demarc/demarc/policy/image"
 )
 
-// core is what the agent asks of the trusted core; *proto.Client is one. A refusal
+// core is what the agent asks of the trusted core; *coreclient.Client is one. A refusal
 // is a *proto.Refused; any other error ends the connection.
 type core interface {
 	Hello() (*proto.Hello, *proto.Descriptors, error)
@@ -56,23 +56,24 @@ var errAway = errors.New("the core is not connected")
 // core restarts. With each connection come new descriptors, which it reads events
 // from into the store.
 type link struct {
-	dial  func(context.Context) (core, error)
-	open  func(*proto.Descriptors) (kernel, error) // takes over the descriptors
-	log   *zap.Logger
-	store *flow.Store
-	book  *flow.Book
-	clock *clock
-	rate  rate // of events
-	ready chan struct{}
-	news  chan struct{} // receives when the connection or the active image changed; one receiver
+	dial    func(context.Context) (core, error)
+	open    func(*proto.Descriptors) (kernel, error) // takes over the descriptors
+	log     *zap.Logger
+	store   *flow.Store
+	signals *signalLog
+	book    *flow.Book
+	clock   *clock
+	rate    rate // of events
+	ready   chan struct{}
+	news    chan struct{} // receives when the connection or the active image changed; one receiver
 
 	asking sync.Mutex // held while the status is asked for and taken in
 
 	mu      sync.RWMutex
 	session *session
 	problem string // why there is no session
-	gaps    [abi.Rings]flow.Gaps
-	rings   [abi.Rings]uint64 // that the gaps are of; 0 = not known
+	gaps    [abi.AllRings]flow.Gaps
+	rings   [abi.AllRings]uint64 // that the gaps are of; 0 = not known
 
 	// Of an agent before this one: how far it read which rings. Set before Run.
 	resumed [abi.Rings]uint64
@@ -98,7 +99,7 @@ func newLink(dial func(context.Context) (core, error), open func(*proto.Descript
 	boot, _ := os.ReadFile("/proc/sys/kernel/random/boot_id") // without it, ids alone tell rings apart
 	return &link{
 		boot: string(boot), dial: dial, open: open, log: log,
-		store: flow.NewStore(flow.StoreSize), book: &flow.Book{}, clock: newClock(),
+		store: flow.NewStore(flow.StoreSize), signals: newSignalLog(), book: &flow.Book{}, clock: newClock(),
 		ready: make(chan struct{}), news: make(chan struct{}, 1),
 		problem: "not connected yet",
 	}
@@ -113,6 +114,7 @@ func (l *link) String() string { return "core link" }
 // Run connects again and again until ctx ends. It never gives up.
 func (l *link) Run(ctx context.Context) error {
 	defer l.store.Close()
+	defer l.signals.change(func() { l.signals.closed = true })
 	wait := backoffFirst
 	first := sync.OnceFunc(func() { close(l.ready) })
 	for ctx.Err() == nil {
@@ -185,6 +187,9 @@ func (l *link) connected(parent context.Context, up func()) error {
 	for ring := range l.rings {
 		if id := l.ringNumber(k.RingID(ring)); id != l.rings[ring] {
 			l.rings[ring], l.gaps[ring] = id, flow.Gaps{}
+			if ring == abi.RingSignals { // nobody keeps signals over a restart
+				continue
+			}
 			last, read, err := k.Positions(ring)
 			if err != nil {
 				l.log.Warn("read positions", zap.Error(err)) // then losses show from each CPU's first event on
@@ -214,6 +219,7 @@ func (l *link) connected(parent context.Context, up func()) error {
 	for ring := range abi.Rings {
 		readers.Go(func() { fail(l.read(ring, k)) })
 	}
+	readers.Go(func() { fail(l.readSignals(k)) })
 	l.tell()
 	up()
 

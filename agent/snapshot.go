@@ -10,6 +10,7 @@ import (
 	"github.com/demarc/demarc/agent/api"
 	"github.com/demarc/demarc/agent/core/proto"
 	"github.com/demarc/demarc/agent/flow"
+	"github.com/demarc/demarc/agent/journal"
 	"github.com/demarc/demarc/bpf/abi"
 	"github.com/demarc/demarc/exporter"
 	"github.com/demarc/demarc/policy/image"
@@ -18,8 +19,9 @@ import (
 // metrics is the exporter's source: the kernel's numbers under the policy's names.
 type metrics struct {
 	link      *link
-	binder    *binder    // nil without an inventory
-	detection *detection // nil in tests of the rest
+	binder    *binder          // nil without an inventory
+	journal   *journal.Journal // nil without one
+	detection *detection       // nil in tests of the rest
 	errors    atomic.Uint64
 	applies
 }
@@ -74,6 +76,10 @@ func (m *metrics) Snapshot() exporter.Snapshot {
 	if m.binder != nil {
 		i := m.binder.status()
 		s.Inventory = &exporter.Inventory{Workloads: i.Workloads, Bound: i.Bound, Problems: len(i.Problems)}
+	}
+	if m.journal != nil {
+		j := m.journal.State()
+		s.Journal = &exporter.Journal{Bytes: j.Bytes, Max: m.journal.MaxSize, Written: j.Flows, Dropped: j.Dropped}
 	}
 	s.ReadErrors = m.errors.Load()
 	if m.detection != nil {

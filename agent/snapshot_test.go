@@ -24,7 +24,7 @@ func TestSnapshotUsesDeclaredNamesOnly(t *testing.T) {
 	id := ids(t, img)
 	number := r.link.view().Names.Image.Crossings[0].Number
 	core.mu.Lock()
-	core.rings = [abi.Rings]abi.RingState{abi.RingDenied: {Seq: 12, Lost: 2}}
+	core.rings = [abi.AllRings]abi.RingState{abi.RingDenied: {Seq: 12, Lost: 2}}
 	core.bindings = map[uint64]uint32{1: id["web"], 2: id["web"], 3: 1, 4: 0}
 	core.counts = map[abi.CountKey]uint64{
 		{Subject: id["web"], Peer: id["api"], Crossing: number, Direction: abi.Egress, Verdict: abi.Allow, Reason: abi.ByCrossing}:  5,
@@ -50,7 +50,7 @@ func TestSnapshotUsesDeclaredNamesOnly(t *testing.T) {
 			{Direction: abi.Ingress, Verdict: abi.Allow, Reason: abi.ByCrossing, Crossing: "web-api", Source: web, Destination: api, Count: 6},
 		},
 		Bindings: []exporter.Bindings{{Party: exporter.Party{Workload: "unmanaged"}, Count: 1}, {Party: web, Count: 2}},
-		Rings:    []exporter.Ring{{Name: "denied", Made: 12, Lost: 2}, {Name: "allowed"}},
+		Rings:    []exporter.Ring{{Name: "denied", Made: 12, Lost: 2}, {Name: "allowed"}, {Name: "signals"}},
 		Faults:   &[abi.Faults]uint64{abi.FaultStorage: 3},
 	}
 	if d := gocmp.Diff(want, got); d != "" {

@@ -78,7 +78,7 @@ func ids(t *testing.T, encoded []byte) map[string]uint32 {
 // standIn is a core and a kernel in memory, for the wiring around them. What it
 // says of policies is not what a core decides: that is tested with a real one.
 type standIn struct {
-	events [abi.Rings]chan []byte
+	events [abi.AllRings]chan []byte
 
 	mu          sync.Mutex
 	up          bool
@@ -89,7 +89,7 @@ type standIn struct {
 	asked       []string // claims in the order they were asked for
 	refuse      error
 	counts      map[abi.CountKey]uint64
-	rings       [abi.Rings]abi.RingState
+	rings       [abi.AllRings]abi.RingState
 	bindings    map[uint64]uint32
 	root        string
 	quarantines []proto.Quarantine
@@ -309,7 +309,7 @@ func (m *memory) Counts() (map[abi.CountKey]uint64, error) {
 	return maps.Clone(m.counts), nil
 }
 
-func (m *memory) Rings() ([abi.Rings]abi.RingState, error) {
+func (m *memory) Rings() ([abi.AllRings]abi.RingState, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return m.standIn.rings, nil

@@ -87,9 +87,11 @@ GLOBAL int opened_out(struct demarc_flow *flow, struct outcome *o)
 GLOBAL int note_flow(struct packet *p, struct outcome *o)
 {
 	struct demarc_flow fresh = {};
+	struct demarc_tuple key;
 
 	if (!p || !o)
 		return 0;
+	key = p->tuple;
 	fresh.opener = o->query.subject;
 	fresh.epoch_out = DEMARC_ACTIVE_EPOCH(o->active);
 	fresh.verdict_out = o->query.verdict == DEMARC_PROVISIONAL ? DEMARC_PROVISIONAL : DEMARC_ALLOW;
@@ -100,11 +102,7 @@ GLOBAL int note_flow(struct packet *p, struct outcome *o)
 	fresh.unproven = fresh.verdict_out == DEMARC_PROVISIONAL;
 	fresh.until_out = window_end(&o->query);
 	fresh.last = o->query.now;
-	if (put_flow(&p->tuple, &fresh, BPF_ANY)) {
-		fault(DEMARC_FAULT_FLOW);
-		return !refused(o, DEMARC_MAP_FULL);
-	}
-	return true;
+	return !bpf_map_update_elem(&flows, &key, &fresh, BPF_ANY);
 }
 
 /* A new flow leaves. Its entry is made by a function of its own: frames of the
@@ -116,8 +114,10 @@ GLOBAL int open_flow(struct packet *p, struct outcome *o)
 	o->query.proof = DEMARC_PROOF_UNKNOWN;
 	if (!settle(o))
 		return false;
-	if (!note_flow(p, o))
-		return false;
+	if (!note_flow(p, o)) {
+		fault(DEMARC_FAULT_FLOW);
+		return !refused(o, DEMARC_MAP_FULL);
+	}
 	if (o->query.verdict != DEMARC_DENY && o->query.verdict != DEMARC_AUDIT)
 		report(o);
 	return true;

@@ -21,6 +21,8 @@
 #include "verdict.h"
 #include "subject.h"
 #include "parse.h"
+#include "outcome.h"
+#include "signal.h"
 #include "event.h"
 #include "limit.h"
 #include "tag.h"
@@ -55,6 +57,7 @@ EMIT(demarc_port_classes);
 EMIT(demarc_path_key);
 EMIT(demarc_unit);
 EMIT(demarc_event);
+EMIT(demarc_signal);
 EMIT(demarc_query);
 EMIT(demarc_refusal);
 

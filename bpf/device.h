@@ -297,7 +297,7 @@ GLOBAL int frame_leaves(struct __sk_buff *skb)
 	begin(&o, active_word(), DEMARC_ID_NONE, 0, DEMARC_HOOK_DEVICE);
 	if (!(DEMARC_ACTIVE_FLAGS(o.active) & DEMARC_ACTIVE_ON))
 		return TCX_NEXT;
-	if (frame_of_workload(skb, &o) && refused(&o, DEMARC_RAW_SOCKET))
+	if (frame_of_workload(skb, &o) && refused_aloud(&o, DEMARC_RAW_SOCKET))
 		return TCX_DROP;
 	if (parse(skb, ETHERNET_HEADER, &p))
 		return TCX_NEXT;
@@ -401,7 +401,7 @@ GLOBAL int frame_arrives(struct __sk_buff *skb, bool door)
 	begin(&o, active_word(), DEMARC_ID_NONE, 0, DEMARC_HOOK_DEVICE);
 	if (!(DEMARC_ACTIVE_FLAGS(o.active) & DEMARC_ACTIVE_ON))
 		return TCX_NEXT;
-	if (frame_of_workload(skb, &o) && refused(&o, DEMARC_RAW_SOCKET))
+	if (frame_of_workload(skb, &o) && refused_aloud(&o, DEMARC_RAW_SOCKET))
 		return TCX_DROP;
 	wrong = parse(skb, ETHERNET_HEADER, &p);
 	if (!door && (p.tuple.proto == PROTO_ICMP || p.tuple.proto == PROTO_ICMP6)) {
@@ -441,7 +441,7 @@ GLOBAL int frame_arrives(struct __sk_buff *skb, bool door)
 		if (o.query.bad)
 			o.query.proof = DEMARC_PROOF_BAD;
 	}
-	if (o.query.proof == DEMARC_PROOF_BAD && refused(&o, o.query.bad))
+	if (o.query.proof == DEMARC_PROOF_BAD && refused_aloud(&o, o.query.bad))
 		return TCX_DROP;
 	return TCX_NEXT;
 }

@@ -179,7 +179,7 @@ GLOBAL int frame_from_workload(struct __sk_buff *skb)
 		return refused(&o, DEMARC_NO_SOCKET) ? TCX_DROP : TCX_NEXT;
 	if (frame_of_workload(skb, &o)) {
 		door->lodger = LODGER_WORKLOAD;
-		return refused(&o, DEMARC_RAW_SOCKET) ? TCX_DROP : TCX_NEXT;
+		return refused_aloud(&o, DEMARC_RAW_SOCKET) ? TCX_DROP : TCX_NEXT;
 	}
 	sender = door_sender(skb, &o, door);
 	if (sender == SENDER_CAREFREE || (sender == SENDER_KERNEL && door->lodger == LODGER_CAREFREE))

@@ -3,31 +3,6 @@
 #ifndef DEMARC_EVENT_H
 #define DEMARC_EVENT_H
 
-/* Everything known about one verdict. `opener` is the tuple with the side first
- * that opened the flow. */
-struct outcome {
-	struct demarc_query query;
-	struct demarc_tuple opener;
-	__u64 active; /* word the verdict was given under */
-	__u64 cgroup;
-	__u8 hook;
-	__u8 omitted; /* what the peer's tag leaves out */
-	bool task; /* the current task is the one that acts */
-};
-
-static __always_inline __u32 crossing_number(__u32 slot, __u32 index, __u8 *log)
-{
-	struct demarc_crossing *crossing;
-
-	if (index == DEMARC_NO_CROSSING_INDEX)
-		return 0;
-	crossing = table_crossing(slot, index);
-	if (!crossing)
-		return 0;
-	*log = crossing->log;
-	return crossing->number;
-}
-
 static __always_inline void count(const struct demarc_query *q, __u32 number)
 {
 	struct demarc_count_key key = {
@@ -113,6 +88,7 @@ GLOBAL int report(struct outcome *o)
 		return 0;
 	number = crossing_number(o->query.slot, o->query.crossing, &log);
 	count(&o->query, number);
+	o->reported = true;
 	switch (o->query.reason) {
 	case DEMARC_BY_UNMANAGED:
 	case DEMARC_BY_KERNEL:
@@ -137,6 +113,15 @@ static __always_inline bool refused(struct outcome *o, __u8 reason)
 	o->query.verdict = observe ? DEMARC_AUDIT : DEMARC_DENY;
 	report(o);
 	return !observe;
+}
+
+/* The same with its signal: for callers that have the stack for it. */
+static __always_inline bool refused_aloud(struct outcome *o, __u8 reason)
+{
+	bool no = refused(o, reason);
+
+	remark(o);
+	return no;
 }
 
 #endif

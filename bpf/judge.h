@@ -74,6 +74,20 @@ static __always_inline bool waits_for_group(const struct demarc_query *q)
 	return q->verdict == DEMARC_PROVISIONAL && is_group(q->address);
 }
 
+/* The address is a decoy's, whoever may prove himself there: no SYN leaves for it. */
+static __always_inline bool at_decoy(struct outcome *o)
+{
+	__u32 crossing = o->query.crossing;
+	bool decoy;
+
+	if (!(DEMARC_ACTIVE_FLAGS(o->active) & DEMARC_ACTIVE_DECOY))
+		return false;
+	decide(&o->query);
+	decoy = o->query.reason == DEMARC_DECOY_TOUCHED;
+	o->query.crossing = crossing;
+	return decoy;
+}
+
 /* Judges a flow for good: what it returns may be cached. True: let it pass. */
 GLOBAL int settle(struct outcome *o)
 {

@@ -271,6 +271,46 @@ struct {
 	__uint(max_entries, 4 << 20);
 } allowed_events SEC(".maps");
 
+/* Signals. Reader: agent. */
+struct {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, 1 << 20);
+} signals SEC(".maps");
+
+/* What each identity was seen to do, by identity << 1 | direction. Writers: programs
+ * that observe. No room: its signals are lost, and counted so. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, DEMARC_SEEN_MAX);
+	__type(key, __u32);
+	__type(value, struct demarc_seen);
+} seen SEC(".maps");
+
+/* Connections that came in or go back to one, by cookie. A place may be taken by
+ * another: a miss only loses what would have been told. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, DEMARC_MARKS);
+	__type(key, __u32);
+	__type(value, struct demarc_mark);
+} marks SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, DEMARC_HOPS);
+	__type(key, __u32);
+	__type(value, struct demarc_hop);
+} hops SEC(".maps");
+
+/* What is known of a workload's task. Miss: nothing. */
+struct {
+	__uint(type, BPF_MAP_TYPE_TASK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, int);
+	__type(value, struct demarc_lineage);
+} lineages SEC(".maps");
+
 /* What each ring was given and what it lost. Reader: agent. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);

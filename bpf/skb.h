@@ -51,59 +51,78 @@ static __always_inline bool answers(struct bpf_sock *sk)
 	return bpf_sk_storage_get(&answering, sk, 0, 0);
 }
 
-/* True: the packet may pass. What the socket is comes beside it, so that a test
- * can say it: packets without a network have a socket that is nothing. */
-static __always_inline bool judge_packet(struct __sk_buff *skb, struct bpf_sock *sk, bool stream, __u32 tcp_state,
-					 bool outgoing)
+/* True: the packet may pass. */
+static __always_inline bool judge_closely(struct __sk_buff *skb, struct bpf_sock *sk, bool stream, __u32 tcp_state,
+					  bool outgoing, __u64 active, struct outcome *o)
 {
-	__u64 active = active_word();
 	struct packet p;
-	struct outcome o;
 	__u32 subject;
 	__u64 cgroup;
 	bool free_to;
 	int reason;
 
-	if (stream ? carried(skb, sk, tcp_state, outgoing, active) :
-		     goes_on(skb, sk, 0, outgoing, true, active))
-		return true;
 	reason = parse(skb, 0, &p);
 	cgroup = bpf_sk_cgroup_id(sk);
-	if (stream && !reason && (tcp_state == TCP_LISTEN || (tcp_state == TCP_SYN_SENT && outgoing)) &&
-	    expected(skb, &p, cgroup, DEMARC_ACTIVE_EPOCH(active), outgoing))
-		return true;
+	o->reported = false;
+	if (stream && !reason && (tcp_state == TCP_LISTEN || (tcp_state == TCP_SYN_SENT && outgoing))) {
+		subject = expected(skb, &p, cgroup, DEMARC_ACTIVE_EPOCH(active), outgoing);
+		if (subject == EXPECTED || (subject && speaks_as(skb, &p, subject)))
+			return true;
+	}
 	subject = identity_of(DEMARC_ACTIVE_SLOT(active), cgroup);
 	free_to = carefree(DEMARC_ACTIVE_SLOT(active), subject);
 	if (free_to && sk->type == SOCK_STREAM && tcp_state != TCP_SYN_SENT && tcp_state != TCP_LISTEN)
 		return true; /* only a handshake could bring a bad proof */
-	begin(&o, active, subject, cgroup, outgoing ? DEMARC_HOOK_EGRESS : DEMARC_HOOK_INGRESS);
-	o.query.direction = outgoing ? DEMARC_EGRESS : DEMARC_INGRESS;
+	begin(o, active, subject, cgroup, outgoing ? DEMARC_HOOK_EGRESS : DEMARC_HOOK_INGRESS);
+	o->query.direction = outgoing ? DEMARC_EGRESS : DEMARC_INGRESS;
 	if (!(DEMARC_ACTIVE_FLAGS(active) & DEMARC_ACTIVE_ON))
-		return !refused(&o, DEMARC_NO_POLICY);
-	__builtin_memcpy(&o.opener, &p.tuple, sizeof(o.opener));
+		return !refused(o, DEMARC_NO_POLICY);
+	__builtin_memcpy(&o->opener, &p.tuple, sizeof(o->opener));
 	if (free_to) {
 		if (reason || sk->type == SOCK_RAW)
 			return true;
-		return p.tuple.proto == PROTO_TCP ? carefree_stream(skb, &p, &o, tcp_state, outgoing) :
-						    carefree_datagram(&p, &o, outgoing);
+		return p.tuple.proto == PROTO_TCP ? carefree_stream(skb, &p, o, tcp_state, outgoing) :
+						    carefree_datagram(&p, o, outgoing);
 	}
 	if (subject == DEMARC_ID_NONE)
-		return !refused(&o, DEMARC_UNBOUND);
+		return !refused(o, DEMARC_UNBOUND);
 	if (subject == DEMARC_ID_PENDING || subject == DEMARC_ID_CANARY) /* silently: whoever calls tries again */
-		return !refused(&o, DEMARC_PENDING);
+		return !refused(o, DEMARC_PENDING);
 	if (reason)
-		return !refused(&o, reason);
+		return !refused(o, reason);
 	if (sk->type == SOCK_RAW) {
 		if (kernel_control(skb, &p) || (subject == DEMARC_ID_UNMANAGED && answers(sk)))
 			return true;
-		return !refused(&o, DEMARC_RAW_SOCKET);
+		return !refused(o, DEMARC_RAW_SOCKET);
 	}
 	if (p.tuple.proto == PROTO_TCP)
-		return outgoing ? stream_out(skb, &p, &o, tcp_state) : stream_in(skb, &p, &o, tcp_state);
-	if (!(outgoing ? datagram_out(&p, &o) : datagram_in(&p, &o)))
+		return outgoing ? stream_out(skb, &p, o, tcp_state) : stream_in(skb, &p, o, tcp_state);
+	if (!(outgoing ? datagram_out(&p, o) : datagram_in(&p, o)))
 		return false;
-	talk(skb, &p, &o, outgoing);
+	if (o->reported) {
+		remark(o); /* before the talk, which writes where the outcome is */
+		o->reported = false;
+	}
+	talk(skb, &p, o, outgoing);
 	return true;
+}
+
+/* What the socket is comes beside it, so that a test can say it: packets without a
+ * network have a socket that is nothing. */
+static __always_inline bool judge_packet(struct __sk_buff *skb, struct bpf_sock *sk, bool stream, __u32 tcp_state,
+					 bool outgoing)
+{
+	__u64 active = active_word();
+	struct outcome o;
+	bool pass;
+
+	if (stream ? carried(skb, sk, tcp_state, outgoing, active) :
+		     goes_on(skb, sk, 0, outgoing, true, active))
+		return true;
+	pass = judge_closely(skb, sk, stream, tcp_state, outgoing, active, &o);
+	if (o.reported)
+		remark(&o);
+	return pass;
 }
 
 static __always_inline int skb_hook(struct __sk_buff *skb, bool outgoing)

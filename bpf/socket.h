@@ -52,7 +52,7 @@ static __always_inline int socket_made(struct bpf_sock *sk)
 	if (o.query.subject == DEMARC_ID_UNMANAGED)
 		return 1; /* among them the core, whose raw socket answers refused callers */
 	if (sk->type == SOCK_RAW)
-		return !refused(&o, DEMARC_RAW_SOCKET);
+		return !refused_aloud(&o, DEMARC_RAW_SOCKET);
 	/* Multipath TCP opens subflows that carry no tag. */
 	if (sk->protocol == PROTO_MPTCP || !protocol_known(sk->type, sk->protocol))
 		return !refused(&o, DEMARC_PROTOCOL);
@@ -124,10 +124,9 @@ static __noinline bool opens_with_tag(struct bpf_sock_addr *ctx, struct outcome 
 }
 
 /* connect and sendmsg: could anything declared be there? */
-static __always_inline int addressed(struct bpf_sock_addr *ctx, __u8 hook, bool ipv6)
+static __always_inline int address_judged(struct bpf_sock_addr *ctx, __u8 hook, bool ipv6, struct outcome *o)
 {
 	bool free_task;
-	struct outcome o;
 	__u64 cgroup;
 
 	/* A task that sends with a socket of its own cgroup: whether the datagram opens a
@@ -136,36 +135,48 @@ static __always_inline int addressed(struct bpf_sock_addr *ctx, __u8 hook, bool 
 	cgroup = socket_cgroup(ctx, 0);
 	if (hook == DEMARC_HOOK_SENDMSG && cgroup == bpf_get_current_cgroup_id())
 		return 1;
-	free_task = !begin_task(&o, hook);
+	free_task = !begin_task(o, hook);
 	if (!cgroup)
-		cgroup = o.cgroup;
-	o.opener.proto = ctx->protocol;
-	o.opener.dport = bpf_ntohs(ctx->user_port);
-	read_user_address(ctx, o.opener.daddr, ipv6);
-	if (cgroup != o.cgroup && identity_of(o.query.slot, cgroup) != o.query.subject)
-		return !refused(&o, DEMARC_TASK_MISMATCH);
+		cgroup = o->cgroup;
+	o->opener.proto = ctx->protocol;
+	o->opener.dport = bpf_ntohs(ctx->user_port);
+	read_user_address(ctx, o->opener.daddr, ipv6);
+	if (cgroup != o->cgroup && identity_of(o->query.slot, cgroup) != o->query.subject)
+		return !refused(o, DEMARC_TASK_MISMATCH);
 	if (free_task)
 		return 1;
-	if (o.query.subject == DEMARC_ID_NONE)
-		return !refused(&o, DEMARC_UNBOUND);
-	if (o.query.subject == DEMARC_ID_PENDING || o.query.subject == DEMARC_ID_CANARY)
+	if (o->query.subject == DEMARC_ID_NONE)
+		return !refused(o, DEMARC_UNBOUND);
+	if (o->query.subject == DEMARC_ID_PENDING || o->query.subject == DEMARC_ID_CANARY)
 		return 1; /* its packets are dropped silently, so that it tries again */
 	if (hook == DEMARC_HOOK_SENDMSG)
 		return 1;
-	o.query.port = o.opener.dport;
-	o.query.proto = o.opener.proto;
-	if (o.query.proto == PROTO_ICMP)
-		o.query.port = 8; /* a ping socket sends nothing but echo requests */
-	else if (o.query.proto == PROTO_ICMP6)
-		o.query.port = 128;
-	o.query.direction = DEMARC_EGRESS;
-	o.query.proof = DEMARC_PROOF_UNKNOWN;
-	__builtin_memcpy(o.query.address, o.opener.daddr, 16);
-	if (ctx->type == SOCK_STREAM && o.query.proto == PROTO_TCP && o.query.subject >= DEMARC_ID_FIRST &&
-	    opens_with_tag(ctx, &o))
+	o->query.port = o->opener.dport;
+	o->query.proto = o->opener.proto;
+	if (o->query.proto == PROTO_ICMP)
+		o->query.port = 8; /* a ping socket sends nothing but echo requests */
+	else if (o->query.proto == PROTO_ICMP6)
+		o->query.port = 128;
+	o->query.direction = DEMARC_EGRESS;
+	o->query.proof = DEMARC_PROOF_UNKNOWN;
+	__builtin_memcpy(o->query.address, o->opener.daddr, 16);
+	if (ctx->type == SOCK_STREAM && o->query.proto == PROTO_TCP && o->query.subject >= DEMARC_ID_FIRST &&
+	    !at_decoy(o) && opens_with_tag(ctx, o))
 		return 1;
-	decide(&o.query);
-	return o.query.verdict != DEMARC_DENY || !refused(&o, o.query.reason);
+	decide(&o->query);
+	return o->query.verdict != DEMARC_DENY || !refused(o, o->query.reason);
+}
+
+static __always_inline int addressed(struct bpf_sock_addr *ctx, __u8 hook, bool ipv6)
+{
+	struct outcome o;
+	int pass;
+
+	o.reported = false;
+	pass = address_judged(ctx, hook, ipv6, &o);
+	if (o.reported)
+		remark(&o);
+	return pass;
 }
 
 /* A port belongs to the identity that bound it first, as long as it holds it. */

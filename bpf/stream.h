@@ -90,13 +90,18 @@ static __always_inline void ask_vouchers(struct outcome *o, bool acceptor)
 /* Whether a segment carries the tag of `identity`, which sockops wrote: 0, or why it may
  * not leave. No room for it, no connection; and a socket must not speak for another
  * identity than its own. */
-GLOBAL int own_tag(struct __sk_buff *skb, struct packet *p, __u32 identity)
+static __always_inline int own_tag(struct __sk_buff *skb, struct packet *p, __u32 identity)
 {
 	struct demarc_tag tag = {};
 
-	if (!p || find_tag(skb, p, &tag) != 1)
+	if (find_tag(skb, p, &tag) != 1)
 		return DEMARC_TAG_NO_ROOM;
 	return bpf_ntohl(tag.claim) >> 8 == identity ? 0 : DEMARC_TAG_BAD_IDENTITY;
+}
+
+GLOBAL int speaks_as(struct __sk_buff *skb, struct packet *p, __u32 identity)
+{
+	return p && !own_tag(skb, p, identity);
 }
 
 /* Between workloads each end proves itself by a tag. */
@@ -109,8 +114,11 @@ static __always_inline bool both_tagged(const struct demarc_pending_syn *pending
 /*
  * A packet within a handshake that was judged under the policy that stands: our SYN of
  * whom connect(2) found to open here, our SYN-ACK and its acknowledgement of the SYN that
- * was admitted. 1 = it is what its judge expected and may pass; 0 = look closer.
+ * was admitted. Returns whose tag it has to carry to pass, EXPECTED if it may pass as it
+ * is, 0 if it takes a closer look. The tag is the caller's to check, for the stack's sake.
  */
+#define EXPECTED 0x7fffffff /* no identity */
+
 GLOBAL int expected(struct __sk_buff *skb, struct packet *p, __u64 cgroup, __u32 epoch, bool outgoing)
 {
 	struct demarc_pending_syn *pending;
@@ -124,8 +132,7 @@ GLOBAL int expected(struct __sk_buff *skb, struct packet *p, __u64 cgroup, __u32
 		return 0;
 	switch (p->flags & (FLAG_SYN | FLAG_ACK | FLAG_RST)) {
 	case FLAG_SYN:
-		self = outgoing ? young_opener(bpf_get_socket_cookie(skb), p->tuple.dport, epoch, &omitted) : DEMARC_ID_NONE;
-		return self && !own_tag(skb, p, self);
+		return outgoing ? young_opener(bpf_get_socket_cookie(skb), p->tuple.dport, epoch, &omitted) : DEMARC_ID_NONE;
 	case FLAG_SYN | FLAG_ACK:
 		if (!outgoing)
 			return 0;
@@ -152,7 +159,9 @@ GLOBAL int expected(struct __sk_buff *skb, struct packet *p, __u64 cgroup, __u32
 		return 0;
 	/* That the peer acknowledges our SYN-ACK is checked by the stack, also where that
 	 * is a SYN cookie. */
-	return pending_is(pending, mark) && (!outgoing || !own_tag(skb, p, self));
+	if (!pending_is(pending, mark))
+		return 0;
+	return outgoing ? self : EXPECTED;
 }
 
 /* Our SYN leaves. */
@@ -171,7 +180,7 @@ GLOBAL int syn_out(struct __sk_buff *skb, struct packet *p, struct outcome *o)
 		o->query.crossing = provable_crossing(o->query.slot, o->query.subject, DEMARC_EGRESS, PROTO_TCP,
 						      o->query.port, o->query.now);
 	provable = o->query.crossing != DEMARC_NO_CROSSING_INDEX &&
-		   !quarantined(o->query.slot, o->query.subject, o->query.crossing, o->query.now);
+		   !quarantined(o->query.slot, o->query.subject, o->query.crossing, o->query.now) && !at_decoy(o);
 	if (!provable) {
 		decide(&o->query);
 		if (o->query.verdict == DEMARC_DENY)

@@ -110,6 +110,14 @@ static __always_inline bool quarantined(__u32 slot, __u32 subject, __u32 index, 
 	return !crossing || !(crossing->flags & DEMARC_CROSSING_FORENSIC);
 }
 
+/* A crossing that nobody should touch, and that lets nobody through. */
+static __always_inline bool touches_decoy(__u32 slot, __u32 index)
+{
+	struct demarc_crossing *crossing = index == DEMARC_NO_CROSSING_INDEX ? 0 : table_crossing(slot, index);
+
+	return crossing && crossing->flags & DEMARC_CROSSING_DECOY;
+}
+
 /* What is declared for a subject that is known, quarantined or not. */
 static __always_inline int declared(struct demarc_query *q, struct demarc_subject *subject)
 {
@@ -189,6 +197,10 @@ GLOBAL int decide(struct demarc_query *q)
 		return 0;
 	}
 	declared(q, subject);
+	if (q->verdict == DEMARC_ALLOW && touches_decoy(q->slot, q->crossing)) {
+		q->verdict = DEMARC_DENY;
+		q->reason = DEMARC_DECOY_TOUCHED;
+	}
 	if (!alone && quarantined(q->slot, q->subject, q->crossing, q->now))
 		answer(q, DEMARC_DENY, DEMARC_QUARANTINED, DEMARC_NO_CROSSING_INDEX);
 	return 0;

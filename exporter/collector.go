@@ -38,27 +38,31 @@ var (
 	invBound     = series("inventory_bound", "Workloads of the inventory that have their identity.")
 	invProblems  = series("inventory_problems", "Problems with the inventory.")
 
-	programs    = series("programs", "Programs that have to be attached.")
-	attached    = series("programs_attached", "Programs that the core found attached.")
-	problems    = series("problems", "Problems that the core reports; demarc status says which.")
-	limits      = series("limits", "What this host's kernel cannot do for demarc; demarc status says which.")
-	drift       = series("drift_total", "Things in the kernel that the core found changed by somebody else, since it started.")
-	proved      = series("canary_timestamp_seconds", "When the canary last proved that the kernel enforces.")
-	unconfirmed = series("change_unconfirmed", "1 while a change is in force for a time only.")
-	deadline    = series("change_deadline_timestamp_seconds", "When the unconfirmed change is taken back; only while there is one.")
-	keyFrom     = series("tag_key_send_timestamp_seconds", "From when on a tag key is sent with; only for keys that say so.", "epoch")
-	keyUntil    = series("tag_key_expiry_timestamp_seconds", "When a tag key ends; only for keys that do.", "epoch")
-	keySending  = series("tag_key_sending", "1 for the tag key that is sent with, 0 for the others.", "epoch")
-	mapEntries  = series("map_entries", "Entries of a map of the kernel.", "map")
-	mapMax      = series("map_max_entries", "Entries that a map of the kernel has room for.", "map")
-	applies     = series("applies_total", "Policies that this agent was asked to apply, by what became of them.", "result")
-	applyTook   = series("apply_duration_seconds", "How long the last policy took to apply; only after one.", "step")
+	programs     = series("programs", "Programs that have to be attached.")
+	attached     = series("programs_attached", "Programs that the core found attached.")
+	problems     = series("problems", "Problems that the core reports; demarc status says which.")
+	limits       = series("limits", "What this host's kernel cannot do for demarc; demarc status says which.")
+	drift        = series("drift_total", "Things in the kernel that the core found changed by somebody else, since it started.")
+	proved       = series("canary_timestamp_seconds", "When the canary last proved that the kernel enforces.")
+	unconfirmed  = series("change_unconfirmed", "1 while a change is in force for a time only.")
+	deadline     = series("change_deadline_timestamp_seconds", "When the unconfirmed change is taken back; only while there is one.")
+	keyFrom      = series("tag_key_send_timestamp_seconds", "From when on a tag key is sent with; only for keys that say so.", "epoch")
+	keyUntil     = series("tag_key_expiry_timestamp_seconds", "When a tag key ends; only for keys that do.", "epoch")
+	keySending   = series("tag_key_sending", "1 for the tag key that is sent with, 0 for the others.", "epoch")
+	mapEntries   = series("map_entries", "Entries of a map of the kernel.", "map")
+	mapMax       = series("map_max_entries", "Entries that a map of the kernel has room for.", "map")
+	applies      = series("applies_total", "Policies that this agent was asked to apply, by what became of them.", "result")
+	applyTook    = series("apply_duration_seconds", "How long the last policy took to apply; only after one.", "step")
+	journalBytes = series("journal_bytes", "Size of the journal.")
+	journalMax   = series("journal_max_bytes", "Size that the journal may have.")
+	journalFlows = series("journal_flows_total", "Flows written to the journal since there is one.")
+	journalLost  = series("journal_dropped_total", "Flows that found no room in the journal, since the agent started.")
 
 	all = []*prometheus.Desc{
 		buildInfo, connected, enforcing, state, policyInfo, generation, applied, expires, grants, bindings, quarantined, verdicts, ringEvents, ringLost,
 		received, flowsLost, readErrors, faults, findings, unseen, invWorkloads, invBound, invProblems,
 		programs, attached, problems, limits, drift, proved, unconfirmed, deadline, keyFrom, keyUntil, keySending,
-		mapEntries, mapMax, applies, applyTook,
+		mapEntries, mapMax, applies, applyTook, journalBytes, journalMax, journalFlows, journalLost,
 	}
 )
 
@@ -105,6 +109,12 @@ func (c Collector) Collect(out chan<- prometheus.Metric) {
 	}
 	if s.Core != nil {
 		s.Core.collect(gauge, counter)
+	}
+	if j := s.Journal; j != nil {
+		gauge(journalBytes, float64(j.Bytes))
+		gauge(journalMax, float64(j.Max))
+		counter(journalFlows, j.Written)
+		counter(journalLost, j.Dropped)
 	}
 	for _, m := range s.Maps {
 		gauge(mapEntries, float64(m.Entries), m.Name)

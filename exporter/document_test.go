@@ -77,7 +77,7 @@ func TestDocumentation(t *testing.T) {
 	}
 	var documented, exported []row
 	alerts := map[string][]string{}
-	for _, m := range regexp.MustCompile("(?m)^\\| `(demarc_[a-z_]+)` \\| ([a-z]+) \\| ([a-z_, ]*) \\| .* \\| ([A-Za-z, ]*) \\|$").FindAllStringSubmatch(string(text), -1) {
+	for _, m := range regexp.MustCompile("(?m)^\\| `(demarc_[a-z_]+)` \\| ([a-z]+) \\|([a-z_, ]*)\\| .* \\|([A-Za-z, ]*)\\|$").FindAllStringSubmatch(string(text), -1) {
 		documented = append(documented, row{m[1], m[2], strings.TrimSpace(m[3])})
 		if used := strings.TrimSpace(m[4]); used != "" {
 			alerts[m[1]] = strings.Split(used, ", ")

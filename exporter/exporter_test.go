@@ -52,6 +52,7 @@ var full = fixed{
 	Received:   [abi.Rings]uint64{9, 18},
 	Missed:     [abi.Rings]uint64{1, 2},
 	ReadErrors: 5,
+	Journal:    &Journal{Bytes: 1024, Max: 4096, Written: 70, Dropped: 6},
 	Findings:   map[detect.Series]uint64{{Technique: "T1046", Severity: "medium", Zone: "edge", Workload: "web"}: 2, {Technique: "T1021.004", Severity: "low", Zone: "edge", Workload: "jump", SuppressedBy: "bastion"}: 1},
 	Unseen:     6,
 }
@@ -144,6 +145,18 @@ demarc_inventory_problems 1
 # HELP demarc_inventory_workloads Workloads in the inventory.
 # TYPE demarc_inventory_workloads gauge
 demarc_inventory_workloads 3
+# HELP demarc_journal_bytes Size of the journal.
+# TYPE demarc_journal_bytes gauge
+demarc_journal_bytes 1024
+# HELP demarc_journal_dropped_total Flows that found no room in the journal, since the agent started.
+# TYPE demarc_journal_dropped_total counter
+demarc_journal_dropped_total 6
+# HELP demarc_journal_flows_total Flows written to the journal since there is one.
+# TYPE demarc_journal_flows_total counter
+demarc_journal_flows_total 70
+# HELP demarc_journal_max_bytes Size that the journal may have.
+# TYPE demarc_journal_max_bytes gauge
+demarc_journal_max_bytes 4096
 # HELP demarc_limits What this host's kernel cannot do for demarc; demarc status says which.
 # TYPE demarc_limits gauge
 demarc_limits 2

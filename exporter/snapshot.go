@@ -29,6 +29,7 @@ type Snapshot struct {
 	Rings       []Ring // while the core is connected
 	Faults      *[abi.Faults]uint64
 	Inventory   *Inventory
+	Journal     *Journal // nil without one
 
 	Received   [abi.Rings]uint64 // events that the agent read
 	Missed     [abi.Rings]uint64 // gaps in their numbers
@@ -117,3 +118,10 @@ type Ring struct {
 
 // Inventory is what became of the inventory file.
 type Inventory struct{ Workloads, Bound, Problems int }
+
+// Journal is the flows on disk: those written since there is a journal, and those that
+// found no room since the agent started.
+type Journal struct {
+	Bytes, Max       int64
+	Written, Dropped uint64
+}

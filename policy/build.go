@@ -4,6 +4,7 @@ import (
 	"fmt"
 
 	"github.com/demarc/demarc/policy/image"
+	"github.com/demarc/demarc/policy/image/encode"
 )
 
 // Build makes the bytes of a policy's image, and believes none of its own steps:
@@ -17,7 +18,7 @@ func Build(p *Policy) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	b, err := compiled.Encode()
+	b, err := encode.Image(compiled)
 	if err != nil {
 		return nil, fmt.Errorf("build policy %s: %w", p.Name, err)
 	}

@@ -13,6 +13,7 @@ import (
 	"github.com/demarc/demarc/bpf/abi"
 	"github.com/demarc/demarc/policy"
 	"github.com/demarc/demarc/policy/image"
+	"github.com/demarc/demarc/policy/image/encode"
 	"github.com/demarc/demarc/policy/policytest"
 )
 
@@ -59,7 +60,7 @@ func TestCompileIsDeterministic(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		b, err := img.Encode()
+		b, err := encode.Image(img)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -200,7 +201,7 @@ func BenchmarkVerify10kx100k(b *testing.B) {
 	if err != nil {
 		b.Fatal(err)
 	}
-	encoded, err := img.Encode()
+	encoded, err := encode.Image(img)
 	if err != nil {
 		b.Fatal(err)
 	}

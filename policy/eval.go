@@ -70,9 +70,13 @@ func (e *Evaluator) Evaluate(q Query) Decision {
 		return deny(abi.Unbound)
 	}
 
+	d := e.declared(q)
+	// What a decoy decides is denied: it is there to be touched, not to let through.
+	if d.Verdict == abi.Allow && d.Crossing >= 0 && e.policy.Crossings[d.Crossing].Decoy {
+		d.Verdict, d.Reason = abi.Deny, abi.DecoyTouched
+	}
 	// A quarantined subject has only its forensic crossings: what another one
 	// decides, or none, is denied.
-	d := e.declared(q)
 	if q.Quarantined && (d.Crossing < 0 || !e.policy.Crossings[d.Crossing].Forensic) {
 		return deny(abi.Quarantined)
 	}

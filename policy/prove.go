@@ -250,7 +250,7 @@ func (g *graph) reach(frontier []bool, port *image.Port) []step {
 	// neither is judged here, so nothing is declared between them.
 	for i := range g.policy.Crossings {
 		c := &g.policy.Crossings[i]
-		if port != nil && !covers(c.Ports, *port) {
+		if c.Decoy || port != nil && !covers(c.Ports, *port) { // a decoy lets nothing through
 			continue
 		}
 		local, remote := g.source(c.From, frontier, g.local), g.source(c.From, frontier, g.remote)
@@ -274,7 +274,7 @@ func (g *graph) reach(frontier []bool, port *image.Port) []step {
 	exits := g.exits(frontier, port)
 	for i := range g.policy.Crossings {
 		c := &g.policy.Crossings[i]
-		if !names(c.From, image.TermNetwork) {
+		if c.Decoy || !names(c.From, image.TermNetwork) {
 			continue
 		}
 		if exit, found := exits.through(c.Ports); found {
@@ -345,7 +345,7 @@ func (g *graph) exits(frontier []bool, port *image.Port) exits {
 	}
 	for i := range g.policy.Crossings {
 		c := &g.policy.Crossings[i]
-		if !names(c.To, image.TermNetwork) {
+		if c.Decoy || !names(c.To, image.TermNetwork) {
 			continue
 		}
 		if from := g.source(c.From, frontier, g.local); from >= 0 {

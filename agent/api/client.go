@@ -59,7 +59,19 @@ func NewClient(server string) (*Client, error) {
 		return nil, err
 	}
 	dial := func(ctx context.Context, _, _ string) (net.Conn, error) {
-		return (&net.Dialer{Timeout: 5 * time.Second}).DialContext(ctx, "unix", path)
+		// The kernel holds a number of connections that wait for the agent, and says EAGAIN
+		// beyond that, whoever they are of.
+		for end := time.Now().Add(5 * time.Second); ; {
+			c, err := (&net.Dialer{Timeout: 5 * time.Second}).DialContext(ctx, "unix", path)
+			if !errors.Is(err, syscall.EAGAIN) || time.Now().After(end) {
+				return c, err
+			}
+			select {
+			case <-ctx.Done():
+				return nil, ctx.Err()
+			case <-time.After(5 * time.Millisecond):
+			}
+		}
 	}
 	return &Client{path: path, http: &http.Client{Transport: &http.Transport{DialContext: dial}}}, nil
 }

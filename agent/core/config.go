@@ -1,11 +1,8 @@
 package core
 
 import (
-	"bytes"
 	"encoding/json"
-	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"os"
 	"os/user"
@@ -17,6 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/demarc/demarc/agent/core/strict"
 	"github.com/demarc/demarc/bpf/abi"
 )
 
@@ -52,9 +50,13 @@ func LoadConfig(file string) (Config, error) {
 // ParseConfig reads one JSON object with nothing unknown, nothing twice and
 // nothing behind it. Errors start with file:line:col.
 func ParseConfig(file string, src []byte) (Config, error) {
-	p := configParser{file: file, src: src, decoder: json.NewDecoder(bytes.NewReader(src))}
+	r := strict.New(file, src)
 	c := Config{BPFFS: "/sys/fs/bpf/demarc", RunDir: "/run/demarc", StateDir: "/var/lib/demarc", Devices: Devices{Auto: true}, Blast: defaultBlast}
-	if err := p.object(&c); err != nil {
+	if err := r.Object(func(key string) error { return c.set(r, key) }, "cgroup_root", "bpffs", "run_dir", "state_dir", "trust_dir", "keyring",
+		"devices", "agent_user", "quarantine_automatic", "guard", "log_level", "log_format"); err != nil {
+		return Config{}, err
+	}
+	if err := r.End(); err != nil {
 		return Config{}, err
 	}
 	if c.Keyring == "" {
@@ -69,116 +71,66 @@ func ParseConfig(file string, src []byte) (Config, error) {
 	return c, nil
 }
 
-type configParser struct {
-	file    string
-	src     []byte
-	decoder *json.Decoder
-	at      int64 // where the current key or value starts
-}
-
-func (p *configParser) object(c *Config) error {
-	if token, err := p.token(); err != nil {
-		return err
-	} else if token != json.Delim('{') {
-		return p.fail("a JSON object is needed")
-	}
-	seen := map[string]bool{}
-	for p.decoder.More() {
-		token, err := p.token()
-		if err != nil {
-			return err
-		}
-		key, _ := token.(string)
-		if seen[key] {
-			return p.fail("%q is given twice", key)
-		}
-		seen[key] = true
-		if err := p.set(c, key); err != nil {
-			return err
-		}
-	}
-	if _, err := p.token(); err != nil { // the closing brace
-		return err
-	}
-	p.advance()
-	if _, err := p.decoder.Token(); !errors.Is(err, io.EOF) {
-		return p.fail("something follows the object")
-	}
-	return nil
-}
-
 // set reads the value of one key.
-func (p *configParser) set(c *Config, key string) error {
+func (c *Config) set(r *strict.Reader, key string) (err error) {
+	directories := map[string]*string{"bpffs": &c.BPFFS, "run_dir": &c.RunDir, "state_dir": &c.StateDir, "trust_dir": &c.TrustDir, "keyring": &c.Keyring}
+	if out, found := directories[key]; found {
+		if err := r.Value(out); err != nil {
+			return err
+		}
+		if !filepath.IsAbs(*out) || filepath.Clean(*out) != *out || *out == "/" {
+			return r.Fail("%q is not a clean absolute path", *out)
+		}
+		return nil
+	}
 	switch key {
 	case "cgroup_root":
-		return p.value(&c.CgroupRoot)
-	case "bpffs":
-		return p.directory(&c.BPFFS)
-	case "run_dir":
-		return p.directory(&c.RunDir)
-	case "state_dir":
-		return p.directory(&c.StateDir)
-	case "trust_dir":
-		return p.directory(&c.TrustDir)
-	case "keyring":
-		return p.directory(&c.Keyring)
+		err = r.Value(&c.CgroupRoot)
 	case "devices":
-		return p.devices(&c.Devices)
+		err = c.setDevices(r)
 	case "agent_user":
-		return p.user(&c.AgentUID)
+		err = c.setUser(r)
 	case "quarantine_automatic":
-		if err := p.value(&c.Blast); err != nil {
-			return err
+		if err = r.Value(&c.Blast); err == nil && (c.Blast < 0 || c.Blast > abi.Quarantines) {
+			err = r.Fail("quarantine_automatic is a number from 0 to %d", abi.Quarantines)
 		}
-		if c.Blast < 0 || c.Blast > abi.Quarantines {
-			return p.fail("quarantine_automatic is a number from 0 to %d", abi.Quarantines)
-		}
-		return nil
 	case "log_level":
-		if err := p.value(&c.LogLevel); err != nil {
-			return p.fail("log_level is one of debug, info, warn, error")
+		if r.Value(&c.LogLevel) != nil {
+			err = r.Fail("log_level is one of debug, info, warn, error")
 		}
-		return nil
 	case "guard":
 		on := true
-		err := p.value(&on)
+		err = r.Value(&on)
 		c.Unguarded = !on
-		return err
 	case "log_format":
-		return p.format(&c.LogJSON)
+		var format string
+		if err = r.Value(&format); err == nil && format != "text" && format != "json" {
+			err = r.Fail("log_format is text or json")
+		}
+		c.LogJSON = format == "json"
 	}
-	return p.fail("unknown key %q", key)
+	return err
 }
 
-func (p *configParser) directory(out *string) error {
-	if err := p.value(out); err != nil {
-		return err
-	}
-	if !filepath.IsAbs(*out) || filepath.Clean(*out) != *out || *out == "/" {
-		return p.fail("%q is not a clean absolute path", *out)
-	}
-	return nil
-}
-
-// devices takes "auto" or a list of names, which may be empty.
-func (p *configParser) devices(out *Devices) error {
+// setDevices takes "auto" or a list of names, which may be empty.
+func (c *Config) setDevices(r *strict.Reader) error {
 	var raw json.RawMessage
-	if err := p.value(&raw); err != nil {
+	if err := r.Value(&raw); err != nil {
 		return err
 	}
-	*out = Devices{Auto: string(raw) == `"auto"`}
-	if out.Auto {
+	c.Devices = Devices{Auto: string(raw) == `"auto"`}
+	if c.Devices.Auto {
 		return nil
 	}
-	if err := json.Unmarshal(raw, &out.Names); err != nil || out.Names == nil {
-		return p.fail(`devices is "auto" or a list of names`)
+	if err := json.Unmarshal(raw, &c.Devices.Names); err != nil || c.Devices.Names == nil {
+		return r.Fail(`devices is "auto" or a list of names`)
 	}
-	for i, name := range out.Names {
+	for i, name := range c.Devices.Names {
 		if !deviceName(name) {
-			return p.fail("%q cannot be the name of a device", name)
+			return r.Fail("%q cannot be the name of a device", name)
 		}
-		if slices.Contains(out.Names[:i], name) {
-			return p.fail("device %q is given twice", name)
+		if slices.Contains(c.Devices.Names[:i], name) {
+			return r.Fail("device %q is given twice", name)
 		}
 	}
 	return nil
@@ -191,10 +143,10 @@ func deviceName(name string) bool {
 		!strings.ContainsFunc(name, func(r rune) bool { return r == '/' || r == ':' || unicode.IsSpace(r) || r == 0 })
 }
 
-// user takes a name or a number.
-func (p *configParser) user(out *uint32) error {
+// setUser takes a name or a number.
+func (c *Config) setUser(r *strict.Reader) error {
 	var raw json.RawMessage
-	if err := p.value(&raw); err != nil {
+	if err := r.Value(&raw); err != nil {
 		return err
 	}
 	text := string(raw)
@@ -206,70 +158,8 @@ func (p *configParser) user(out *uint32) error {
 	}
 	uid, err := strconv.ParseUint(text, 10, 32)
 	if err != nil {
-		return p.fail("agent_user %s is no user of this machine", raw)
+		return r.Fail("agent_user %s is no user of this machine", raw)
 	}
-	*out = uint32(uid)
+	c.AgentUID = uint32(uid)
 	return nil
-}
-
-func (p *configParser) format(out *bool) error {
-	var v string
-	if err := p.value(&v); err != nil {
-		return err
-	}
-	if v != "text" && v != "json" {
-		return p.fail("log_format is text or json")
-	}
-	*out = v == "json"
-	return nil
-}
-
-func (p *configParser) token() (json.Token, error) {
-	p.advance()
-	token, err := p.decoder.Token()
-	if err != nil {
-		return nil, p.wrap(err)
-	}
-	return token, nil
-}
-
-func (p *configParser) value(out any) error {
-	p.advance()
-	if err := p.decoder.Decode(out); err != nil {
-		return p.wrap(err)
-	}
-	return nil
-}
-
-// advance moves to the first byte of the next token.
-func (p *configParser) advance() {
-	p.at = p.decoder.InputOffset()
-	for p.at < int64(len(p.src)) && bytes.IndexByte([]byte(" \t\r\n:,"), p.src[p.at]) >= 0 {
-		p.at++
-	}
-}
-
-func (p *configParser) wrap(err error) error {
-	var syntax *json.SyntaxError
-	var kind *json.UnmarshalTypeError
-	switch {
-	case errors.As(err, &syntax):
-		p.at = max(p.at, syntax.Offset-1)
-	case errors.As(err, &kind):
-		return p.fail("a %s is not expected here", kind.Value)
-	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
-		return p.fail("the file ends too early")
-	}
-	return fmt.Errorf("%s: %w", p.position(), err)
-}
-
-func (p *configParser) fail(format string, args ...any) error {
-	return fmt.Errorf("%s: %s", p.position(), fmt.Sprintf(format, args...))
-}
-
-func (p *configParser) position() string {
-	before := p.src[:min(p.at, int64(len(p.src)))]
-	line := 1 + bytes.Count(before, []byte("\n"))
-	column := len(before) - bytes.LastIndexByte(before, '\n')
-	return fmt.Sprintf("%s:%d:%d", p.file, line, column)
 }

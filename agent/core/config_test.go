@@ -28,7 +28,7 @@ func TestParseConfig(t *testing.T) {
 			want: func() Config { c := defaults; c.StateDir, c.Keyring = "/s", "/s/keyring"; return c }()},
 		{name: "bad empty file", src: "", err: "f:1:1: the file ends too early"},
 		{name: "bad array", src: "[]", err: "f:1:1: a JSON object is needed"},
-		{name: "bad unknown key", src: "{\n  \"bpffs\": \"/b\",\n  \"bpfs\": \"/b\"\n}", err: "f:3:3: unknown key \"bpfs\""},
+		{name: "bad unknown key", src: "{\n  \"bpffs\": \"/b\",\n  \"bpfs\": \"/b\"\n}", err: "f:3:3: unknown key \"bpfs\": use cgroup_root, bpffs, run_dir, state_dir, trust_dir, keyring, devices, agent_user, quarantine_automatic, guard, log_level, log_format"},
 		{name: "bad key twice", src: "{\"run_dir\": \"/a\", \"run_dir\": \"/b\"}", err: `f:1:19: "run_dir" is given twice`},
 		{name: "bad type", src: "{\"run_dir\": 7}", err: "f:1:13: a number is not expected here"},
 		{name: "bad relative directory", src: `{"run_dir": "run"}`, err: `f:1:13: "run" is not a clean absolute path`},

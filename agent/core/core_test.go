@@ -15,6 +15,7 @@ import (
 	"github.com/demarc/demarc/bpf/abi"
 	"github.com/demarc/demarc/policy"
 	"github.com/demarc/demarc/policy/image"
+	"github.com/demarc/demarc/policy/image/encode"
 	"github.com/demarc/demarc/policy/policytest"
 )
 
@@ -103,7 +104,7 @@ func TestApplyRefusesExpired(t *testing.T) {
 		t.Fatal(err)
 	}
 	img.NotAfter = time.Now().Add(-time.Second).Unix()
-	b, err := img.Encode()
+	b, err := encode.Image(img)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -416,7 +417,7 @@ func BenchmarkApply10kx100k(b *testing.B) {
 	}
 	for b.Loop() {
 		img.Version++
-		encoded, err := img.Encode()
+		encoded, err := encode.Image(img)
 		if err != nil {
 			b.Fatal(err)
 		}

@@ -75,6 +75,14 @@ type demarcDemarcFlow struct {
 	Zero       [7]uint8
 }
 
+type demarcDemarcHop struct {
+	_      structs.HostLayout
+	Tuple  uint64
+	Origin uint32
+	Hops   uint8
+	Zero   [3]uint8
+}
+
 type demarcDemarcKey struct {
 	_     structs.HostLayout
 	Key   [2]uint64
@@ -82,6 +90,31 @@ type demarcDemarcKey struct {
 	Until uint64
 	Valid uint32
 	Zero  uint32
+}
+
+type demarcDemarcLineage struct {
+	_       structs.HostLayout
+	Subject uint32
+	Origin  uint32
+	Netns   uint32
+	Hops    uint8
+	Raw     uint8
+	Zero    [2]uint8
+	Looked  uint64
+}
+
+type demarcDemarcMark struct {
+	_       structs.HostLayout
+	Cookie  uint64
+	Pair    uint64
+	Bytes   uint64
+	Back    uint64
+	Subject uint32
+	Origin  uint32
+	Pid     uint32
+	Inbound uint8
+	Hops    uint8
+	Zero    [2]uint8
 }
 
 type demarcDemarcPendingBucket struct {
@@ -157,6 +190,30 @@ type demarcDemarcScratch struct {
 	Room [8]int8
 }
 
+type demarcDemarcSeen struct {
+	_        structs.HostLayout
+	Began    uint64
+	Due      [2]uint64
+	Missed   uint32
+	Zero     uint32
+	Contacts [32]uint32
+	Deeds    [8]uint32
+	Ports    [3]struct {
+		_    structs.HostLayout
+		Of   uint32
+		Set  uint16
+		Told uint16
+		Bits [8]uint32
+	}
+	Peers [3]struct {
+		_    structs.HostLayout
+		Of   uint32
+		Set  uint16
+		Told uint16
+		Bits [8]uint32
+	}
+}
+
 type demarcDemarcSelftest struct {
 	_       structs.HostLayout
 	Subject uint32
@@ -229,7 +286,10 @@ const (
 	demarcMapFaults                = "faults"
 	demarcMapFlows                 = "flows"
 	demarcMapGraveyard             = "graveyard"
+	demarcMapHops                  = "hops"
 	demarcMapKeys                  = "keys"
+	demarcMapLineages              = "lineages"
+	demarcMapMarks                 = "marks"
 	demarcMapPaths                 = "paths"
 	demarcMapPendingSeed           = "pending_seed"
 	demarcMapPendingSyns           = "pending_syns"
@@ -244,7 +304,9 @@ const (
 	demarcMapRingState             = "ring_state"
 	demarcMapRules                 = "rules"
 	demarcMapScratch               = "scratch"
+	demarcMapSeen                  = "seen"
 	demarcMapSelftest              = "selftest"
+	demarcMapSignals               = "signals"
 	demarcMapSockets               = "sockets"
 	demarcMapState                 = "state"
 	demarcMapSubjects              = "subjects"
@@ -284,6 +346,7 @@ const (
 	demarcVarEmitDemarcRefusal     = "emit_demarc_refusal"
 	demarcVarEmitDemarcRule        = "emit_demarc_rule"
 	demarcVarEmitDemarcRuleKey     = "emit_demarc_rule_key"
+	demarcVarEmitDemarcSignal      = "emit_demarc_signal"
 	demarcVarEmitDemarcSubject     = "emit_demarc_subject"
 	demarcVarEmitDemarcUnit        = "emit_demarc_unit"
 	demarcVarLoadsInOrder          = "loads_in_order"
@@ -375,7 +438,10 @@ type demarcMapSpecs struct {
 	Faults        *ebpf.MapSpec `ebpf:"faults"`
 	Flows         *ebpf.MapSpec `ebpf:"flows"`
 	Graveyard     *ebpf.MapSpec `ebpf:"graveyard"`
+	Hops          *ebpf.MapSpec `ebpf:"hops"`
 	Keys          *ebpf.MapSpec `ebpf:"keys"`
+	Lineages      *ebpf.MapSpec `ebpf:"lineages"`
+	Marks         *ebpf.MapSpec `ebpf:"marks"`
 	Paths         *ebpf.MapSpec `ebpf:"paths"`
 	PendingSeed   *ebpf.MapSpec `ebpf:"pending_seed"`
 	PendingSyns   *ebpf.MapSpec `ebpf:"pending_syns"`
@@ -390,7 +456,9 @@ type demarcMapSpecs struct {
 	RingState     *ebpf.MapSpec `ebpf:"ring_state"`
 	Rules         *ebpf.MapSpec `ebpf:"rules"`
 	Scratch       *ebpf.MapSpec `ebpf:"scratch"`
+	Seen          *ebpf.MapSpec `ebpf:"seen"`
 	Selftest      *ebpf.MapSpec `ebpf:"selftest"`
+	Signals       *ebpf.MapSpec `ebpf:"signals"`
 	Sockets       *ebpf.MapSpec `ebpf:"sockets"`
 	State         *ebpf.MapSpec `ebpf:"state"`
 	Subjects      *ebpf.MapSpec `ebpf:"subjects"`
@@ -413,6 +481,7 @@ type demarcVariableSpecs struct {
 	EmitDemarcRefusal     *ebpf.VariableSpec `ebpf:"emit_demarc_refusal"`
 	EmitDemarcRule        *ebpf.VariableSpec `ebpf:"emit_demarc_rule"`
 	EmitDemarcRuleKey     *ebpf.VariableSpec `ebpf:"emit_demarc_rule_key"`
+	EmitDemarcSignal      *ebpf.VariableSpec `ebpf:"emit_demarc_signal"`
 	EmitDemarcSubject     *ebpf.VariableSpec `ebpf:"emit_demarc_subject"`
 	EmitDemarcUnit        *ebpf.VariableSpec `ebpf:"emit_demarc_unit"`
 	LoadsInOrder          *ebpf.VariableSpec `ebpf:"loads_in_order"`
@@ -453,7 +522,10 @@ type demarcMaps struct {
 	Faults        *ebpf.Map `ebpf:"faults"`
 	Flows         *ebpf.Map `ebpf:"flows"`
 	Graveyard     *ebpf.Map `ebpf:"graveyard"`
+	Hops          *ebpf.Map `ebpf:"hops"`
 	Keys          *ebpf.Map `ebpf:"keys"`
+	Lineages      *ebpf.Map `ebpf:"lineages"`
+	Marks         *ebpf.Map `ebpf:"marks"`
 	Paths         *ebpf.Map `ebpf:"paths"`
 	PendingSeed   *ebpf.Map `ebpf:"pending_seed"`
 	PendingSyns   *ebpf.Map `ebpf:"pending_syns"`
@@ -468,7 +540,9 @@ type demarcMaps struct {
 	RingState     *ebpf.Map `ebpf:"ring_state"`
 	Rules         *ebpf.Map `ebpf:"rules"`
 	Scratch       *ebpf.Map `ebpf:"scratch"`
+	Seen          *ebpf.Map `ebpf:"seen"`
 	Selftest      *ebpf.Map `ebpf:"selftest"`
+	Signals       *ebpf.Map `ebpf:"signals"`
 	Sockets       *ebpf.Map `ebpf:"sockets"`
 	State         *ebpf.Map `ebpf:"state"`
 	Subjects      *ebpf.Map `ebpf:"subjects"`
@@ -493,7 +567,10 @@ func (m *demarcMaps) Close() error {
 		m.Faults,
 		m.Flows,
 		m.Graveyard,
+		m.Hops,
 		m.Keys,
+		m.Lineages,
+		m.Marks,
 		m.Paths,
 		m.PendingSeed,
 		m.PendingSyns,
@@ -508,7 +585,9 @@ func (m *demarcMaps) Close() error {
 		m.RingState,
 		m.Rules,
 		m.Scratch,
+		m.Seen,
 		m.Selftest,
+		m.Signals,
 		m.Sockets,
 		m.State,
 		m.Subjects,
@@ -532,6 +611,7 @@ type demarcVariables struct {
 	EmitDemarcRefusal     *ebpf.Variable `ebpf:"emit_demarc_refusal"`
 	EmitDemarcRule        *ebpf.Variable `ebpf:"emit_demarc_rule"`
 	EmitDemarcRuleKey     *ebpf.Variable `ebpf:"emit_demarc_rule_key"`
+	EmitDemarcSignal      *ebpf.Variable `ebpf:"emit_demarc_signal"`
 	EmitDemarcSubject     *ebpf.Variable `ebpf:"emit_demarc_subject"`
 	EmitDemarcUnit        *ebpf.Variable `ebpf:"emit_demarc_unit"`
 	LoadsInOrder          *ebpf.Variable `ebpf:"loads_in_order"`

@@ -24,6 +24,7 @@ func (c *Core) donate() (*proto.Descriptors, error) {
 	}{
 		{"denied_events", &d.Denied, true},
 		{"allowed_events", &d.Allowed, true},
+		{"signals", &d.Signals, true},
 		{"counts", &d.Counts, false},
 		{"ring_state", &d.Rings, false},
 		{"faults", &d.Faults, false},

@@ -22,6 +22,7 @@ import (
 	"github.com/demarc/demarc/bpf/abi"
 	"github.com/demarc/demarc/policy"
 	"github.com/demarc/demarc/policy/image"
+	"github.com/demarc/demarc/policy/image/encode"
 	"github.com/demarc/demarc/policy/policytest"
 )
 
@@ -420,7 +421,7 @@ func BenchmarkLook(b *testing.B) {
 			if err != nil {
 				b.Fatal(err)
 			}
-			encoded, err := img.Encode()
+			encoded, err := encode.Image(img)
 			if err != nil {
 				b.Fatal(err)
 			}

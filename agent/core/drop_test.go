@@ -20,11 +20,12 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/demarc/demarc/agent/core/proto"
+	"github.com/demarc/demarc/agent/coreclient"
 )
 
 // daemon runs the real demarc-core beside this process, in the same namespaces,
 // until the test ends. Giving up privileges is for good, so it is not done here.
-func (m *machine) daemon(t *testing.T) *proto.Client {
+func (m *machine) daemon(t *testing.T) *coreclient.Client {
 	t.Helper()
 	client, err := m.daemonUnder(t)
 	must(t, err)
@@ -33,7 +34,7 @@ func (m *machine) daemon(t *testing.T) *proto.Client {
 
 // daemonUnder does so by another program, which may be none. The error is what a core
 // that refused to start said.
-func (m *machine) daemonUnder(t *testing.T, command ...string) (*proto.Client, error) {
+func (m *machine) daemonUnder(t *testing.T, command ...string) (*coreclient.Client, error) {
 	t.Helper()
 	dir := t.TempDir()
 	binary, config := filepath.Join(dir, "demarc-core"), filepath.Join(dir, "core.json")
@@ -70,7 +71,7 @@ func (m *machine) daemonUnder(t *testing.T, command ...string) (*proto.Client, e
 		}
 	})
 	for end := time.Now().Add(20 * time.Second); ; time.Sleep(10 * time.Millisecond) {
-		client, err := proto.Dial(context.Background(), m.config.Socket())
+		client, err := coreclient.Dial(context.Background(), m.config.Socket())
 		if err == nil {
 			t.Cleanup(func() { client.Close() })
 			var given *proto.Descriptors

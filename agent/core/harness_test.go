@@ -16,6 +16,7 @@ import (
 
 	"github.com/demarc/demarc/policy"
 	"github.com/demarc/demarc/policy/image"
+	"github.com/demarc/demarc/policy/image/encode"
 	"github.com/demarc/demarc/policy/policytest"
 )
 
@@ -152,7 +153,7 @@ func shop(t *testing.T, change func(*policy.Policy)) []byte {
 	if err != nil {
 		t.Fatal(err)
 	}
-	b, err := img.Encode()
+	b, err := encode.Image(img)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -361,29 +361,6 @@ func (t *trial) judge() error {
 	return nil
 }
 
-// FormatChecks renders results for people: one line each, and what to do.
-func FormatChecks(results []Check) string {
-	var out strings.Builder
-	width := 0
-	for _, c := range results {
-		width = max(width, len(c.Name))
-	}
-	for _, c := range results {
-		mark, what := "ok  ", c.Tried
-		switch {
-		case !c.OK:
-			mark, what = "FAIL", c.Problem
-		case c.Limit != "":
-			mark, what = "note", c.Limit
-		}
-		fmt.Fprintf(&out, "%s  %-*s  %s\n", mark, width, c.Name, what)
-		if c.Fix != "" {
-			fmt.Fprintf(&out, "      %*s  fix: %s\n", width, "", c.Fix)
-		}
-	}
-	return out.String()
-}
-
 // Passed says whether nothing is missing.
 func Passed(results []Check) bool {
 	return !slices.ContainsFunc(results, func(c Check) bool { return !c.OK })

@@ -17,7 +17,7 @@ func TestPreflightPasses(t *testing.T) {
 	m := newMachine(t)
 	results := Preflight(m.config)
 	if !Passed(results) {
-		t.Errorf("\n%s", FormatChecks(results))
+		t.Errorf("\n%s", shown(results))
 	}
 	absent(t, m.config.BPFFS)
 	absent(t, m.config.StateDir)
@@ -28,7 +28,7 @@ func TestPreflightPasses(t *testing.T) {
 	}
 	before := c.Status()
 	if results := Preflight(m.config); !Passed(results) {
-		t.Errorf("\n%s", FormatChecks(results))
+		t.Errorf("\n%s", shown(results))
 	}
 	after := c.Status()
 	after.Proved = before.Proved // the canary is asked each time
@@ -81,7 +81,7 @@ func TestPreflightNames(t *testing.T) {
 			if diff := cmp.Diff(tt.failed, failed); diff != "" {
 				t.Errorf("failed checks (-want +got):\n%s", diff)
 			}
-			if text := FormatChecks(results); !strings.Contains(text, tt.text) {
+			if text := shown(results); !strings.Contains(text, tt.text) {
 				t.Errorf("want %q in:\n%s", tt.text, text)
 			}
 			if _, err := m.open(hooks{}); err == nil || !strings.HasPrefix(err.Error(), "preflight: "+tt.failed[0]+": ") {
@@ -180,4 +180,13 @@ func TestWallLimit(t *testing.T) {
 			t.Errorf("%s: %q, want %q", tt.now, got, tt.want)
 		}
 	}
+}
+
+// shown is what checks say, one a line.
+func shown(results []Check) string {
+	var out strings.Builder
+	for _, c := range results {
+		fmt.Fprintf(&out, "%s: ok %v: %s: %s%s; fix: %s\n", c.Name, c.OK, c.Tried, c.Problem, c.Limit, c.Fix)
+	}
+	return out.String()
 }

@@ -1,7 +1,6 @@
 package core
 
 import (
-	"fmt"
 	"math/rand/v2"
 	"strings"
 	"testing"
@@ -149,15 +148,4 @@ func TestUnescape(t *testing.T) {
 			t.Errorf("unescape(%s) = %s, want %s", in, got, want)
 		}
 	}
-}
-
-func ExampleFormatChecks() {
-	fmt.Print(FormatChecks([]Check{
-		{Name: "btf", OK: true, Tried: "read the kernel's type information"},
-		{Name: "programs", Problem: "load: program egress: invalid argument", Fix: "use a newer kernel"},
-	}))
-	// Output:
-	// ok    btf       read the kernel's type information
-	// FAIL  programs  load: program egress: invalid argument
-	//                 fix: use a newer kernel
 }

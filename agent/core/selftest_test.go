@@ -11,6 +11,7 @@ import (
 	"github.com/demarc/demarc/bpf/abi"
 	"github.com/demarc/demarc/policy"
 	"github.com/demarc/demarc/policy/image"
+	"github.com/demarc/demarc/policy/image/encode"
 	"github.com/demarc/demarc/policy/policytest"
 )
 
@@ -138,7 +139,7 @@ func many(t *testing.T, version uint64, change func(*policy.Policy)) []byte {
 	}
 	img, err := policy.Compile(p)
 	must(t, err)
-	b, err := img.Encode()
+	b, err := encode.Image(img)
 	must(t, err)
 	return b
 }

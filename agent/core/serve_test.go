@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/demarc/demarc/agent/core/proto"
+	"github.com/demarc/demarc/agent/coreclient"
 	"github.com/demarc/demarc/bpf/abi"
 	"github.com/demarc/demarc/policy/image"
 )
@@ -39,9 +40,9 @@ func serve(t *testing.T, c *Core) {
 	})
 }
 
-func dial(t *testing.T, c *Core) *proto.Client {
+func dial(t *testing.T, c *Core) *coreclient.Client {
 	t.Helper()
-	client, err := proto.Dial(t.Context(), c.config.Socket())
+	client, err := coreclient.Dial(t.Context(), c.config.Socket())
 	must(t, err)
 	t.Cleanup(func() { client.Close() })
 	return client
@@ -314,8 +315,8 @@ func TestPeerIsChecked(t *testing.T) {
 	for uid, want := range map[int]string{0: "", 4242: "", 4243: "user 4243 may not talk to the core"} {
 		var err error
 		as(t, uid, func() {
-			var client *proto.Client
-			if client, err = proto.Dial(t.Context(), c.config.Socket()); err == nil {
+			var client *coreclient.Client
+			if client, err = coreclient.Dial(t.Context(), c.config.Socket()); err == nil {
 				var d *proto.Descriptors
 				if _, d, err = client.Hello(); err == nil {
 					d.Close()

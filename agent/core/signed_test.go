@@ -24,6 +24,7 @@ import (
 	"github.com/demarc/demarc/policy"
 	"github.com/demarc/demarc/policy/envelope"
 	"github.com/demarc/demarc/policy/image"
+	"github.com/demarc/demarc/policy/image/encode"
 	"github.com/demarc/demarc/policy/policytest"
 	"github.com/demarc/demarc/policy/signing"
 )
@@ -387,7 +388,7 @@ func TestJ13Names(t *testing.T) {
 			img, err := policy.Compile(policytest.Shop())
 			must(t, err)
 			change(img, name)
-			b, err := img.Encode()
+			b, err := encode.Image(img)
 			if err != nil {
 				continue
 			}

@@ -165,6 +165,11 @@ func activeFlags(img *image.Image) uint32 {
 		flags |= abi.ActiveObserve
 	}
 	for i := range img.Crossings {
+		if img.Crossings[i].Decoy {
+			flags |= abi.ActiveDecoy
+		}
+	}
+	for i := range img.Crossings {
 		for _, terms := range [][]image.Term{img.Crossings[i].From, img.Crossings[i].To} {
 			for _, t := range terms {
 				if t.Kind == image.TermUnmanaged {

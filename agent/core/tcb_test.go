@@ -19,8 +19,8 @@ var update = flag.Bool("update", false, "write TCB.golden instead of comparing w
 
 // trusted are the directories of the trusted core.
 var trusted = []string{
-	"cmd/demarc-core", "agent/core", "agent/core/audit", "agent/core/calls", "agent/core/keyring", "agent/core/proto", "agent/core/trust", "policy/envelope",
-	"policy/image", "bpf", "bpf/abi", "bpf/include",
+	"cmd/demarc-core", "agent/core", "agent/core/audit", "agent/core/calls", "agent/core/keyring", "agent/core/proto", "agent/core/strict", "agent/core/trust", "policy/envelope",
+	"policy/image", "policy/image/layout", "bpf", "bpf/abi", "bpf/include",
 }
 
 // reasons says why the trusted core imports what is neither its own nor the

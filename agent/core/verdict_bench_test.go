@@ -11,6 +11,7 @@ import (
 	"github.com/demarc/demarc/bpf/abi"
 	"github.com/demarc/demarc/policy"
 	"github.com/demarc/demarc/policy/image"
+	"github.com/demarc/demarc/policy/image/encode"
 	"github.com/demarc/demarc/policy/policytest"
 )
 
@@ -26,7 +27,7 @@ func BenchmarkVerdict(b *testing.B) {
 			if err != nil {
 				b.Fatal(err)
 			}
-			encoded, err := img.Encode()
+			encoded, err := encode.Image(img)
 			if err != nil {
 				b.Fatal(err)
 			}

@@ -2,6 +2,7 @@ package detect
 
 import (
 	"fmt"
+	"strings"
 	"time"
 )
 
@@ -30,6 +31,8 @@ type Containment struct {
 	evidence map[string]map[string]time.Time // workload -> family -> last seen
 }
 
+const quarantinedUntil = "quarantined until "
+
 // independentWithin is how far apart two signals may be that speak together.
 const independentWithin = time.Hour
 
@@ -54,6 +57,9 @@ func (c *Containment) Consider(f *Finding) string {
 	}
 	at := f.LastSeen
 	if until, ok := c.done[w]; ok && at.Before(until) {
+		if strings.HasPrefix(f.Action, quarantinedUntil) {
+			return f.Action // this is the finding that led to it, seen once more
+		}
 		return "the workload is in quarantine until " + until.UTC().Format(time.RFC3339)
 	}
 	if n := c.note(w, f, at); !f.Certain && n < c.Config.Quarantine.Signals {
@@ -78,7 +84,7 @@ func (c *Containment) Consider(f *Finding) string {
 	}
 	c.when = append(c.when, at)
 	c.done[w] = at.Add(q.For)
-	return fmt.Sprintf("quarantined until %s", c.done[w].UTC().Format(time.RFC3339))
+	return fmt.Sprintf(quarantinedUntil+"%s", c.done[w].UTC().Format(time.RFC3339))
 }
 
 // note remembers that a family speaks against a workload, and returns how many do.

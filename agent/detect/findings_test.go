@@ -140,6 +140,8 @@ func TestContainment(t *testing.T) {
 	suppressed.SuppressedBy = "scanner"
 	stranger := make("", "port-scan", serviceDiscovery, High, true, 0)
 	stranger.Subject = Party{Address: netip.MustParseAddr("10.0.0.1")}
+	again := make("web", "brute-force", bruteForce, Medium, false, 90*time.Second)
+	again.Action = "quarantined until 2026-05-04T09:01:00Z"
 	c := &Containment{Config: config, Quarantine: quarantine, Policy: testPolicy(t)}
 	for i, step := range []struct {
 		f    Finding
@@ -155,6 +157,7 @@ func TestContainment(t *testing.T) {
 		{make("api", "brute-force", bruteForce, Medium, false, 0), "advised: 1 of 2 independent signals"},
 		{make("api", "port-scan", serviceDiscovery, Medium, false, 2*time.Hour), "advised: 1 of 2 independent signals"}, // too far apart
 		{make("web", "brute-force", bruteForce, Medium, false, time.Minute), "quarantined until 2026-05-04T09:01:00Z"},
+		{again, "quarantined until 2026-05-04T09:01:00Z"},
 		{make("web", "raw-socket", sniffing, Medium, true, 2*time.Minute), "the workload is in quarantine until 2026-05-04T09:01:00Z"},
 		{make("stubborn", "raw-socket", sniffing, Medium, true, 2*time.Minute), "could not quarantine: the core is away"},
 		{make("mail", "raw-socket", sniffing, Medium, true, 3*time.Minute), "quarantined until 2026-05-04T09:03:00Z"},

@@ -91,7 +91,8 @@ const (
 	TagReplayed    Reason = 33
 	NoSocket       Reason = 34
 	ICMPType       Reason = 35
-	Reasons               = 36
+	DecoyTouched   Reason = 36
+	Reasons               = 37
 )
 
 var reasonNames = names{
@@ -99,7 +100,7 @@ var reasonNames = names{
 	"tag-missing", "tag-malformed", "tag-bad-mac", "tag-wrong-epoch", "tag-bad-identity", "tag-no-room", "pending",
 	"unbound", "task-mismatch", "raw-socket", "protocol", "malformed", "fragment", "ip-options", "no-state", "revoked",
 	"unproven-limit", "port-owned", "spoof", "quarantined", "no-policy", "map-full", "tag-stale", "tag-unbound",
-	"tag-replayed", "no-socket", "icmp-type",
+	"tag-replayed", "no-socket", "icmp-type", "decoy",
 }
 
 func (r Reason) String() string                { return reasonNames.name("reason", int(r)) }
@@ -309,6 +310,7 @@ const (
 	ActiveOn        = 1
 	ActiveObserve   = 2
 	ActiveUnmanaged = 4
+	ActiveDecoy     = 8
 )
 
 // MakeActive joins slot, flags and epoch into the word that programs read.
@@ -384,6 +386,51 @@ type Event struct {
 // EventVerdict is the kind of an event that carries a verdict.
 const EventVerdict = 1
 
+// Signal is one record of the ring of signals. Kinds are those of agent/detect.
+type Signal struct {
+	Time      uint64
+	Seq       uint64
+	Cgroup    uint64
+	Start     uint64 // of the process
+	Count     uint64
+	Bytes     uint64
+	Back      uint64
+	CPU       uint32
+	PID       uint32
+	UID       uint32
+	Subject   uint32
+	Peer      uint32
+	Origin    uint32
+	Crossing  uint32
+	Epoch     uint32
+	Missed    uint32
+	Distinct  uint16 // bits of 256 that are set
+	Length    uint16
+	Labels    uint16
+	Kind      uint8
+	Cause     uint8 // CauseRefused and its like, or CauseDenied + Reason
+	Direction Direction
+	Proof     Proof
+	Hops      uint8
+	_         uint8
+	Tuple     Tuple
+	Comm      [16]byte
+	Exe       [48]byte
+}
+
+// Why a contact failed.
+const (
+	CauseRefused     = 1
+	CauseTimeout     = 2
+	CauseReset       = 3
+	CauseAbandoned   = 4
+	CauseUnreachable = 5
+	CauseDenied      = 64
+)
+
+// SignalEpoch is after what time the same contact is told again.
+const SignalEpoch = 300 * time.Second
+
 // CountKey is what verdicts are counted by.
 type CountKey struct {
 	Subject   uint32
@@ -399,7 +446,9 @@ type CountKey struct {
 const (
 	RingDenied  = 0
 	RingAllowed = 1
-	Rings       = 2
+	Rings       = 2 // of events
+	RingSignals = 2
+	AllRings    = 3
 )
 
 // RingState counts a ring's events, lost ones too, and the lost ones.

@@ -76,7 +76,8 @@ enum demarc_reason {
 	DEMARC_TAG_REPLAYED = 33,     /* was admitted before */
 	DEMARC_NO_SOCKET = 34,	      /* left a workload's device without being what a socket of it sent */
 	DEMARC_ICMP_TYPE = 35,	      /* a type that nobody has to send us */
-	DEMARC_REASONS = 36,
+	DEMARC_DECOY_TOUCHED = 36,    /* a crossing that nobody should touch */
+	DEMARC_REASONS = 37,
 };
 
 enum demarc_direction {
@@ -252,6 +253,7 @@ struct demarc_floor {
 enum demarc_active_flags {
 	DEMARC_ACTIVE_ON = 1,	   /* a generation is active; otherwise managed sockets do nothing */
 	DEMARC_ACTIVE_OBSERVE = 2, /* report what would be denied, and let it pass */
+	DEMARC_ACTIVE_DECOY = 8, /* some crossing is a decoy */
 	DEMARC_ACTIVE_UNMANAGED = 4, /* some crossing names `unmanaged`: record its flows */
 };
 
@@ -466,7 +468,8 @@ struct demarc_count_key {
 enum demarc_ring {
 	DEMARC_RING_DENIED = 0,
 	DEMARC_RING_ALLOWED = 1,
-	DEMARC_RINGS = 2,
+	DEMARC_RING_SIGNALS = 2,
+	DEMARC_RINGS = 3,
 };
 
 struct demarc_ring_state {
@@ -485,6 +488,143 @@ enum demarc_fault {
 	DEMARC_FAULT_PORT_FULL = 6,   /* port owner could not be recorded: bind refused */
 	DEMARC_FAULT_REPLAY_FULL = 7, /* no room to remember an admitted tag: denied */
 	DEMARC_FAULTS = 8,
+};
+
+/*
+ * Signals: what may be the trace of somebody who moves on. They are observations:
+ * no verdict depends on them. Kinds are those of agent/detect.
+ */
+enum demarc_signal_kind {
+	DEMARC_SIGNAL_CONTACT = 1,
+	DEMARC_SIGNAL_FAILED = 2,
+	DEMARC_SIGNAL_PORTS = 3,
+	DEMARC_SIGNAL_PEERS = 4,
+	DEMARC_SIGNAL_EDGE = 5,
+	DEMARC_SIGNAL_CHAIN = 6,
+	DEMARC_SIGNAL_RELAY = 7,
+	DEMARC_SIGNAL_RAW = 8,
+	DEMARC_SIGNAL_TUN = 9,
+	DEMARC_SIGNAL_SETNS = 10,
+	DEMARC_SIGNAL_MIGRATE = 11,
+	DEMARC_SIGNAL_SHELL = 12,
+	DEMARC_SIGNAL_METADATA = 13,
+	DEMARC_SIGNAL_LISTEN = 14,
+	DEMARC_SIGNAL_PROOF = 15,
+	DEMARC_SIGNAL_TRANSFER = 16,
+	DEMARC_SIGNAL_DNS = 17,
+	DEMARC_SIGNAL_ICMP = 18,
+	DEMARC_SIGNAL_BANNER = 19,
+	DEMARC_SIGNAL_DECOY = 20,
+};
+
+/* How a contact failed. Above these: 64 + enum demarc_reason. */
+enum demarc_cause {
+	DEMARC_CAUSE_NONE = 0,
+	DEMARC_CAUSE_REFUSED = 1,   /* reset, or a socket that was not made */
+	DEMARC_CAUSE_TIMEOUT = 2,
+	DEMARC_CAUSE_RESET = 3,     /* after it was established */
+	DEMARC_CAUSE_ABANDONED = 4, /* the caller gave up */
+	DEMARC_CAUSE_UNREACHABLE = 5,
+	DEMARC_CAUSE_DENIED = 64,
+};
+
+struct demarc_signal {
+	__u64 time;
+	__u64 seq;    /* of the ring and CPU, as in demarc_event */
+	__u64 cgroup; /* of the socket, or of the task */
+	__u64 start;  /* of the process */
+	__u64 count;  /* of the same since it was last told; 0 = 1 */
+	__u64 bytes;
+	__u64 back;
+	__u32 cpu;
+	__u32 pid;    /* of the process; 0 = not known */
+	__u32 uid;
+	__u32 subject;
+	__u32 peer;   /* proven or claimed identity; 0 = none */
+	__u32 origin; /* identity behind the accepted connection that it goes back to */
+	__u32 crossing; /* stable number; 0 = none */
+	__u32 epoch;
+	__u32 missed; /* signals of the subject that its quota cost it before this one */
+	__u16 distinct; /* bits of 256 that are set */
+	__u16 length;
+	__u16 labels;
+	__u8 kind;
+	__u8 cause;
+	__u8 direction;
+	__u8 proof;
+	__u8 hops;
+	__u8 zero;
+	struct demarc_tuple tuple; /* opener first */
+	char comm[16];
+	char exe[48]; /* what was executed, from its start; "" = not known */
+};
+
+/*
+ * What an identity was seen to do in one epoch of signals. Nobody else's signals
+ * touch it: who fills it hides nothing but its own repetitions. Of each address and
+ * port one contact is told an epoch, by a Bloom filter of two bits; of the distinct
+ * ports at a peer, and peers on a port, steps are told, by bitmaps of 256 bits.
+ */
+#define DEMARC_SIGNAL_EPOCH (300ULL * 1000000000ULL)
+#define DEMARC_SEEN_MAX 16384
+#define DEMARC_SEEN_SLOTS 3
+struct demarc_distinct {
+	__u32 of; /* hash of the peer, or of the port; 0 = free */
+	__u16 set; /* bits that are set */
+	__u16 told; /* at the last step */
+	__u32 bits[8];
+};
+struct demarc_seen {
+	__u64 began;
+	__u64 due[2];     /* when the next signal of a lane may be told */
+	__u32 missed;
+	__u32 zero;
+	__u32 contacts[32];
+	__u32 deeds[8];
+	struct demarc_distinct ports[DEMARC_SEEN_SLOTS];
+	struct demarc_distinct peers[DEMARC_SEEN_SLOTS];
+};
+/* Lanes: a flood of contacts does not cost a deed its place. */
+enum demarc_lane {
+	DEMARC_LANE_CONTACTS = 0,
+	DEMARC_LANE_DEEDS = 1,
+};
+#define DEMARC_LANE_INTERVAL (50ULL * 1000000ULL) /* ns between two signals in the long run */
+#define DEMARC_LANE_SLACK (128 * DEMARC_LANE_INTERVAL)
+
+/* A connection that came in, or that a stamped task opens, by its socket's cookie. */
+struct demarc_mark {
+	__u64 cookie;
+	__u64 pair;   /* cookie of the other one of the same process; 0 = none */
+	__u64 bytes;  /* this way and back, at its end or when they were last looked at */
+	__u64 back;
+	__u32 subject;
+	__u32 origin; /* identity that opened it, or what it goes back to */
+	__u32 pid;
+	__u8 inbound;
+	__u8 hops;
+	__u8 zero[2];
+};
+#define DEMARC_MARKS 16384
+
+/* The same by its tuple, for the other end on this host. */
+struct demarc_hop {
+	__u64 tuple; /* hash */
+	__u32 origin;
+	__u8 hops;
+	__u8 zero[3];
+};
+#define DEMARC_HOPS 4096
+
+/* What is known of a task. */
+struct demarc_lineage {
+	__u32 subject; /* identity that it had when it was last looked at */
+	__u32 origin;  /* identity behind the connection that it goes back to */
+	__u32 netns;   /* inode of its network namespace then */
+	__u8 hops;     /* 0 = it goes back to no connection */
+	__u8 raw;      /* a raw or packet socket of it was told */
+	__u8 zero[2];
+	__u64 looked;  /* when its files were last looked at */
 };
 
 /* One question to the verdict function, and its answer: the self-test and the

@@ -35,6 +35,7 @@ func TestLayout(t *testing.T) {
 		"demarc_door":         abi.Door{},
 		"demarc_refusal":      abi.Refusal{},
 		"demarc_event":        abi.Event{},
+		"demarc_signal":       abi.Signal{},
 		"demarc_count_key":    abi.CountKey{},
 		"demarc_ring_state":   abi.RingState{},
 		"demarc_query":        abi.Query{},

@@ -79,6 +79,7 @@ struct socket {
 };
 
 struct task_struct;
+struct files_struct;
 
 struct bpf_iter__task_file {
 	struct bpf_iter_meta *meta;
@@ -91,8 +92,39 @@ struct sk_buff {
 	__u8 ip_summed : 2;
 };
 
+struct ns_common {
+	unsigned int inum;
+};
+
+struct net {
+	struct ns_common ns;
+};
+
+struct nsproxy {
+	struct net *net_ns;
+};
+
+typedef struct {
+	unsigned int val;
+} kuid_t;
+
+struct cred {
+	kuid_t uid;
+};
+
+struct css_set {
+	struct cgroup *dfl_cgrp;
+};
+
 struct task_struct {
+	int pid;
 	int tgid;
+	__u64 start_boottime;
+	struct task_struct *group_leader;
+	struct css_set *cgroups;
+	struct nsproxy *nsproxy;
+	const struct cred *cred;
+	struct files_struct *files;
 	char comm[16];
 };
 

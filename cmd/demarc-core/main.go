@@ -24,7 +24,7 @@ import (
 
 const usage = `usage:
   demarc-core [run] --config FILE                  enforce; ends at SIGTERM, enforcement stays
-  demarc-core preflight --config FILE [-o json]    check what enforcement needs; leaves nothing behind
+  demarc-core preflight --config FILE              check what enforcement needs, as JSON; leaves nothing behind
   demarc-core detach --config FILE --yes           end enforcement: remove everything from the kernel
   demarc-core version
 `
@@ -130,26 +130,16 @@ func enforce(ctx context.Context, args []string, stderr io.Writer, getenv func(s
 }
 
 func preflight(args []string, stdout, stderr io.Writer) error {
-	var format string
-	config, err := configure("preflight", args, stderr, func(f *flag.FlagSet) {
-		f.StringVar(&format, "o", "text", "output: text or json")
-	})
+	config, err := configure("preflight", args, stderr, nil)
 	if err != nil {
 		return err
 	}
-	if format != "text" && format != "json" {
-		fmt.Fprintf(stderr, "demarc-core: -o is text or json, not %q\n", format)
-		return errUsage
-	}
 	results := core.Preflight(config)
-	text := []byte(core.FormatChecks(results))
-	if format == "json" {
-		if text, err = json.MarshalIndent(results, "", "  "); err != nil {
-			return err
-		}
-		text = append(text, '\n')
+	text, err := json.MarshalIndent(results, "", "  ")
+	if err != nil {
+		return err
 	}
-	if _, err := stdout.Write(text); err != nil {
+	if _, err := stdout.Write(append(text, '\n')); err != nil {
 		return err
 	}
 	if !core.Passed(results) {

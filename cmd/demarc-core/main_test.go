@@ -25,7 +25,7 @@ func TestRun(t *testing.T) {
 		Status         int
 		Stdout, Stderr string
 	}
-	unknown := bad + ":2:3: unknown key \"bpfs\"\n"
+	unknown := bad + ":2:3: unknown key \"bpfs\": use cgroup_root, bpffs, run_dir, state_dir, trust_dir, keyring, devices, agent_user, quarantine_automatic, guard, log_level, log_format\n"
 	tests := []struct {
 		name string
 		args []string
@@ -44,8 +44,7 @@ func TestRun(t *testing.T) {
 			"demarc-core: read configuration: open " + dir + "/none: no such file or directory\n"}},
 		{"bad detach without yes", []string{"detach", "--config", good}, result{1, "",
 			"demarc-core: detach would end enforcement\nhint: say --yes if that is wanted\n"}},
-		{"bad output", []string{"preflight", "--config", good, "-o", "xml"}, result{2, "",
-			"demarc-core: -o is text or json, not \"xml\"\n"}},
+		{"bad flag of preflight", []string{"preflight", "--config", good, "-o", "json"}, result{2, "", "flag provided but not defined: -o\n" + usage}},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {

@@ -14,7 +14,7 @@ import (
 	"github.com/spf13/cobra"
 )
 
-// check is one line of what "demarc-core preflight -o json" says.
+// check is one line of what "demarc-core preflight" says.
 type check struct {
 	Name    string `json:"name"`
 	OK      bool   `json:"ok"`
@@ -73,7 +73,7 @@ func preflightRun(ctx context.Context, env *environment, o preflightOptions) err
 	if err != nil {
 		return err
 	}
-	core := exec.CommandContext(ctx, path, "preflight", "--config", o.config, "-o", "json")
+	core := exec.CommandContext(ctx, path, "preflight", "--config", o.config)
 	var stdout, stderr bytes.Buffer
 	core.Stdout, core.Stderr = &stdout, &stderr
 	runErr := core.Run()

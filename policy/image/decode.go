@@ -6,9 +6,11 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+
+	"github.com/demarc/demarc/policy/image/layout"
 )
 
-// Decode reads an encoded image. It accepts exactly the bytes that Encode writes
+// Decode reads an encoded image. It accepts exactly the bytes that package encode writes
 // for the image it returns, never panics, and allocates no more than a small
 // multiple of len(b): the sections must fill the image before anything is made
 // for them. It does not judge the content; that is Verify's.
@@ -31,10 +33,10 @@ func Decode(b []byte) (*Image, error) {
 }
 
 // open checks header, table and checksum, and returns the sections.
-func open(b []byte) ([sections]cursor, error) {
-	var body [sections]cursor
-	const first = headerSize + sections*entrySize
-	if len(b) < first+sumSize {
+func open(b []byte) ([layout.Sections]cursor, error) {
+	var body [layout.Sections]cursor
+	const first = layout.HeaderSize + layout.Sections*layout.EntrySize
+	if len(b) < first+layout.SumSize {
 		return body, fmt.Errorf("%d bytes are too few", len(b))
 	}
 	if len(b) > MaxSize {
@@ -44,23 +46,23 @@ func open(b []byte) ([sections]cursor, error) {
 		return body, errors.New("not a policy image")
 	}
 	header := cursor(b[8:first])
-	if v := header.u32(); v != format {
-		return body, fmt.Errorf("format %d, this program reads %d", v, format)
+	if v := header.u32(); v != layout.Format {
+		return body, fmt.Errorf("format %d, this program reads %d", v, layout.Format)
 	}
-	if n := header.u32(); n != sections {
-		return body, fmt.Errorf("%d sections, want %d", n, sections)
+	if n := header.u32(); n != layout.Sections {
+		return body, fmt.Errorf("%d sections, want %d", n, layout.Sections)
 	}
 	if n := header.u64(); n != uint64(len(b)) {
 		return body, fmt.Errorf("header says %d bytes, there are %d", n, len(b))
 	}
-	content, sum := b[:len(b)-sumSize], b[len(b)-sumSize:]
+	content, sum := b[:len(b)-layout.SumSize], b[len(b)-layout.SumSize:]
 	if got := sha256.Sum256(content); string(got[:]) != string(sum) {
 		return body, errors.New("checksum does not match")
 	}
 	offset := uint64(first)
 	for i := range body {
 		start, count := header.u32(), header.u32()
-		end := offset + uint64(count)*uint64(recordSize[i])
+		end := offset + uint64(count)*uint64(layout.RecordSize[i])
 		if uint64(start) != offset || end > uint64(len(content)) {
 			return body, fmt.Errorf("section %d: %d records at %d do not fit", i, count, start)
 		}
@@ -75,7 +77,7 @@ func open(b []byte) ([sections]cursor, error) {
 
 // decoder takes records off the sections. The first error sticks.
 type decoder struct {
-	section [sections]cursor
+	section [layout.Sections]cursor
 	table   []string
 	used    []bool
 	err     error
@@ -83,11 +85,11 @@ type decoder struct {
 
 // strings reads the string table: strictly ascending, together all of the text.
 func (d *decoder) strings() {
-	d.table = make([]string, d.left(sectionStrings))
+	d.table = make([]string, d.left(layout.Strings))
 	d.used = make([]bool, len(d.table))
-	text := string(d.section[sectionText])
+	text := string(d.section[layout.Text])
 	for i := range d.table {
-		n := int(d.section[sectionStrings].u16())
+		n := int(d.section[layout.Strings].u16())
 		if n > len(text) {
 			d.fail("string %d: %d bytes, %d are left", i, n, len(text))
 			return
@@ -98,15 +100,15 @@ func (d *decoder) strings() {
 			return
 		}
 	}
-	d.section[sectionText] = d.section[sectionText][len(d.section[sectionText])-len(text):]
+	d.section[layout.Text] = d.section[layout.Text][len(d.section[layout.Text])-len(text):]
 }
 
 func (d *decoder) policy(img *Image) {
-	if n := d.left(sectionPolicy); n != 1 {
+	if n := d.left(layout.Policy); n != 1 {
 		d.fail("%d policy records, want 1", n)
 		return
 	}
-	c := &d.section[sectionPolicy]
+	c := &d.section[layout.Policy]
 	img.Name = d.str(c)
 	img.Version = c.u64()
 	img.TrustDomain = d.str(c)
@@ -115,36 +117,36 @@ func (d *decoder) policy(img *Image) {
 	img.Mode = Mode(c.u8())
 	img.UnmanagedZone = c.u16()
 	flags := c.u8()
-	if flags&^(flagOutbound|flagInbound) != 0 {
+	if flags&^(layout.FlagOutbound|layout.FlagInbound) != 0 {
 		d.fail("policy flags %#x are unknown", flags)
 	}
-	img.UnmanagedOutbound = flags&flagOutbound != 0
-	img.UnmanagedInbound = flags&flagInbound != 0
+	img.UnmanagedOutbound = flags&layout.FlagOutbound != 0
+	img.UnmanagedInbound = flags&layout.FlagInbound != 0
 }
 
 func (d *decoder) declarations(img *Image) {
-	img.Zones = list(d, sectionZones, d.left(sectionZones), func(c *cursor) Zone {
+	img.Zones = list(d, layout.Zones, d.left(layout.Zones), func(c *cursor) Zone {
 		return Zone{Name: d.str(c), Trust: c.u16()}
 	})
-	img.Workloads = list(d, sectionWorkloads, d.left(sectionWorkloads), func(c *cursor) Workload {
+	img.Workloads = list(d, layout.Workloads, d.left(layout.Workloads), func(c *cursor) Workload {
 		w := Workload{Name: d.str(c), ID: ID(c.u32()), Zone: c.u16()}
-		w.Roles = list(d, sectionRoles, int(c.u16()), func(c *cursor) Role {
+		w.Roles = list(d, layout.Roles, int(c.u16()), func(c *cursor) Role {
 			return Role{Name: d.str(c), Until: int64(c.u64())}
 		})
 		return w
 	})
-	img.Networks = list(d, sectionNetworks, d.left(sectionNetworks), func(c *cursor) Network {
+	img.Networks = list(d, layout.Networks, d.left(layout.Networks), func(c *cursor) Network {
 		n := Network{Name: d.str(c), Zone: c.u16()}
-		n.CIDRs = list(d, sectionCIDRs, int(c.u32()), d.prefix)
+		n.CIDRs = list(d, layout.CIDRs, int(c.u32()), d.prefix)
 		return n
 	})
-	img.Crossings = list(d, sectionCrossings, d.left(sectionCrossings), d.crossing)
-	img.Selectors = list(d, sectionSelectors, d.left(sectionSelectors), func(c *cursor) Selector {
+	img.Crossings = list(d, layout.Crossings, d.left(layout.Crossings), d.crossing)
+	img.Selectors = list(d, layout.Selectors, d.left(layout.Selectors), func(c *cursor) Selector {
 		s := Selector{
 			Workload: c.u32(), Kind: SelectorKind(c.u8()), Path: d.str(c),
 			Namespace: d.str(c), ServiceAccount: d.str(c), Name: d.str(c), Image: d.str(c),
 		}
-		s.Labels = list(d, sectionLabels, int(c.u16()), func(c *cursor) Label {
+		s.Labels = list(d, layout.Labels, int(c.u16()), func(c *cursor) Label {
 			return Label{Key: d.str(c), Value: d.str(c)}
 		})
 		return s
@@ -156,27 +158,27 @@ func (d *decoder) crossing(c *cursor) Crossing {
 	from, to, ports := int(c.u32()), int(c.u32()), int(c.u32())
 	x.Need, x.NAT, x.Log, x.Refuse = Need(c.u8()), NAT(c.u8()), Log(c.u8()), Refuse(c.u8())
 	flags := c.u8()
-	x.Decoy, x.Forensic, x.Side = flags&flagDecoy != 0, flags&flagForensic != 0, Side(flags>>flagsSide)
+	x.Decoy, x.Forensic, x.Side = flags&layout.FlagDecoy != 0, flags&layout.FlagForensic != 0, Side(flags>>layout.FlagsSide)
 	x.Rate, x.Burst = c.u64(), c.u64()
 	x.Since, x.Until = int64(c.u64()), int64(c.u64())
 	x.Purpose = d.str(c)
 	term := func(c *cursor) Term { return Term{Kind: TermKind(c.u8()), Index: c.u32()} }
-	x.From = list(d, sectionTerms, from, term)
-	x.To = list(d, sectionTerms, to, term)
-	x.Ports = list(d, sectionSpans, ports, span)
+	x.From = list(d, layout.Terms, from, term)
+	x.To = list(d, layout.Terms, to, term)
+	x.Ports = list(d, layout.Spans, ports, span)
 	return x
 }
 
 func (d *decoder) tables(img *Image) {
-	img.Ports = list(d, sectionPorts, d.left(sectionPorts), func(c *cursor) PortRange {
+	img.Ports = list(d, layout.Ports, d.left(layout.Ports), func(c *cursor) PortRange {
 		return PortRange{Span: span(c), Class: c.u16()}
 	})
-	img.Addresses = list(d, sectionAddresses, d.left(sectionAddresses), func(c *cursor) Prefix {
+	img.Addresses = list(d, layout.Addresses, d.left(layout.Addresses), func(c *cursor) Prefix {
 		return Prefix{Prefix: d.prefix(c), Class: c.u16()}
 	})
 	// Millions of rules share one array of alternatives.
-	all := list(d, sectionAlternatives, d.left(sectionAlternatives), func(c *cursor) uint32 { return c.u32() })
-	img.Rules = list(d, sectionRules, d.left(sectionRules), func(c *cursor) Rule {
+	all := list(d, layout.Alternatives, d.left(layout.Alternatives), func(c *cursor) uint32 { return c.u32() })
+	img.Rules = list(d, layout.Rules, d.left(layout.Rules), func(c *cursor) Rule {
 		r := Rule{RuleKey: RuleKey{
 			Subject: ID(c.u32()), Peer: Peer(c.u32()), Class: c.u16(), Direction: Direction(c.u8()),
 		}}
@@ -210,7 +212,7 @@ func (d *decoder) finish() {
 }
 
 // left is the number of records that a section still has.
-func (d *decoder) left(section int) int { return len(d.section[section]) / recordSize[section] }
+func (d *decoder) left(section int) int { return len(d.section[section]) / layout.RecordSize[section] }
 
 // list takes n records off a section; nil for none. After an error it takes none.
 func list[T any](d *decoder, section, n int, read func(*cursor) T) []T {
@@ -224,7 +226,7 @@ func list[T any](d *decoder, section, n int, read func(*cursor) T) []T {
 	out := make([]T, n)
 	var record cursor
 	for i := range out {
-		record = d.section[section].take(recordSize[section])
+		record = d.section[section].take(layout.RecordSize[section])
 		out[i] = read(&record)
 		if d.err != nil {
 			return nil

@@ -10,7 +10,12 @@ package image
 
 import (
 	"net/netip"
+
+	"github.com/demarc/demarc/policy/image/layout"
 )
+
+// Magic is what every encoded image starts with.
+const Magic = layout.Magic
 
 // Bounds of an image. They are also the sizes of the kernel's maps, so an image
 // that keeps them always fits. A policy beyond them is a compile error.
@@ -141,7 +146,7 @@ const (
 	RefuseDrop   Refuse = 1
 )
 
-// Image is one compiled policy. Slices are sorted as their element says; Encode
+// Image is one compiled policy. Slices are sorted as their element says; package encode
 // writes exactly one byte sequence for one Image and Decode accepts no other.
 type Image struct {
 	Name        string // metadata.name

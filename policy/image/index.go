@@ -79,6 +79,9 @@ func (x *Index) Decide(q Query) Decision {
 	}
 
 	d := x.declared(q)
+	if d.Verdict == abi.Allow && d.Crossing >= 0 && x.img.Crossings[d.Crossing].Decoy {
+		d.Verdict, d.Reason = abi.Deny, abi.DecoyTouched
+	}
 	if q.Quarantined && (d.Crossing < 0 || !x.img.Crossings[d.Crossing].Forensic) {
 		return refuse(abi.Quarantined)
 	}

@@ -311,16 +311,24 @@ func TestBaseThatAllowsAll(t *testing.T) {
 	}
 }
 
-// What would break a rule of the base is for a person to decide.
+// What would break a rule of the base is for a person to decide: here a way from the
+// edge to the data that skips the tier between them.
 func TestBaseKeepsItsRules(t *testing.T) {
-	p := extended(t, seen{to: db, source: "192.0.2.9:1234", target: "10.0.0.2:5432"}, seen{from: web, to: db, target: "10.0.0.2:5433"})
-	for _, a := range p.Added {
-		if strings.Contains(a, "192") {
-			t.Logf("added %s", a)
-		}
+	text := strings.Replace(base, "data: {trust: 20}", "app: {trust: 15}, data: {trust: 20}", 1)
+	text = strings.Replace(text, "limit: {connections: 5/s}", "waive: {rule: no-skip, reason: legacy}, limit: {connections: 5/s}", 1)
+	b, err := policy.Parse("base.yaml", []byte(text))
+	if err != nil {
+		t.Fatal(err)
 	}
-	if _, err := policy.Parse("x", p.Text); err != nil {
-		t.Error(err)
+	p, err := learner(Options{Base: b}, seen{from: web, to: db, target: "10.0.0.2:5433"}, seen{from: db, to: web, target: "10.0.0.1:80", source: "10.0.0.2:9"}).Propose()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if d := cmp.Diff([]string{"crossing db-web: workload/db -> workload/web tcp/80"}, p.Added); d != "" {
+		t.Errorf("added (-want +got):\n%s", d)
+	}
+	if len(p.Refused) != 1 || !strings.Contains(p.Refused[0], "workload/web -> workload/db tcp/5433: ") || !strings.Contains(p.Refused[0], "skips a level in between") {
+		t.Errorf("refused %q", p.Refused)
 	}
 }
 

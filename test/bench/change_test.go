@@ -22,6 +22,7 @@ import (
 	"github.com/demarc/demarc/agent/api"
 	"github.com/demarc/demarc/policy"
 	"github.com/demarc/demarc/policy/image"
+	"github.com/demarc/demarc/policy/image/encode"
 	"github.com/demarc/demarc/policy/policytest"
 	"github.com/demarc/demarc/test/netlab"
 )
@@ -72,7 +73,7 @@ func TestChange(t *testing.T) {
 		version++
 		img := images[which]
 		img.Version, img.Digest = version, sha256.Sum256(fmt.Append(nil, version))
-		encoded, err := img.Encode()
+		encoded, err := encode.Image(img)
 		check(t, err)
 		outcome.Image = len(encoded)
 		ctx, cancel := context.WithTimeout(context.Background(), 5*time.Minute)

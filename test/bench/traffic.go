@@ -77,7 +77,7 @@ const (
 // slots are how often every configuration runs within a round. What else the machine
 // does comes in bursts: short runs in turns meet the same ones, and a median over them
 // leaves out the few that one configuration met alone.
-const slots = 6
+const slots = 4
 
 // Round is every configuration's runs under one mode, taken in turns.
 type Round struct {
@@ -86,7 +86,7 @@ type Round struct {
 	Results map[string][]Result `json:"results"`
 }
 
-// metric is the median over a configuration's runs.
+// metric is the median over a configuration's runs; 0 if nothing came through.
 func (r *Round) metric(name string) float64 {
 	return r.median(name, r.Mode.metric)
 }
@@ -94,7 +94,9 @@ func (r *Round) metric(name string) float64 {
 func (r *Round) median(name string, of func(Result) float64) float64 {
 	var all []float64
 	for _, result := range r.Results[name] {
-		all = append(all, of(result))
+		if result.Operations > 0 { // otherwise it says what was lost, and nothing else
+			all = append(all, of(result))
+		}
 	}
 	return spread(all).Median
 }

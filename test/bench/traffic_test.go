@@ -28,7 +28,7 @@ func TestTraffic(t *testing.T) {
 		if rounds, err = strconv.Atoi(full); err != nil || rounds < 1 {
 			t.Fatalf("%s=%q is no number of rounds", roundsVariable, full)
 		}
-		turns, tuples = slots, 10_000
+		turns, seconds, tuples = slots, 0.2, 10_000
 	}
 	outcome := Traffic{Machine: describeMachine(), Tuples: tuples}
 	b := build(t, tuples)
@@ -55,9 +55,6 @@ func TestTraffic(t *testing.T) {
 				for _, p := range order {
 					before := b.admitted(p)
 					result := b.run(p, mode, seconds)
-					if result.Operations == 0 {
-						t.Fatalf("%s, %s: nothing came through: %+v", p.name, mode, result)
-					}
 					if p.name == demarc {
 						after := b.admitted(p)
 						b.accounted(mode, result.Made, [2]uint64{after[0] - before[0], after[1] - before[1]})
@@ -65,6 +62,11 @@ func TestTraffic(t *testing.T) {
 					}
 					r.Order = append(r.Order, p.name)
 					r.Results[p.name] = append(r.Results[p.name], result)
+				}
+			}
+			for _, p := range b.pairs {
+				if r.metric(p.name) == 0 {
+					t.Fatalf("%s, %s: nothing came through: %+v", p.name, mode, r.Results[p.name])
 				}
 			}
 			outcome.Rounds = append(outcome.Rounds, r)

@@ -32,11 +32,11 @@ func resident(t *testing.T, pid int) int {
 	return 0
 }
 
-// 10,000 containers of a workload come and go, 250 at a time, and some of each
+// 5,000 containers of a workload come and go, 250 at a time, and some of each
 // generation are refused something. In the end the agent shows as many series as before, and
 // is no larger.
 func TestContainersComeAndGo(t *testing.T) {
-	const each, generations = 250, 40
+	const each, generations = 250, 20
 	e := newEnds(t, cliBody, netlab.NodeOptions{Metrics: metricsAt})
 	count := func() (n int, body string) {
 		t.Helper()

@@ -297,7 +297,11 @@ func TestDashboard(t *testing.T) {
 	if !m.client.reaches(m.at4(7000)) || m.client.reaches(m.at4(7001)) {
 		t.Fatal("verdicts are not those of the policy")
 	}
+	for port := uint16(7100); port < 7150; port++ { // a scan
+		m.client.reaches(m.at4(port))
+	}
 	m.await(`demarc_verdicts_total{verdict="deny"}`)
+	m.await("demarc_findings_total")
 	m.await("count_over_time(demarc_change_deadline_timestamp_seconds[1m]) > 2")
 
 	text, err := os.ReadFile("../../deploy/grafana/demarc.json")

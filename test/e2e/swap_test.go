@@ -12,7 +12,7 @@ import (
 
 	"github.com/cilium/ebpf"
 
-	"github.com/demarc/demarc/agent/core/proto"
+	"github.com/demarc/demarc/agent/coreclient"
 	"github.com/demarc/demarc/bpf/abi"
 	"github.com/demarc/demarc/test/netlab"
 )
@@ -56,7 +56,7 @@ func TestJ11X15SwapMidPacket(t *testing.T) {
 	slices.Sort(ports)
 	call[bool](e.client, "StartAttempts", AttemptArgs{To: ports, Every: 2 * time.Millisecond})
 
-	client, err := proto.Dial(context.Background(), e.node.Dir()+"/core/core.sock")
+	client, err := coreclient.Dial(context.Background(), e.node.Dir()+"/core/core.sock")
 	if err != nil {
 		t.Fatal(err)
 	}

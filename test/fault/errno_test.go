@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/demarc/demarc/agent/core/proto"
+	"github.com/demarc/demarc/agent/coreclient"
 )
 
 // errnos are what a call may fail with that worked before.
@@ -127,7 +128,7 @@ func TestX11FailApply(t *testing.T) {
 }
 
 // applied puts the next version in force, which has to work.
-func (s *scene) applied(client *proto.Client) {
+func (s *scene) applied(client *coreclient.Client) {
 	s.t.Helper()
 	s.version++
 	status, err := client.Apply(s.image(s.version), 0)

@@ -199,7 +199,7 @@ type limit struct{ text, fix string }
 func (s *scene) preflight(m Machine, decide func(*Call) Answer) verdict {
 	s.t.Helper()
 	c := s.node.CoreCommand()
-	c.Args = []string{"preflight", "--config", s.node.CoreConfig(), "-o", "json"}
+	c.Args = []string{"preflight", "--config", s.node.CoreConfig()}
 	p := Supervise(s.t, s.lab, s.host, s.lab.Cgroup("daemons"), c, m, decide)
 	status := p.Gone(s.t, time.Minute)
 	var checks []core.Check

@@ -9,6 +9,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/demarc/demarc/agent/core/proto"
+	"github.com/demarc/demarc/agent/coreclient"
 	"github.com/demarc/demarc/test/netlab"
 )
 
@@ -138,8 +139,8 @@ func (s *scene) await(packets int) {
 
 // change is what a client asks of a core that is then killed.
 type change struct {
-	prepare func(*proto.Client) (*proto.Status, error) // before, undisturbed; nil = nothing
-	ask     func(*proto.Client) (*proto.Status, error)
+	prepare func(*coreclient.Client) (*proto.Status, error) // before, undisturbed; nil = nothing
+	ask     func(*coreclient.Client) (*proto.Status, error)
 	trial   bool // nobody confirms it: a start takes it back
 }
 
@@ -148,7 +149,7 @@ type change struct {
 func TestX1KillApply(t *testing.T) {
 	s := newScene(t)
 	s.traffic()
-	s.killChanges(change{ask: func(client *proto.Client) (*proto.Status, error) {
+	s.killChanges(change{ask: func(client *coreclient.Client) (*proto.Status, error) {
 		return client.Apply(s.image(s.version+1), 0)
 	}})
 }
@@ -159,14 +160,14 @@ func TestX1KillRollback(t *testing.T) {
 	s.version++
 	s.node.Apply(policy(s.version))
 	s.traffic()
-	s.killChanges(change{ask: (*proto.Client).Rollback})
+	s.killChanges(change{ask: (*coreclient.Client).Rollback})
 }
 
 // A change for a time: whoever starts takes it back.
 func TestX1KillTrial(t *testing.T) {
 	s := newScene(t)
 	s.traffic()
-	s.killChanges(change{trial: true, ask: func(client *proto.Client) (*proto.Status, error) {
+	s.killChanges(change{trial: true, ask: func(client *coreclient.Client) (*proto.Status, error) {
 		return client.Apply(s.image(s.version+1), time.Hour)
 	}})
 }
@@ -175,7 +176,7 @@ func TestX1KillTrial(t *testing.T) {
 func TestX1KillConfirm(t *testing.T) {
 	s := newScene(t)
 	s.traffic()
-	s.killChanges(change{ask: (*proto.Client).Confirm, prepare: func(client *proto.Client) (*proto.Status, error) {
+	s.killChanges(change{ask: (*coreclient.Client).Confirm, prepare: func(client *coreclient.Client) (*proto.Status, error) {
 		return client.Apply(s.image(s.version+1), time.Hour)
 	}})
 }

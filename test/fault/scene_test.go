@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/demarc/demarc/agent/core/proto"
+	"github.com/demarc/demarc/agent/coreclient"
 	"github.com/demarc/demarc/test/netlab"
 )
 
@@ -210,7 +211,7 @@ func (s *scene) supervise(m Machine, decide func(*Call) Answer) *Supervised {
 
 // ready waits until a core answers, or has ended: then there is no client. The
 // caller closes it.
-func (s *scene) ready(core *Supervised) *proto.Client {
+func (s *scene) ready(core *Supervised) *coreclient.Client {
 	s.t.Helper()
 	for end := time.Now().Add(time.Minute); time.Now().Before(end); time.Sleep(2 * time.Millisecond) {
 		if client, err := s.dial(); err == nil {
@@ -226,10 +227,10 @@ func (s *scene) ready(core *Supervised) *proto.Client {
 	return nil
 }
 
-func (s *scene) dial() (*proto.Client, error) {
+func (s *scene) dial() (*coreclient.Client, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
 	defer cancel()
-	client, err := proto.Dial(ctx, s.node.CoreSocket())
+	client, err := coreclient.Dial(ctx, s.node.CoreSocket())
 	if err != nil {
 		return nil, err
 	}

@@ -66,6 +66,7 @@ func TestContacts(t *testing.T) {
 	trap := l.host.Probe(l.node.Cgroup("/lab/trap"))
 	trap.Must(probe.Call{Op: "serve", Address: ":3306"})
 	runAll(t, scenarios, func(i int, _ *scenario) *run { return &run{lab: l, workload: workloads[i]} })
+	l.record()
 }
 
 // address is one of many that the first target has.

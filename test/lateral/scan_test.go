@@ -55,6 +55,7 @@ func TestScansFromWorkload(t *testing.T) {
 	l.node = l.lab.Node(l.policy(workloads, ""), netlab.NodeOptions{Home: host.Namespace})
 	l.dial()
 	runAll(t, scenarios, func(i int, _ *scenario) *run { return &run{lab: l, workload: workloads[i]} })
+	l.record()
 }
 
 // Scans from a machine without demarc: what reaches a workload's ports is judged
@@ -95,4 +96,5 @@ func TestScansFromOutside(t *testing.T) {
 	runAll(t, scenarios, func(i int, _ *scenario) *run {
 		return &run{lab: l, workload: fmt.Sprintf("outside%d", i), source: sources[i]}
 	})
+	l.record()
 }

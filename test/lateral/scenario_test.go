@@ -1,9 +1,12 @@
 package lateral_test
 
 import (
+	"bytes"
 	"cmp"
+	"encoding/json"
 	"fmt"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -88,7 +91,7 @@ func table(t *testing.T, results []result) {
 		if r.found.ID == "" {
 			continue
 		}
-		fmt.Fprintf(w, "| %s\t| %s\t| %s\t| %s\t| %s\t| %s\t| %s\t|\n", r.name, r.technique, r.found.Detector, r.found.Severity, cmp.Or(r.process, "the party"), r.delay.Round(10*time.Millisecond), r.within)
+		fmt.Fprintf(w, "| %s\t| %s\t| %s\t| %s\t| %s\t| %s\t| %s\t|\n", r.name, r.technique, r.found.Detector, r.found.Severity, cmp.Or(r.process, "the subject"), r.delay.Round(10*time.Millisecond), r.within)
 	}
 	w.Flush()
 	t.Logf("found:\n%s", b.String())
@@ -115,6 +118,26 @@ func runAll(t *testing.T, scenarios []scenario, start func(i int, s *scenario) *
 	}
 	group.Wait()
 	table(t, results)
+}
+
+// record writes what the kernel told to a file, in the directory that DEMARC_RECORD
+// names, for tests that run the detectors on it and for trying thresholds.
+func (l *lab) record() {
+	l.t.Helper()
+	dir := os.Getenv("DEMARC_RECORD")
+	if dir == "" {
+		return
+	}
+	var b bytes.Buffer
+	encoder := json.NewEncoder(&b)
+	for _, f := range l.node.Flows() {
+		if err := encoder.Encode(detect.Event{Flow: &f}); err != nil {
+			l.t.Fatal(err)
+		}
+	}
+	if err := os.WriteFile(filepath.Join(dir, l.t.Name()+".jsonl"), b.Bytes(), 0o644); err != nil {
+		l.t.Fatal(err)
+	}
 }
 
 // quick leaves out what only `make lateral` runs.

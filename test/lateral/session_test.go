@@ -56,6 +56,7 @@ func TestSSHChains(t *testing.T) {
 		results = append(results, r.await(&s.scenario))
 	}
 	table(t, results)
+	l.record()
 	if f := l.findings(detect.Filter{Workload: "hop1", Severity: detect.Medium}); len(f) > 0 {
 		t.Errorf("two connections in a row are more than low:\n%s", describe(f))
 	}

@@ -17,6 +17,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/demarc/demarc/agent/core/proto"
+	"github.com/demarc/demarc/agent/coreclient"
+	"github.com/demarc/demarc/agent/detect"
 	"github.com/demarc/demarc/agent/flow"
 	"github.com/demarc/demarc/bpf/abi"
 	"github.com/demarc/demarc/policy/image"
@@ -25,14 +27,15 @@ import (
 // book is what a node's kernel has told so far, and the names to read it with. It
 // outlives the core.
 type book struct {
-	names  flow.Book
-	mu     sync.Mutex
-	events []abi.Event
+	names   flow.Book
+	mu      sync.Mutex
+	events  []abi.Event
+	signals []abi.Signal
 }
 
 // coreLink is the test's own connection to a core.
 type coreLink struct {
-	client      *proto.Client
+	client      *coreclient.Client
 	descriptors *proto.Descriptors
 	book        *book
 	rings       []*ringbuf.Reader
@@ -45,7 +48,7 @@ type coreLink struct {
 func dialCore(socket string, events bool, b *book) (*coreLink, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 	defer cancel()
-	client, err := proto.Dial(ctx, socket)
+	client, err := coreclient.Dial(ctx, socket)
 	if err != nil {
 		return nil, err
 	}
@@ -61,11 +64,41 @@ func dialCore(socket string, events bool, b *book) (*coreLink, error) {
 				return nil, err
 			}
 		}
+		if err := l.readSignals(l.descriptors.Signals); err != nil {
+			l.close()
+			return nil, err
+		}
 	}
 	return l, nil
 }
 
+func (l *coreLink) readSignals(f *os.File) error {
+	return l.readRing(f, func(b []byte) error {
+		var s abi.Signal
+		if err := detect.DecodeRecord(b, &s); err != nil {
+			return err
+		}
+		l.book.mu.Lock()
+		l.book.signals = append(l.book.signals, s)
+		l.book.mu.Unlock()
+		return nil
+	})
+}
+
 func (l *coreLink) read(f *os.File) error {
+	return l.readRing(f, func(b []byte) error {
+		var e abi.Event
+		if err := flow.DecodeEvent(b, &e); err != nil {
+			return err
+		}
+		l.book.mu.Lock()
+		l.book.events = append(l.book.events, e)
+		l.book.mu.Unlock()
+		return nil
+	})
+}
+
+func (l *coreLink) readRing(f *os.File, take func([]byte) error) error {
 	m, err := openMap(f)
 	if err != nil {
 		return err
@@ -82,13 +115,9 @@ func (l *coreLink) read(f *os.File) error {
 			if err := r.ReadInto(&record); err != nil {
 				return
 			}
-			var e abi.Event
-			if err := flow.DecodeEvent(record.RawSample, &e); err != nil {
+			if err := take(record.RawSample); err != nil {
 				panic(err)
 			}
-			l.book.mu.Lock()
-			l.book.events = append(l.book.events, e)
-			l.book.mu.Unlock()
 		}
 	})
 	return nil
@@ -218,7 +247,52 @@ func (n *Node) AwaitDenied(reason abi.Reason, proto uint8, to Place) flow.Flow {
 func (n *Node) Forget() {
 	n.book.mu.Lock()
 	defer n.book.mu.Unlock()
-	n.book.events = nil
+	n.book.events, n.book.signals = nil, nil
+}
+
+// Signals returns what the kernel has told so far, oldest first; only on a node
+// without agent.
+func (n *Node) Signals() []detect.Signal {
+	n.lab.t.Helper()
+	if !n.options.CoreOnly {
+		n.lab.t.Fatal("the agent of this node reads the signals")
+	}
+	r := flow.Resolver{Book: &n.book.names, Wall: func(boot uint64) time.Time { return time.Unix(0, int64(boot)) }}
+	n.book.mu.Lock()
+	defer n.book.mu.Unlock()
+	signals := make([]detect.Signal, len(n.book.signals))
+	for i := range n.book.signals {
+		signals[i] = *detect.SignalOf(&r, &n.book.signals[i])
+	}
+	return signals
+}
+
+// AwaitSignal waits until the kernel has told of a signal that matches.
+func (n *Node) AwaitSignal(what string, match func(detect.Signal) bool) detect.Signal {
+	n.lab.t.Helper()
+	end := time.Now().Add(10 * time.Second)
+	for {
+		signals := n.Signals()
+		for _, s := range signals {
+			if match(s) {
+				return s
+			}
+		}
+		if time.Now().After(end) {
+			var seen strings.Builder
+			for _, s := range signals {
+				fmt.Fprintf(&seen, "  %s\n", DescribeSignal(s))
+			}
+			n.lab.t.Fatalf("no signal of %s; there are:\n%s", what, &seen)
+		}
+		time.Sleep(5 * time.Millisecond)
+	}
+}
+
+// DescribeSignal says a signal in a line.
+func DescribeSignal(s detect.Signal) string {
+	return fmt.Sprintf("%s %s pid %d %s exe %q to %s %s %s, cause %q, hops %d of %d, crossing %q, %+v", s.Kind, s.Workload, s.PID, s.Comm, s.Exe,
+		s.Peer.Label(), s.Protocol, s.Peer.Place(), s.Cause, s.Hops, s.Origin, s.Crossing, s.Values)
 }
 
 // Describe says a flow in a line.

@@ -28,8 +28,7 @@ type Key struct {
 	Print  [sha256.Size]byte
 
 	secret *[KeySize]byte // on the heap, so that no copy stays on an old stack; nil = wiped
-	line   int
-	column int
+	place  string         // in the file
 }
 
 // Ring is a set of keys, by epoch.
@@ -76,11 +75,7 @@ func New(epoch uint8) (Key, error) {
 	if _, err := rand.Read(secret[:]); err != nil {
 		return Key{}, fmt.Errorf("make key: %w", err)
 	}
-	return newKey(epoch, secret), nil
-}
-
-func newKey(epoch uint8, secret *[KeySize]byte) Key {
-	return Key{Epoch: epoch, secret: secret, Print: sha256.Sum256(secret[:])}
+	return Key{Epoch: epoch, secret: secret, Print: sha256.Sum256(secret[:])}, nil
 }
 
 // Wipe overwrites all keys.

@@ -2,15 +2,14 @@ package keyring
 
 import (
 	"bytes"
+	"crypto/sha256"
 	"encoding/hex"
-	"encoding/json"
-	"errors"
 	"fmt"
-	"io"
 	"slices"
 	"strconv"
 	"time"
 
+	"github.com/demarc/demarc/agent/core/strict"
 	"github.com/demarc/demarc/bpf/abi"
 )
 
@@ -21,8 +20,8 @@ import (
 // Nothing may be unknown, twice, or behind it. Errors start with file:line:col and
 // never show a key. The text is overwritten where keys stood in it.
 func Parse(file string, text []byte) (_ *Ring, err error) {
-	p := parser{file: file, text: text, secrets: takeSecrets(text)}
-	p.decoder = json.NewDecoder(bytes.NewReader(text))
+	p := parser{secrets: takeSecrets(text)}
+	p.Reader = strict.New(file, text)
 	r := &Ring{}
 	defer func() {
 		for _, s := range p.secrets {
@@ -39,7 +38,7 @@ func Parse(file string, text []byte) (_ *Ring, err error) {
 		if bad.at == nil {
 			return nil, fmt.Errorf("%s: %s", file, bad.text)
 		}
-		return nil, fmt.Errorf("%s:%d:%d: %s", file, bad.at.line, bad.at.column, bad.text)
+		return nil, fmt.Errorf("%s: %s", bad.at.place, bad.text)
 	}
 	slices.SortFunc(r.Keys, func(a, b Key) int { return int(a.Epoch) - int(b.Epoch) })
 	return r, nil
@@ -78,174 +77,92 @@ func takeSecrets(text []byte) [][KeySize]byte {
 func isHex(b byte) bool { return '0' <= b && b <= '9' || 'a' <= b && b <= 'f' || 'A' <= b && b <= 'F' }
 
 type parser struct {
-	file    string
-	text    []byte
-	decoder *json.Decoder
-	at      int // where the current token or value starts
+	*strict.Reader
 	secrets [][KeySize]byte
 }
 
 func (p *parser) ring(r *Ring) error {
-	if err := p.delimiter('{', "a JSON object"); err != nil {
-		return err
-	}
-	if token, err := p.token(); err != nil {
-		return err
-	} else if token == json.Delim('}') {
-		return p.fail(`the object holds no "keys"`)
-	} else if token != "keys" {
-		return p.fail("unknown key: only %q is known here", "keys")
-	}
-	if err := p.delimiter('[', "a list"); err != nil {
-		return err
-	}
-	for p.decoder.More() {
-		k, err := p.key()
-		if err != nil {
+	given := false
+	err := p.Object(func(string) error {
+		given = true
+		return p.List(func() error {
+			k, err := p.key()
+			if r.Keys = append(r.Keys, k); err == nil && len(r.Keys) > abi.Epochs {
+				err = p.Fail("more than %d keys", abi.Epochs)
+			}
 			return err
-		}
-		r.Keys = append(r.Keys, k)
-		if len(r.Keys) > abi.Epochs {
-			return p.fail("more than %d keys", abi.Epochs)
-		}
-	}
-	if _, err := p.token(); err != nil { // the closing bracket
+		})
+	}, "keys")
+	if err != nil {
 		return err
 	}
-	if token, err := p.token(); err != nil {
-		return err
-	} else if token != json.Delim('}') {
-		return p.fail("unknown key or the same one twice: only %q is known here", "keys")
+	if !given {
+		return p.Fail(`the object holds no "keys"`)
 	}
-	p.advance()
-	if _, err := p.decoder.Token(); !errors.Is(err, io.EOF) {
-		return p.fail("something follows the object")
-	}
-	return nil
+	return p.End()
 }
 
-func (p *parser) key() (k Key, err error) {
-	if err := p.delimiter('{', "an object"); err != nil {
-		return k, err
-	}
-	start := p.at
-	seen := map[string]bool{}
-	var secret *[KeySize]byte
-	for p.decoder.More() {
-		token, err := p.token()
-		if err != nil {
-			return k, err
-		}
-		name, _ := token.(string)
-		if seen[name] {
-			return k, p.fail("%q is given twice", name)
-		}
-		switch name {
+func (p *parser) key() (Key, error) {
+	p.Next()
+	k := Key{place: p.Position()}
+	numbered := false
+	err := p.Object(func(key string) (err error) {
+		switch key {
 		case "epoch":
-			k.Epoch, err = p.epoch()
+			numbered, err = true, p.epoch(&k.Epoch)
 		case "key":
-			secret, err = p.secret()
+			k.secret, err = p.secret()
 		case "accept":
-			k.Accept, err = p.time()
+			err = p.time(&k.Accept)
 		case "send":
-			k.Send, err = p.time()
+			err = p.time(&k.Send)
 		case "until":
-			k.Until, err = p.time()
-		default:
-			return k, p.fail("unknown key %q: use epoch, key, accept, send, until", name)
+			err = p.time(&k.Until)
 		}
-		if err != nil {
-			return k, err
-		}
-		seen[name] = true
+		return err
+	}, "epoch", "key", "accept", "send", "until")
+	if err == nil && (!numbered || k.secret == nil) {
+		err = fmt.Errorf(`%s: a key needs "epoch" and "key"`, k.place)
 	}
-	if _, err := p.token(); err != nil { // the closing brace
-		return k, err
+	if err == nil {
+		k.Print = sha256.Sum256(k.secret[:])
 	}
-	p.at = start
-	if !seen["epoch"] || !seen["key"] {
-		return k, p.fail(`a key needs "epoch" and "key"`)
-	}
-	line, column := p.position()
-	made := newKey(k.Epoch, secret)
-	made.Accept, made.Send, made.Until, made.line, made.column = k.Accept, k.Send, k.Until, line, column
-	return made, nil
+	return k, err
 }
 
-func (p *parser) epoch() (uint8, error) {
+func (p *parser) epoch(out *uint8) error {
 	var n uint64
-	p.advance()
-	if err := p.decoder.Decode(&n); err != nil || n >= abi.Epochs {
-		return 0, p.fail("an epoch is a number from 0 to %d", abi.Epochs-1)
+	if err := p.Value(&n); err != nil || n >= abi.Epochs {
+		return p.Fail("an epoch is a number from 0 to %d", abi.Epochs-1)
 	}
-	return uint8(n), nil
+	*out = uint8(n)
+	return nil
 }
 
 // secret takes the key that a number stands for. It is looked for in the text as
 // it is: digits written as escapes are no number of ours.
 func (p *parser) secret() (*[KeySize]byte, error) {
 	var text string
-	p.advance()
-	raw := p.text[p.at:]
-	if err := p.decoder.Decode(&text); err == nil && len(text) == 2*KeySize && bytes.HasPrefix(raw, []byte(`"`+text+`"`)) {
+	raw := p.Next()
+	if err := p.Value(&text); err == nil && len(text) == 2*KeySize && bytes.HasPrefix(raw, []byte(`"`+text+`"`)) {
 		if n, err := strconv.ParseUint(text, 10, 64); err == nil && n >= 1 && n <= uint64(len(p.secrets)) {
 			secret := new([KeySize]byte)
 			*secret = p.secrets[n-1]
 			return secret, nil
 		}
 	}
-	return nil, p.fail("a key is %d hex digits", 2*KeySize)
+	return nil, p.Fail("a key is %d hex digits", 2*KeySize)
 }
 
-func (p *parser) time() (time.Time, error) {
+func (p *parser) time(out *time.Time) error {
 	var text string
-	p.advance()
-	if err := p.decoder.Decode(&text); err == nil {
+	if err := p.Value(&text); err == nil {
 		if t, err := time.Parse(time.RFC3339, text); err == nil && t.Nanosecond() == 0 && t.Unix() > 0 {
-			return t.UTC(), nil
+			*out = t.UTC()
+			return nil
 		}
 	}
-	return time.Time{}, p.fail("a time is like 2026-01-31T12:00:00Z, in whole seconds")
-}
-
-func (p *parser) delimiter(want json.Delim, what string) error {
-	token, err := p.token()
-	if err == nil && token != want {
-		return p.fail("%s is needed here", what)
-	}
-	return err
-}
-
-func (p *parser) token() (json.Token, error) {
-	p.advance()
-	token, err := p.decoder.Token()
-	var syntax *json.SyntaxError
-	switch {
-	case errors.As(err, &syntax):
-		p.at = max(p.at, int(syntax.Offset)-1)
-		return nil, p.fail("%v", err)
-	case err != nil:
-		return nil, p.fail("the file ends too early")
-	}
-	return token, nil
-}
-
-// advance moves to the first byte of the next token.
-func (p *parser) advance() {
-	p.at = int(p.decoder.InputOffset())
-	for p.at < len(p.text) && bytes.IndexByte([]byte(" \t\r\n:,"), p.text[p.at]) >= 0 {
-		p.at++
-	}
-}
-
-func (p *parser) fail(format string, args ...any) error {
-	line, column := p.position()
-	return fmt.Errorf("%s:%d:%d: %s", p.file, line, column, fmt.Sprintf(format, args...))
-}
-
-func (p *parser) position() (line, column int) {
-	before := p.text[:min(p.at, len(p.text))]
-	return 1 + bytes.Count(before, []byte("\n")), len(before) - bytes.LastIndexByte(before, '\n')
+	return p.Fail("a time is like 2026-01-31T12:00:00Z, in whole seconds")
 }
 
 // encode writes a ring as Parse reads it, one key a line. The caller wipes it.

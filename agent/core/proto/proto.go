@@ -14,7 +14,7 @@ import (
 )
 
 // Version of the protocol. Both sides must speak the same one.
-const Version = 1
+const Version = 2
 
 // MaxFrame bounds a frame's JSON, in bytes. Images travel as descriptors.
 const MaxFrame = 1 << 20
@@ -81,6 +81,7 @@ type Hello struct {
 type Descriptors struct {
 	Denied   *os.File // ring of denials and alerts
 	Allowed  *os.File // ring of allowed flows
+	Signals  *os.File // ring of signals
 	Counts   *os.File // abi.CountKey -> per-CPU uint64
 	Rings    *os.File // ring number -> per-CPU abi.RingState
 	Faults   *os.File // abi.Fault -> per-CPU uint64
@@ -130,6 +131,7 @@ type Status struct {
 	Links       []Link       `json:"links,omitempty"`
 	Claims      int          `json:"claims"` // paths bound by the agent
 	Quarantines []Quarantine `json:"quarantines,omitempty"`
+	Blind       []string     `json:"blind,omitempty"` // sources of signals that this kernel does not give
 	Keys        []TagKey     `json:"keys,omitempty"`
 	Proved      time.Time    `json:"proved,omitzero"` // when the canary last proved that the kernel enforces
 	Drifts      uint64       `json:"drifts"`          // things found changed since this core started, each look at each counted
@@ -177,3 +179,20 @@ type Cut struct {
 	Inbound bool           `json:"inbound,omitempty"` // the other end opened it; false if that is not known
 	Reason  string         `json:"reason"`
 }
+
+// Places lists where each descriptor goes, in the order of the wire.
+func (d *Descriptors) Places() []**os.File {
+	return []**os.File{&d.Denied, &d.Allowed, &d.Signals, &d.Counts, &d.Rings, &d.Faults, &d.Bindings, &d.State}
+}
+
+// Files lists the descriptors in the order of the wire.
+func (d *Descriptors) Files() []*os.File {
+	var files []*os.File
+	for _, place := range d.Places() {
+		files = append(files, *place)
+	}
+	return files
+}
+
+// Close closes all of them.
+func (d *Descriptors) Close() { CloseFiles(d.Files()) }

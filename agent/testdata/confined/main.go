@@ -20,6 +20,7 @@ import (
 
 	"github.com/demarc/demarc/agent"
 	"github.com/demarc/demarc/agent/core/proto"
+	"github.com/demarc/demarc/agent/coreclient"
 )
 
 // world is what an attempt may use.
@@ -104,7 +105,7 @@ func run(file, core, name string) error {
 	if err != nil {
 		return err
 	}
-	client, err := proto.Dial(context.Background(), config.Core)
+	client, err := coreclient.Dial(context.Background(), config.Core)
 	if err != nil {
 		return err
 	}

@@ -1,4 +1,5 @@
-package proto
+// Package coreclient is the agent's end of a connection to the core.
+package coreclient
 
 import (
 	"context"
@@ -8,6 +9,8 @@ import (
 	"os"
 	"sync"
 	"time"
+
+	"github.com/demarc/demarc/agent/core/proto"
 )
 
 // Timeout bounds one request and its answer. Applying a large image takes the
@@ -36,15 +39,15 @@ func Dial(ctx context.Context, path string) (*Client, error) {
 func (c *Client) Close() error { return c.conn.Close() }
 
 // Hello opens the conversation. The caller closes the descriptors.
-func (c *Client) Hello() (*Hello, *Descriptors, error) {
-	r, files, err := c.ask(Request{Op: OpHello, Version: Version}, nil)
+func (c *Client) Hello() (*proto.Hello, *proto.Descriptors, error) {
+	r, files, err := c.ask(proto.Request{Op: proto.OpHello, Version: proto.Version}, nil)
 	if err != nil {
 		return nil, nil, err
 	}
-	var d Descriptors
-	places := d.places()
+	var d proto.Descriptors
+	places := d.Places()
 	if r.Hello == nil || len(files) != len(places) {
-		CloseFiles(files)
+		proto.CloseFiles(files)
 		return nil, nil, fmt.Errorf("hello: the core sent %d descriptors of %d", len(files), len(places))
 	}
 	for i, place := range places {
@@ -54,19 +57,21 @@ func (c *Client) Hello() (*Hello, *Descriptors, error) {
 }
 
 // Status asks what is in force.
-func (c *Client) Status() (*Status, error) { return c.status(Request{Op: OpStatus}, nil) }
+func (c *Client) Status() (*proto.Status, error) {
+	return c.status(proto.Request{Op: proto.OpStatus}, nil)
+}
 
 // Apply hands over an encoded image: a memfd, read from its start. Unless it is
 // confirmed within a time, in whole milliseconds, the kernel takes it back; 0 = it
 // is for good.
-func (c *Client) Apply(image *os.File, within time.Duration) (*Status, error) {
-	return c.status(Request{Op: OpApply, Within: within.Milliseconds()}, image)
+func (c *Client) Apply(image *os.File, within time.Duration) (*proto.Status, error) {
+	return c.status(proto.Request{Op: proto.OpApply, Within: within.Milliseconds()}, image)
 }
 
 // Preview asks which live connections an image would cut.
-func (c *Client) Preview(image *os.File) (*Preview, error) {
-	r, files, err := c.ask(Request{Op: OpPreview}, image)
-	CloseFiles(files)
+func (c *Client) Preview(image *os.File) (*proto.Preview, error) {
+	r, files, err := c.ask(proto.Request{Op: proto.OpPreview}, image)
+	proto.CloseFiles(files)
 	if err != nil {
 		return nil, err
 	}
@@ -77,19 +82,23 @@ func (c *Client) Preview(image *os.File) (*Preview, error) {
 }
 
 // Confirm keeps the change that waits for it.
-func (c *Client) Confirm() (*Status, error) { return c.status(Request{Op: OpConfirm}, nil) }
+func (c *Client) Confirm() (*proto.Status, error) {
+	return c.status(proto.Request{Op: proto.OpConfirm}, nil)
+}
 
 // Rollback goes back to the previous image.
-func (c *Client) Rollback() (*Status, error) { return c.status(Request{Op: OpRollback}, nil) }
+func (c *Client) Rollback() (*proto.Status, error) {
+	return c.status(proto.Request{Op: proto.OpRollback}, nil)
+}
 
 // Image returns the active image. The caller closes it.
 func (c *Client) Image() (*os.File, error) {
-	_, files, err := c.ask(Request{Op: OpImage}, nil)
+	_, files, err := c.ask(proto.Request{Op: proto.OpImage}, nil)
 	if err != nil {
 		return nil, err
 	}
 	if len(files) != 1 {
-		CloseFiles(files)
+		proto.CloseFiles(files)
 		return nil, fmt.Errorf("image: the core sent %d descriptors", len(files))
 	}
 	return files[0], nil
@@ -97,24 +106,24 @@ func (c *Client) Image() (*os.File, error) {
 
 // Quarantine leaves an identity its forensic crossings only, for a time in whole
 // milliseconds. Automatic ones, which nobody ordered, are few at a time.
-func (c *Client) Quarantine(id uint32, lasting time.Duration, reason string, automatic bool) (*Status, error) {
-	return c.status(Request{Op: OpQuarantine, Identity: id, For: lasting.Milliseconds(), Reason: reason, Automatic: automatic}, nil)
+func (c *Client) Quarantine(id uint32, lasting time.Duration, reason string, automatic bool) (*proto.Status, error) {
+	return c.status(proto.Request{Op: proto.OpQuarantine, Identity: id, For: lasting.Milliseconds(), Reason: reason, Automatic: automatic}, nil)
 }
 
 // Release ends a quarantine.
-func (c *Client) Release(id uint32) (*Status, error) {
-	return c.status(Request{Op: OpRelease, Identity: id}, nil)
+func (c *Client) Release(id uint32) (*proto.Status, error) {
+	return c.status(proto.Request{Op: proto.OpRelease, Identity: id}, nil)
 }
 
 // Audit returns where the audit log ends, and its files, the oldest first. The caller
 // closes them.
-func (c *Client) Audit() (*Audit, []*os.File, error) {
-	r, files, err := c.ask(Request{Op: OpAudit}, nil)
+func (c *Client) Audit() (*proto.Audit, []*os.File, error) {
+	r, files, err := c.ask(proto.Request{Op: proto.OpAudit}, nil)
 	if err != nil {
 		return nil, nil, err
 	}
 	if r.Audit == nil || len(files) == 0 {
-		CloseFiles(files)
+		proto.CloseFiles(files)
 		return nil, nil, fmt.Errorf("audit: the core sent %d files", len(files))
 	}
 	return r.Audit, files, nil
@@ -122,25 +131,27 @@ func (c *Client) Audit() (*Audit, []*os.File, error) {
 
 // Bind claims that a cgroup path below the managed root belongs to a workload.
 func (c *Client) Bind(path string, id uint32) error {
-	return c.done(Request{Op: OpBind, Path: path, Identity: id})
+	return c.done(proto.Request{Op: proto.OpBind, Path: path, Identity: id})
 }
 
 // Unbind withdraws a claim.
-func (c *Client) Unbind(path string) error { return c.done(Request{Op: OpUnbind, Path: path}) }
+func (c *Client) Unbind(path string) error {
+	return c.done(proto.Request{Op: proto.OpUnbind, Path: path})
+}
 
 // Forget withdraws every claim that was not made on this connection: those of an
 // agent before.
-func (c *Client) Forget() error { return c.done(Request{Op: OpForget}) }
+func (c *Client) Forget() error { return c.done(proto.Request{Op: proto.OpForget}) }
 
-func (c *Client) done(q Request) error {
+func (c *Client) done(q proto.Request) error {
 	_, files, err := c.ask(q, nil)
-	CloseFiles(files)
+	proto.CloseFiles(files)
 	return err
 }
 
-func (c *Client) status(q Request, file *os.File) (*Status, error) {
+func (c *Client) status(q proto.Request, file *os.File) (*proto.Status, error) {
 	r, files, err := c.ask(q, file)
-	CloseFiles(files)
+	proto.CloseFiles(files)
 	if err != nil {
 		return nil, err
 	}
@@ -150,9 +161,9 @@ func (c *Client) status(q Request, file *os.File) (*Status, error) {
 	return r.Status, nil
 }
 
-// ask sends a request and reads its answer. A refusal is a *Refused; after any
+// ask sends a request and reads its answer. A refusal is a *proto.Refused; after any
 // other error the connection is closed.
-func (c *Client) ask(q Request, file *os.File) (*Response, []*os.File, error) {
+func (c *Client) ask(q proto.Request, file *os.File) (*proto.Response, []*os.File, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	r, files, err := c.exchange(q, file)
@@ -161,13 +172,13 @@ func (c *Client) ask(q Request, file *os.File) (*Response, []*os.File, error) {
 		return nil, nil, fmt.Errorf("ask core to %s: %w", q.Op, err)
 	}
 	if r.Error != "" {
-		CloseFiles(files)
-		return nil, nil, &Refused{Message: r.Error, Hint: r.Hint}
+		proto.CloseFiles(files)
+		return nil, nil, &proto.Refused{Message: r.Error, Hint: r.Hint}
 	}
 	return r, files, nil
 }
 
-func (c *Client) exchange(q Request, file *os.File) (*Response, []*os.File, error) {
+func (c *Client) exchange(q proto.Request, file *os.File) (*proto.Response, []*os.File, error) {
 	if err := c.conn.SetDeadline(time.Now().Add(Timeout)); err != nil {
 		return nil, nil, err
 	}
@@ -177,28 +188,11 @@ func (c *Client) exchange(q Request, file *os.File) (*Response, []*os.File, erro
 	}
 	// A core that refuses a whole connection answers and hangs up, so that the
 	// write may fail while the reason is waiting to be read.
-	writeErr := WriteFrame(c.conn, q, files...)
-	var r Response
-	got, err := ReadFrame(c.conn, &r)
+	writeErr := proto.WriteFrame(c.conn, q, files...)
+	var r proto.Response
+	got, err := proto.ReadFrame(c.conn, &r)
 	if err != nil {
 		return nil, nil, errors.Join(writeErr, err)
 	}
 	return &r, got, nil
 }
-
-// places lists where each descriptor goes, in the order of the wire.
-func (d *Descriptors) places() []**os.File {
-	return []**os.File{&d.Denied, &d.Allowed, &d.Counts, &d.Rings, &d.Faults, &d.Bindings, &d.State}
-}
-
-// Files lists the descriptors in the order of the wire.
-func (d *Descriptors) Files() []*os.File {
-	var files []*os.File
-	for _, place := range d.places() {
-		files = append(files, *place)
-	}
-	return files
-}
-
-// Close closes all of them.
-func (d *Descriptors) Close() { CloseFiles(d.Files()) }

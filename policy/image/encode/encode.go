@@ -1,4 +1,6 @@
-package image
+// Package encode writes images in their one canonical form. Nobody trusts it: what it
+// writes is decoded and verified.
+package encode
 
 import (
 	"bytes"
@@ -8,12 +10,15 @@ import (
 	"math"
 	"net/netip"
 	"slices"
+
+	"github.com/demarc/demarc/policy/image"
+	"github.com/demarc/demarc/policy/image/layout"
 )
 
-// Encode writes the image in its one canonical form. It fails for an image that
-// the form cannot hold; Verify says whether the image means anything.
-func (img *Image) Encode() ([]byte, error) {
-	table, refs := img.strings()
+// Image writes an image in its one canonical form. It fails for an image that
+// the form cannot hold; image.Verify says whether the image means anything.
+func Image(img *image.Image) ([]byte, error) {
+	table, refs := stringsOf(img)
 	e := encoder{refs: refs}
 	e.policy(img)
 	e.declarations(img)
@@ -22,8 +27,8 @@ func (img *Image) Encode() ([]byte, error) {
 		if len(s) > math.MaxUint16 {
 			return nil, fmt.Errorf("encode image: string of %d bytes", len(s))
 		}
-		e.to(sectionStrings).u16(uint16(len(s)))
-		e.to(sectionText).raw([]byte(s))
+		e.to(layout.Strings).u16(uint16(len(s)))
+		e.to(layout.Text).raw([]byte(s))
 	}
 	if e.err != nil {
 		return nil, fmt.Errorf("encode image: %w", e.err)
@@ -31,8 +36,8 @@ func (img *Image) Encode() ([]byte, error) {
 	return e.join()
 }
 
-// strings returns the string table and the place of each string in it.
-func (img *Image) strings() ([]string, map[string]uint32) {
+// stringsOf returns the string table and the place of each string in it.
+func stringsOf(img *image.Image) ([]string, map[string]uint32) {
 	all := []string{img.Name, img.TrustDomain}
 	for i := range img.Zones {
 		all = append(all, img.Zones[i].Name)
@@ -67,20 +72,20 @@ func (img *Image) strings() ([]string, map[string]uint32) {
 
 // encoder collects the sections. The first error sticks.
 type encoder struct {
-	body [sections]buffer
+	body [layout.Sections]buffer
 	refs map[string]uint32
 	err  error
 }
 
-func (e *encoder) policy(img *Image) {
+func (e *encoder) policy(img *image.Image) {
 	var flags uint8
 	if img.UnmanagedOutbound {
-		flags |= flagOutbound
+		flags |= layout.FlagOutbound
 	}
 	if img.UnmanagedInbound {
-		flags |= flagInbound
+		flags |= layout.FlagInbound
 	}
-	b := e.to(sectionPolicy)
+	b := e.to(layout.Policy)
 	b.u32(e.refs[img.Name])
 	b.u64(img.Version)
 	b.u32(e.refs[img.TrustDomain])
@@ -91,33 +96,33 @@ func (e *encoder) policy(img *Image) {
 	b.u8(flags)
 }
 
-func (e *encoder) declarations(img *Image) {
+func (e *encoder) declarations(img *image.Image) {
 	for i := range img.Zones {
-		b := e.to(sectionZones)
+		b := e.to(layout.Zones)
 		b.u32(e.refs[img.Zones[i].Name])
 		b.u16(img.Zones[i].Trust)
 	}
 	for i := range img.Workloads {
 		w := &img.Workloads[i]
-		b := e.to(sectionWorkloads)
+		b := e.to(layout.Workloads)
 		b.u32(e.refs[w.Name])
 		b.u32(uint32(w.ID))
 		b.u16(w.Zone)
 		b.u16(uint16(e.count(len(w.Roles), math.MaxUint16)))
 		for _, r := range w.Roles {
-			b := e.to(sectionRoles)
+			b := e.to(layout.Roles)
 			b.u32(e.refs[r.Name])
 			b.u64(uint64(r.Until))
 		}
 	}
 	for i := range img.Networks {
 		n := &img.Networks[i]
-		b := e.to(sectionNetworks)
+		b := e.to(layout.Networks)
 		b.u32(e.refs[n.Name])
 		b.u16(n.Zone)
 		b.u32(e.count(len(n.CIDRs), math.MaxUint32))
 		for _, p := range n.CIDRs {
-			e.prefix(e.to(sectionCIDRs), p)
+			e.prefix(e.to(layout.CIDRs), p)
 		}
 	}
 	for i := range img.Crossings {
@@ -125,7 +130,7 @@ func (e *encoder) declarations(img *Image) {
 	}
 	for i := range img.Selectors {
 		s := &img.Selectors[i]
-		b := e.to(sectionSelectors)
+		b := e.to(layout.Selectors)
 		b.u32(s.Workload)
 		b.u8(uint8(s.Kind))
 		for _, text := range [...]string{s.Path, s.Namespace, s.ServiceAccount, s.Name, s.Image} {
@@ -133,15 +138,15 @@ func (e *encoder) declarations(img *Image) {
 		}
 		b.u16(uint16(e.count(len(s.Labels), math.MaxUint16)))
 		for _, l := range s.Labels {
-			b := e.to(sectionLabels)
+			b := e.to(layout.Labels)
 			b.u32(e.refs[l.Key])
 			b.u32(e.refs[l.Value])
 		}
 	}
 }
 
-func (e *encoder) crossing(c *Crossing) {
-	b := e.to(sectionCrossings)
+func (e *encoder) crossing(c *image.Crossing) {
+	b := e.to(layout.Crossings)
 	b.u32(e.refs[c.Name])
 	b.u32(c.Number)
 	b.u32(c.Line)
@@ -152,12 +157,12 @@ func (e *encoder) crossing(c *Crossing) {
 	b.u8(uint8(c.NAT))
 	b.u8(uint8(c.Log))
 	b.u8(uint8(c.Refuse))
-	flags := uint8(c.Side) << flagsSide
+	flags := uint8(c.Side) << layout.FlagsSide
 	if c.Decoy {
-		flags |= flagDecoy
+		flags |= layout.FlagDecoy
 	}
 	if c.Forensic {
-		flags |= flagForensic
+		flags |= layout.FlagForensic
 	}
 	b.u8(flags)
 	b.u64(c.Rate)
@@ -165,62 +170,62 @@ func (e *encoder) crossing(c *Crossing) {
 	b.u64(uint64(c.Since))
 	b.u64(uint64(c.Until))
 	b.u32(e.refs[c.Purpose])
-	for _, side := range [...][]Term{c.From, c.To} {
+	for _, side := range [...][]image.Term{c.From, c.To} {
 		for _, t := range side {
-			b := e.to(sectionTerms)
+			b := e.to(layout.Terms)
 			b.u8(uint8(t.Kind))
 			b.u32(t.Index)
 		}
 	}
 	for _, s := range c.Ports {
-		e.span(e.to(sectionSpans), s)
+		e.span(e.to(layout.Spans), s)
 	}
 }
 
-func (e *encoder) tables(img *Image) {
+func (e *encoder) tables(img *image.Image) {
 	for _, r := range img.Ports {
-		b := e.to(sectionPorts)
+		b := e.to(layout.Ports)
 		e.span(b, r.Span)
 		b.u16(r.Class)
 	}
 	for _, p := range img.Addresses {
-		b := e.to(sectionAddresses)
+		b := e.to(layout.Addresses)
 		e.prefix(b, p.Prefix)
 		b.u16(p.Class)
 	}
 	for i := range img.Rules {
 		r := &img.Rules[i]
-		b := e.to(sectionRules)
+		b := e.to(layout.Rules)
 		b.u32(uint32(r.Subject))
 		b.u32(uint32(r.Peer))
 		b.u16(r.Class)
 		b.u8(uint8(r.Direction))
 		b.u8(uint8(e.count(len(r.Crossings), math.MaxUint8)))
 		for _, c := range r.Crossings {
-			e.to(sectionAlternatives).u32(c)
+			e.to(layout.Alternatives).u32(c)
 		}
 	}
 }
 
 // join puts header, table, sections and checksum together.
 func (e *encoder) join() ([]byte, error) {
-	length := headerSize + sections*entrySize + sumSize
+	length := layout.HeaderSize + layout.Sections*layout.EntrySize + layout.SumSize
 	for i := range e.body {
 		length += e.body[i].Len()
 	}
-	if length > MaxSize {
-		return nil, fmt.Errorf("encode image: %d bytes, at most %d fit", length, MaxSize)
+	if length > image.MaxSize {
+		return nil, fmt.Errorf("encode image: %d bytes, at most %d fit", length, image.MaxSize)
 	}
 	var b buffer
 	b.Grow(length)
-	b.raw([]byte(Magic))
-	b.u32(format)
-	b.u32(sections)
+	b.raw([]byte(layout.Magic))
+	b.u32(layout.Format)
+	b.u32(layout.Sections)
 	b.u64(uint64(length))
-	offset := headerSize + sections*entrySize
+	offset := layout.HeaderSize + layout.Sections*layout.EntrySize
 	for i := range e.body {
 		b.u32(uint32(offset))
-		b.u32(uint32(e.body[i].Len() / recordSize[i]))
+		b.u32(uint32(e.body[i].Len() / layout.RecordSize[i]))
 		offset += e.body[i].Len()
 	}
 	for i := range e.body {
@@ -240,7 +245,7 @@ func (e *encoder) count(n, limit int) uint32 {
 	return uint32(n)
 }
 
-func (e *encoder) span(b *buffer, s Span) {
+func (e *encoder) span(b *buffer, s image.Span) {
 	b.u8(uint8(s.Proto))
 	b.u16(s.Low)
 	b.u16(s.High)

@@ -1,0 +1,286 @@
+package agent
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"math"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/demarc/demarc/agent/detect"
+	"github.com/demarc/demarc/agent/flow"
+	"github.com/demarc/demarc/bpf/abi"
+	"github.com/demarc/demarc/policy/image"
+)
+
+// eventBatch is how many of each are taken at a time.
+const eventBatch = 256
+
+// signalsKept bounds the signals that wait for their reader.
+const signalsKept = 8192
+
+// signalLog keeps the newest signals. A reader that falls behind is told how many it
+// lost; the writer waits for nobody.
+type signalLog struct {
+	mu      sync.Mutex
+	kept    []abi.Signal // number n is at n % len
+	next    uint64
+	missed  uint64        // gaps in the kernel's numbers
+	changed chan struct{} // closed at the next change; nil while nobody waits
+	closed  bool
+}
+
+func newSignalLog() *signalLog { return &signalLog{kept: make([]abi.Signal, signalsKept)} }
+
+// change runs f with the log locked, and wakes who waits.
+func (l *signalLog) change(f func()) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	f()
+	if l.changed != nil {
+		close(l.changed)
+		l.changed = nil
+	}
+}
+
+func (l *signalLog) add(s *abi.Signal) {
+	l.change(func() {
+		l.kept[l.next%signalsKept] = *s
+		l.next++
+	})
+}
+
+func (l *signalLog) counts() (received, missed uint64) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.next, l.missed
+}
+
+// signalCursor reads a log from its place on. It belongs to one goroutine.
+type signalCursor struct {
+	log        *signalLog
+	at, missed uint64
+}
+
+func (l *signalLog) newest() *signalCursor {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return &signalCursor{log: l, at: l.next, missed: l.missed}
+}
+
+// read returns at most n signals, and how many are missing before them: in the
+// kernel's ring, and because the reader was too slow.
+func (c *signalCursor) read(n int) (all []abi.Signal, kernel, slow uint64) {
+	l := c.log
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.missed > c.missed {
+		kernel, c.missed = l.missed-c.missed, l.missed
+	}
+	if l.next > signalsKept && c.at < l.next-signalsKept {
+		slow, c.at = l.next-signalsKept-c.at, l.next-signalsKept
+	}
+	for ; len(all) < n && c.at < l.next; c.at++ {
+		all = append(all, l.kept[c.at%signalsKept])
+	}
+	return all, kernel, slow
+}
+
+// wait returns when there is something new, with false when ctx or the log ended.
+func (c *signalCursor) wait(ctx context.Context) bool {
+	l := c.log
+	l.mu.Lock()
+	if l.closed || c.at != l.next || l.missed > c.missed {
+		defer l.mu.Unlock()
+		return !l.closed
+	}
+	if l.changed == nil {
+		l.changed = make(chan struct{})
+	}
+	changed := l.changed
+	l.mu.Unlock()
+	select {
+	case <-ctx.Done():
+		return false
+	case <-changed:
+		return true
+	}
+}
+
+// readSignals takes the ring of signals into the log until the kernel is closed.
+func (l *link) readSignals(k kernel) error {
+	var s abi.Signal
+	for {
+		b, _, err := k.Next(abi.RingSignals)
+		if err == nil {
+			err = detect.DecodeRecord(b, &s)
+		}
+		if err != nil {
+			return fmt.Errorf("read signals ring: %w", err)
+		}
+		if n := l.gaps[abi.RingSignals].See(s.CPU, s.Seq); n != 0 {
+			l.signals.change(func() { l.signals.missed += uint64(n) })
+		}
+		l.signals.add(&s)
+	}
+}
+
+// events is everything that detectors are given, live: flows and signals, by time as
+// far as they are there.
+type events struct {
+	link     *link
+	resolver *flow.Resolver
+	flows    *flow.Cursor
+	signals  *signalCursor
+	queue    []detect.Event
+	blind    map[string]bool // told already
+
+	lookedFlows, lookedSignals atomic.Uint64 // of those received, how many were handed out and done with
+}
+
+// newEvents begins with what happens from now on.
+func newEvents(l *link, r *flow.Resolver) *events {
+	return &events{link: l, resolver: r, flows: l.store.Newest(), signals: l.signals.newest(), blind: map[string]bool{}}
+}
+
+// Next implements detect.Source. It ends with io.EOF when the agent does.
+func (e *events) Next(ctx context.Context) (detect.Event, error) {
+	for len(e.queue) == 0 {
+		flows, signals := e.received()
+		e.fill()
+		if len(e.queue) > 0 {
+			break
+		}
+		e.lookedFlows.Store(flows)
+		e.lookedSignals.Store(signals)
+		if !e.wait(ctx) {
+			if err := ctx.Err(); err != nil {
+				return detect.Event{}, err
+			}
+			return detect.Event{}, io.EOF
+		}
+	}
+	next := e.queue[0]
+	e.queue = e.queue[1:]
+	return next, nil
+}
+
+// received counts what the kernel told so far.
+func (e *events) received() (flows, signals uint64) {
+	for _, c := range e.link.store.Counts() {
+		flows += c.Received
+	}
+	signals, _ = e.link.signals.counts()
+	return flows, signals
+}
+
+// drained says whether everything that was received has been handed out, and the
+// reader came back for more. Anybody may ask.
+func (e *events) drained() bool {
+	flows, signals := e.received()
+	return e.lookedFlows.Load() >= flows && e.lookedSignals.Load() >= signals
+}
+
+// wait returns when one of the two has something new.
+func (e *events) wait(ctx context.Context) bool {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	done := make(chan bool, 2)
+	go func() { done <- e.flows.Wait(ctx) }()
+	go func() { done <- e.signals.wait(ctx) }()
+	ok := <-done
+	cancel()
+	<-done
+	return ok
+}
+
+// fill queues what is there.
+func (e *events) fill() {
+	e.queue = e.queue[:0]
+	e.tellBlind()
+	var flows [eventBatch]abi.Event
+	n, lost := e.flows.Read(flows[:])
+	e.lose("flows: kernel ring", 0, lost.Kernel)
+	e.lose("flows: the reader was too slow", 0, lost.Agent)
+	for i := range flows[:n] {
+		f := e.resolver.Flow(&flows[i])
+		e.queue = append(e.queue, detect.Event{Flow: &f})
+	}
+	signals, kernel, slow := e.signals.read(eventBatch)
+	e.lose("signals: kernel ring", 0, kernel)
+	e.lose("signals: the reader was too slow", 0, slow)
+	for i := range signals {
+		s := detect.SignalOf(e.resolver, &signals[i])
+		if s.Kind == detect.Listen && e.declares(&signals[i]) {
+			continue
+		}
+		if signals[i].Missed > 0 {
+			e.lose("signals: the identity's quota", signals[i].Subject, uint64(signals[i].Missed))
+		}
+		e.queue = append(e.queue, detect.Event{Signal: s})
+	}
+	slices.SortStableFunc(e.queue, func(a, b detect.Event) int { return a.Time().Compare(b.Time()) })
+}
+
+func (e *events) lose(where string, subject uint32, n uint64) {
+	if n == 0 {
+		return
+	}
+	s := &detect.Signal{Kind: detect.Lost, Time: time.Now().UTC(), Node: e.resolver.Node, Cause: where, Values: detect.Values{Count: n}}
+	s.Identify(e.resolver, math.MaxUint32, subject)
+	e.queue = append(e.queue, detect.Event{Signal: s})
+}
+
+// tellBlind says once what this host cannot see.
+func (e *events) tellBlind() {
+	st := e.link.view().Status
+	if st == nil {
+		return
+	}
+	for _, what := range st.Blind {
+		if !e.blind[what] {
+			e.blind[what] = true
+			e.queue = append(e.queue, detect.Event{Signal: &detect.Signal{Kind: detect.Blind, Time: time.Now().UTC(), Node: e.resolver.Node, Cause: what}})
+		}
+	}
+}
+
+// declares says whether some crossing leads to a listener's workload on its port.
+func (e *events) declares(s *abi.Signal) bool {
+	names := e.link.view().Names
+	if names == nil {
+		return true // nothing is declared, and nothing is enforced
+	}
+	img := names.Image
+	for i := range img.Crossings {
+		c := &img.Crossings[i]
+		if leadsTo(img, c.To, s.Subject) && slices.ContainsFunc(c.Ports, func(span image.Span) bool {
+			return span.Proto == image.Proto(s.Tuple.Proto) && span.Low <= s.Tuple.DestinationPort && s.Tuple.DestinationPort <= span.High
+		}) {
+			return true
+		}
+	}
+	return false
+}
+
+// leadsTo says whether a side of a crossing names a workload.
+func leadsTo(img *image.Image, side []image.Term, id uint32) bool {
+	return slices.ContainsFunc(side, func(t image.Term) bool {
+		switch t.Kind {
+		case image.TermAny:
+			return true
+		case image.TermUnmanaged:
+			return image.ID(id) == image.Unmanaged
+		case image.TermWorkload:
+			return uint32(img.Workloads[t.Index].ID) == id
+		case image.TermZone:
+			return slices.ContainsFunc(img.Workloads, func(w image.Workload) bool { return uint32(w.ID) == id && uint32(w.Zone) == t.Index })
+		}
+		return false
+	})
+}
+
+var _ detect.Source = (*events)(nil)
