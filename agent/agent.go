@@ -16,6 +16,7 @@ import (
 	"github.com/demarc/demarc/bpf/abi"
 	"github.com/demarc/demarc/exporter"
 	"github.com/demarc/demarc/identity"
+	"github.com/demarc/demarc/identity/cri"
 )
 
 // Agent is a configured agent. Make one with New.
@@ -49,6 +50,11 @@ func build(c *Config, log *zap.Logger, l *link) (*Agent, error) {
 		}
 		s.binder = newBinder(l, file, log)
 		a.tasks = append(a.tasks, file, s.binder)
+	}
+	if c.Runtime != "" {
+		runtime := cri.New(c.Runtime, s.managed)
+		s.binder = newBinder(l, runtime, log)
+		a.tasks = append(a.tasks, runtime, s.binder)
 	}
 	s.detection = newDetection(c, l, s.resolver(), log)
 	if c.State != "" {

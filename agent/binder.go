@@ -27,10 +27,10 @@ const retryEvery = 2 * time.Second
 // workloads of the active image. It works again whenever the inventory, the image
 // or the connection changes.
 type binder struct {
-	link  *link
-	file  *identity.File
-	log   *zap.Logger
-	ready chan struct{}
+	link   *link
+	source identity.Source
+	log    *zap.Logger
+	ready  chan struct{}
 
 	mu       sync.Mutex
 	made     map[string]image.ID // claims that the core accepted on this connection
@@ -40,8 +40,8 @@ type binder struct {
 	problems []string
 }
 
-func newBinder(l *link, file *identity.File, log *zap.Logger) *binder {
-	return &binder{link: l, file: file, log: log, ready: make(chan struct{})}
+func newBinder(l *link, source identity.Source, log *zap.Logger) *binder {
+	return &binder{link: l, source: source, log: log, ready: make(chan struct{})}
 }
 
 // Ready is closed when the binder follows its sources.
@@ -61,7 +61,7 @@ func (b *binder) Run(ctx context.Context) error {
 		case <-ctx.Done():
 			return nil
 		case <-b.link.news:
-		case <-b.file.Changed():
+		case <-b.source.Changed():
 		case <-retry.C:
 		}
 	}
@@ -69,7 +69,7 @@ func (b *binder) Run(ctx context.Context) error {
 
 // reconcile makes the core's claims what inventory and image say.
 func (b *binder) reconcile() {
-	inv, _, bad := b.file.Current()
+	inv, _, bad := b.source.Current()
 	v := b.link.view()
 	var problems []string
 	if bad != nil {
@@ -148,10 +148,10 @@ func (b *binder) ask(path, verb string, request func(core) error) error {
 
 // status is what the API says of the inventory.
 func (b *binder) status() *api.Inventory {
-	inv, read, bad := b.file.Current()
+	inv, read, bad := b.source.Current()
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	s := &api.Inventory{File: b.file.Path(), Read: read, Bound: len(b.made), Problems: slices.Clone(b.problems)}
+	s := &api.Inventory{File: b.source.Path(), Read: read, Bound: len(b.made), Problems: slices.Clone(b.problems)}
 	if bad != nil && len(s.Problems) == 0 {
 		s.Problems = []string{oneLine(bad)}
 	}

@@ -61,3 +61,20 @@ func (c *cgroups) scan(root string) {
 		return nil
 	})
 }
+
+// managed turns a cgroup of the hierarchy into one below the managed root, if it is
+// there.
+func (s *service) managed(cgroup string) (string, bool) {
+	root := s.link.view().Root
+	mount := ""
+	for _, at := range cgroupMounts() {
+		if len(at) > len(mount) && (root == at || strings.HasPrefix(root, at+"/")) {
+			mount = at
+		}
+	}
+	below := strings.TrimPrefix(root, mount) // of the mount: "" or "/lab"
+	if mount == "" || !strings.HasPrefix(cgroup, below+"/") {
+		return "", false
+	}
+	return strings.TrimPrefix(cgroup, below), true
+}

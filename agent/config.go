@@ -7,6 +7,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -26,6 +27,7 @@ type Config struct {
 	Metrics   string // HOST:PORT; "" = no metrics
 	WebConfig string // file with TLS and users for the metrics; "" = neither
 	Inventory string // file of the `file` provider; "" = not used
+	Runtime   string // socket of the `cri` provider; "" = not used
 	State     string // directory for what outlives the agent; "" = nothing does
 	Detect    *detect.Config
 	// Journal is the directory that flows are kept in; "" = they are not. JournalSize
@@ -48,6 +50,7 @@ type document struct {
 	Identity struct {
 		Providers []string `yaml:"providers"`
 		Inventory string   `yaml:"inventory"`
+		CRI       string   `yaml:"cri"`
 	} `yaml:"identity"`
 	Journal struct {
 		Dir     string `yaml:"dir"`
@@ -109,15 +112,26 @@ func ParseConfig(file string, src []byte) (*Config, error) {
 		}
 	}
 	for i, p := range d.Identity.Providers {
-		if p != "file" {
-			return nil, f.Errorf(fmt.Sprintf("$.identity.providers[%d]", i), "this version has one provider: file", "unknown identity provider %q", p)
+		at := fmt.Sprintf("$.identity.providers[%d]", i)
+		switch {
+		case p != "file" && p != "cri":
+			return nil, f.Errorf(at, "this version has file and cri", "unknown identity provider %q", p)
+		case i > 0:
+			return nil, f.Errorf(at, "use one: two could contradict each other", "a second identity provider")
 		}
 	}
+	named := func(p string) bool { return slices.Contains(d.Identity.Providers, p) }
 	switch {
-	case len(d.Identity.Providers) > 0 && d.Identity.Inventory == "":
+	case named("file") && d.Identity.Inventory == "":
 		return nil, f.Errorf("$.identity.providers", "set identity.inventory to its file", "provider file needs an inventory")
-	case len(d.Identity.Providers) == 0 && d.Identity.Inventory != "":
+	case !named("file") && d.Identity.Inventory != "":
 		return nil, f.Errorf("$.identity.inventory", "add `providers: [file]`", "the inventory is not used by any provider")
+	case !named("cri") && d.Identity.CRI != "":
+		return nil, f.Errorf("$.identity.cri", "add `providers: [cri]`", "the runtime is not used by any provider")
+	case named("cri"):
+		if c.Runtime, err = api.SocketPath(cmp.Or(d.Identity.CRI, "unix:///run/containerd/containerd.sock")); err != nil {
+			return nil, f.Errorf("$.identity.cri", "for example unix:///run/containerd/containerd.sock", "%s", err)
+		}
 	}
 	if c.Inventory = d.Identity.Inventory; c.Inventory != "" && !filepath.IsAbs(c.Inventory) {
 		c.Inventory = filepath.Join(filepath.Dir(file), c.Inventory)

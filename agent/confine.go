@@ -88,6 +88,9 @@ func limitFiles(c *Config) error {
 	if notify := os.Getenv("NOTIFY_SOCKET"); filepath.IsAbs(notify) {
 		rules = append(rules, landlock.PathAccess(ll.AccessFSResolveUnix, notify).IgnoreIfMissing())
 	}
+	if c.Runtime != "" {
+		rules = append(rules, landlock.PathAccess(ll.AccessFSResolveUnix, existing(filepath.Dir(c.Runtime))))
+	}
 	if c.Inventory != "" { // its directory: the file is replaced as it changes
 		rules = append(rules, landlock.RODirs(filepath.Dir(c.Inventory)))
 	}

@@ -13,7 +13,8 @@ import (
 
 // Bind makes a cgroup path and all below it a workload's, on the agent's word.
 // The word counts only where the image leaves it to metadata: for workloads that
-// it finds by them, and for cgroups that it does not find itself.
+// it finds by them, and for cgroups that it does not find itself. Where a container
+// waits for its name, it may also turn out to be nobody's.
 func (c *Core) Bind(path string, id uint32) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -152,12 +153,12 @@ func (g *generation) checkClaim(path string, id uint32) error {
 	if !canonical(path) {
 		return refuse("give a path below the managed root, like /lab/api-1", "not a canonical path")
 	}
-	if !g.metadataFinds(id) {
+	if !g.metadataFinds(id) && id != uint32(image.Unmanaged) {
 		return refuse("give the workload a kubernetes or container selector", "no workload %d is found by metadata", id)
 	}
 	key := pathKey(path)
-	for selected := range g.selectors.paths {
-		if strings.HasPrefix(selected, key) || strings.HasPrefix(key, selected) {
+	for selected, owner := range g.selectors.paths {
+		if strings.HasPrefix(selected, key) || strings.HasPrefix(key, selected) && owner != uint32(image.Pending) {
 			return refuse("", "the policy selects %s itself", selected)
 		}
 	}
@@ -179,10 +180,14 @@ func (g *generation) checkClaim(path string, id uint32) error {
 			flags = 0
 		}
 	}
-	if identity != uint32(image.Unmanaged) {
+	waits := identity == uint32(image.Pending)
+	if !waits && identity != uint32(image.Unmanaged) {
 		return refuse("", "a systemd unit of the policy is there")
 	}
-	if flags != 0 && len(g.selectors.units) > 0 {
+	if !waits && id == uint32(image.Unmanaged) {
+		return refuse("", "no container waits for its name there")
+	}
+	if flags != 0 && g.selectors.own > 0 {
 		return refuse("bind a scope or service inside it", "a slice may hold systemd units of the policy")
 	}
 	return nil
@@ -192,7 +197,7 @@ func (g *generation) checkClaim(path string, id uint32) error {
 func (g *generation) metadataFinds(id uint32) bool {
 	for i := range g.image.Selectors {
 		s := &g.image.Selectors[i]
-		if (s.Kind == image.SelectKubernetes || s.Kind == image.SelectContainer) && uint32(g.image.Workloads[s.Workload].ID) == id {
+		if byMetadata(*s) && uint32(g.image.Workloads[s.Workload].ID) == id {
 			return true
 		}
 	}
@@ -241,7 +246,7 @@ func (c *Core) recoverClaims(next *generation) {
 	entries := table.Iterate()
 	for entries.Next(&key, &id) {
 		path := string(key.Path[:min(key.Length/8, abi.PathMax)])
-		if next.selectors.paths[path] == 0 {
+		if next.selectors.paths[path] == 0 && id != uint32(image.Pending) {
 			found[path] = id
 		}
 	}

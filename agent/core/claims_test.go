@@ -78,6 +78,70 @@ func TestBind(t *testing.T) {
 
 // The agent may be in an attacker's hands: it labels what the policy leaves to
 // it, and nothing else.
+// Where runtimes put containers, nobody is anybody before he is named; who turns out to
+// be nobody's is let go. Where no selector asks for metadata, nobody waits. (C13)
+func TestC13PendingUntilNamed(t *testing.T) {
+	m := newMachine(t)
+	const pod1, box = "/kubepods.slice/kubepods-pod1.slice/cri-containerd-1.scope", "/system.slice/docker-2.scope"
+	m.mkdir(pod1)
+	c := m.start()
+	b := shop(t, nil)
+	_, err := c.Apply(b, 0)
+	must(t, err)
+	pod := id(t, b, "pod")
+	m.mkdir(box)
+	m.mkdir("/system.slice/docker.service")
+	m.mkdir("/kubepods/besteffort/pod3/4")
+	m.mkdir("/kubepodsx")
+	const pending, nobody = uint32(image.Pending), uint32(image.Unmanaged)
+	look := func() map[string]uint32 {
+		ids := map[string]uint32{}
+		for _, p := range []string{pod1, box, "/system.slice/docker.service", "/kubepods/besteffort/pod3/4", "/kubepodsx"} {
+			ids[p] = identity(t, c, p)
+		}
+		return ids
+	}
+	want := map[string]uint32{pod1: pending, box: pending, "/system.slice/docker.service": nobody, "/kubepods/besteffort/pod3/4": pending, "/kubepodsx": nobody}
+	if diff := cmp.Diff(want, look()); diff != "" {
+		t.Errorf("born (-want +got):\n%s", diff)
+	}
+	must(t, c.Bind(pod1, pod))
+	must(t, c.Bind(box, nobody))
+	want[pod1], want[box] = pod, nobody
+	if diff := cmp.Diff(want, look()); diff != "" {
+		t.Errorf("named (-want +got):\n%s", diff)
+	}
+	if err := c.Bind("/lab/other", nobody); err == nil || err.Error() != "bind /lab/other: no container waits for its name there" {
+		t.Errorf("nobody elsewhere: %v", err)
+	}
+	if err := c.Bind("/kubepods.slice", nobody); err == nil {
+		t.Error("all pods were let go at once")
+	}
+	c.Close()
+	c = m.start()
+	if diff := cmp.Diff(want, look()); diff != "" {
+		t.Errorf("after restart (-want +got):\n%s", diff)
+	}
+	must(t, c.Unbind(pod1))
+	if got := identity(t, c, pod1); got != pending {
+		t.Errorf("unbound is %d, not pending", got)
+	}
+	_, err = c.Apply(shop(t, func(p *policy.Policy) {
+		p.Version = 9
+		for i := range p.Workloads {
+			if p.Workloads[i].Name == "pod" {
+				p.Workloads[i].Match = []policy.Selector{{Kind: image.SelectCgroup, Path: "/lab/pod"}}
+			}
+		}
+	}), 0)
+	must(t, err)
+	for p, got := range look() {
+		if got != nobody {
+			t.Errorf("without metadata, %s is %d", p, got)
+		}
+	}
+}
+
 func TestBindRefuses(t *testing.T) {
 	m := newMachine(t)
 	m.mkdir("/system.slice/nginx.service")

@@ -17,7 +17,21 @@ type selectors struct {
 	paths  map[string]uint32   // "/lab/web/": identity
 	units  map[string]abi.Unit // what is before the '*', or a whole name and a NUL
 	claims map[string]uint32   // as paths; what the agent said, not the image
+	own    int                 // units that the image itself names
 }
+
+// byMetadata says whether only metadata finds what a selector means.
+func byMetadata(s image.Selector) bool {
+	return s.Kind == image.SelectKubernetes || s.Kind == image.SelectContainer
+}
+
+// containers are where runtimes put containers and pods, which only metadata can name:
+// directories, and names of units. What is there may do nothing until the agent has
+// named it.
+var (
+	containers     = []string{"/kubepods/", "/kubepods.slice/", "/docker/"}
+	containerUnits = []string{"cri-containerd-", "crio-", "docker-", "libpod-"}
+)
 
 // newSelectors takes the selectors that need no metadata from an image.
 func newSelectors(img *image.Image) *selectors {
@@ -35,6 +49,17 @@ func newSelectors(img *image.Image) *selectors {
 			} else {
 				s.units[sel.Path+"\x00"] = abi.Unit{Match: [abi.UnitAlternatives]abi.UnitMatch{unitMatch(id, sel.Path, "")}}
 			}
+		}
+	}
+	s.own = len(s.units) + len(patterns)
+	if slices.ContainsFunc(img.Selectors, byMetadata) {
+		for _, key := range containers {
+			if s.paths[key] == 0 {
+				s.paths[key] = uint32(image.Pending)
+			}
+		}
+		for _, before := range containerUnits {
+			patterns[before] = append(patterns[before], unitMatch(uint32(image.Pending), before, ".scope"))
 		}
 	}
 	// The kernel finds only the longest beginning of a name, so each entry lists

@@ -1,0 +1,265 @@
+// Package cri learns from a container runtime which pods and containers run on this
+// node, by the Kubernetes Container Runtime Interface (CRI, runtime.v1).
+//
+// Whoever may speak to a runtime's socket commands the runtime, and so the host. The
+// provider asks for lists and states only, but an agent that was taken over could ask
+// for more: where there is a Kubernetes API server, prefer it.
+package cri
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/demarc/demarc/identity"
+)
+
+// Intervals and bounds of what is asked.
+const (
+	pollInterval  = 250 * time.Millisecond
+	patience      = 5 * time.Second // of one question
+	maxContainers = 4096
+)
+
+// Provider follows a runtime. Make one with New.
+type Provider struct {
+	socket  string
+	owner   uint32 // who must own it: root, but in tests
+	place   func(cgroup string) (string, bool)
+	process func(pid int) (string, error)
+	changed chan struct{}
+	ready   chan struct{}
+
+	mu      sync.Mutex
+	current *identity.Inventory
+	read    time.Time
+	problem error
+	known   map[string]string // cgroups below the managed root, by id of container
+}
+
+// New makes the provider for the runtime at a Unix socket. place turns a cgroup of the
+// hierarchy into one below the managed root, if it is there.
+func New(socket string, place func(cgroup string) (string, bool)) *Provider {
+	return &Provider{socket: socket, place: place, process: cgroupOf, known: map[string]string{},
+		changed: make(chan struct{}, 1), ready: make(chan struct{})}
+}
+
+// Run follows the runtime until ctx ends. A runtime that does not answer changes
+// nothing: who was named keeps its name.
+func (p *Provider) Run(ctx context.Context) error {
+	close(p.ready)
+	tick := time.NewTicker(pollInterval)
+	defer tick.Stop()
+	var conn *grpc.ClientConn
+	defer func() {
+		if conn != nil {
+			conn.Close()
+		}
+	}()
+	for {
+		var err error
+		if conn == nil {
+			conn, err = p.dial()
+		}
+		var inv *identity.Inventory
+		if err == nil {
+			inv, err = p.ask(ctx, runtime.NewRuntimeServiceClient(conn))
+		}
+		if ctx.Err() != nil {
+			return nil
+		}
+		p.take(inv, err)
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+		}
+	}
+}
+
+// Ready is closed as soon as the runtime is followed.
+func (p *Provider) Ready() <-chan struct{} { return p.ready }
+
+func (p *Provider) String() string { return "runtime at " + p.socket }
+
+// Path is where the runtime's socket is.
+func (p *Provider) Path() string { return p.socket }
+
+// Changed receives when something else runs, or the runtime is away or back. There
+// is one receiver.
+func (p *Provider) Changed() <-chan struct{} { return p.changed }
+
+// Current returns what ran when the runtime last answered, nil before, when that was,
+// and what is wrong now, if anything.
+func (p *Provider) Current() (*identity.Inventory, time.Time, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.current, p.read, p.problem
+}
+
+// dial wants a socket that is root's: whoever owns it says who is who. (C17)
+func (p *Provider) dial() (*grpc.ClientConn, error) {
+	for _, path := range []string{p.socket, filepath.Dir(p.socket)} {
+		var stat unix.Stat_t
+		if err := unix.Stat(path, &stat); err != nil {
+			return nil, fmt.Errorf("look at runtime: %s: %w", path, err)
+		}
+		if stat.Uid != p.owner || stat.Mode&0o002 != 0 {
+			return nil, fmt.Errorf("runtime: %s belongs to user %d with mode %#o: only root may say who is who", path, stat.Uid, stat.Mode&0o7777)
+		}
+	}
+	return grpc.NewClient("unix://"+p.socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
+}
+
+// ask makes an inventory of what runs.
+func (p *Provider) ask(ctx context.Context, c runtime.RuntimeServiceClient) (*identity.Inventory, error) {
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	pods, err := c.ListPodSandbox(ctx, &runtime.ListPodSandboxRequest{Filter: &runtime.PodSandboxFilter{State: &runtime.PodSandboxStateValue{State: runtime.PodSandboxState_SANDBOX_READY}}})
+	if err != nil {
+		return nil, fmt.Errorf("list pods: %w", err)
+	}
+	containers, err := c.ListContainers(ctx, &runtime.ListContainersRequest{Filter: &runtime.ContainerFilter{State: &runtime.ContainerStateValue{State: runtime.ContainerState_CONTAINER_RUNNING}}})
+	if err != nil {
+		return nil, fmt.Errorf("list containers: %w", err)
+	}
+	if n := len(pods.Items) + len(containers.Containers); n > maxContainers {
+		return nil, fmt.Errorf("list containers: %d run, at most %d are followed", n, maxContainers)
+	}
+	inv := &identity.Inventory{Namespaces: map[string]identity.Namespace{}}
+	running := map[string]string{}
+	sandboxes := map[string]*runtime.PodSandbox{}
+	add := func(id, cgroup string, all ...identity.Workload) {
+		running[id] = cgroup
+		for _, w := range all {
+			w.Cgroup = cgroup
+			inv.Workloads = append(inv.Workloads, w)
+		}
+	}
+	for _, s := range pods.Items {
+		sandboxes[s.Id] = s
+		cgroup, err := p.cgroup(s.Id, func() (map[string]string, error) {
+			status, err := c.PodSandboxStatus(ctx, &runtime.PodSandboxStatusRequest{PodSandboxId: s.Id, Verbose: true})
+			return status.GetInfo(), err
+		})
+		if err == nil && cgroup != "" {
+			add(s.Id, cgroup, pod(s))
+		}
+	}
+	for _, k := range containers.Containers {
+		cgroup, err := p.cgroup(k.Id, func() (map[string]string, error) {
+			status, err := c.ContainerStatus(ctx, &runtime.ContainerStatusRequest{ContainerId: k.Id, Verbose: true})
+			return status.GetInfo(), err
+		})
+		if err != nil || cgroup == "" {
+			continue // it has ended, or is elsewhere: who is not named stays pending
+		}
+		all := []identity.Workload{{Name: k.GetMetadata().GetName(), Image: k.GetImage().GetUserSpecifiedImage(), Labels: k.GetLabels()}}
+		if s := sandboxes[k.PodSandboxId]; s != nil {
+			all = append(all, pod(s))
+		}
+		add(k.Id, cgroup, all...)
+	}
+	p.known = running
+	return inv, nil
+}
+
+// pod says whose a sandbox is.
+func pod(s *runtime.PodSandbox) identity.Workload {
+	return identity.Workload{Namespace: s.GetMetadata().GetNamespace(), Name: s.GetMetadata().GetName(), Labels: s.GetLabels()}
+}
+
+// cgroup finds where a container runs, by its first process. Its path must carry the
+// container's id: a process that has taken the number of another one does not count.
+func (p *Provider) cgroup(id string, info func() (map[string]string, error)) (string, error) {
+	if at, ok := p.known[id]; ok {
+		return at, nil
+	}
+	verbose, err := info()
+	if err != nil {
+		return "", err
+	}
+	var first struct {
+		PID int `json:"pid"`
+	}
+	if err := json.Unmarshal([]byte(verbose["info"]), &first); err != nil || first.PID <= 0 {
+		return "", fmt.Errorf("the runtime does not say which process container %.12s has", id)
+	}
+	whole, err := p.process(first.PID)
+	if err != nil {
+		return "", err
+	}
+	c, at, found := identity.ContainerOf(whole)
+	if !found || c.ID != id {
+		return "", fmt.Errorf("process %d is in %s, which is not container %.12s", first.PID, whole, id)
+	}
+	here, managed := p.place(at)
+	if !managed {
+		return "", nil
+	}
+	return here, nil
+}
+
+// cgroupOf reads which cgroup of the second version a process is in.
+func cgroupOf(pid int) (string, error) {
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", pid))
+	if err != nil {
+		return "", err
+	}
+	for line := range strings.Lines(string(text)) {
+		if at, ok := strings.CutPrefix(strings.TrimSuffix(line, "\n"), "0::"); ok {
+			return at, nil
+		}
+	}
+	return "", errors.New("it is in no cgroup of the second version")
+}
+
+// take keeps an answer and tells of it if it says something new.
+func (p *Provider) take(inv *identity.Inventory, err error) {
+	p.mu.Lock()
+	news := (err == nil) != (p.problem == nil)
+	if err == nil {
+		news = news || p.current == nil || !same(p.current, inv)
+		p.current, p.read = inv, time.Now()
+	}
+	p.problem = err
+	p.mu.Unlock()
+	if news {
+		select {
+		case p.changed <- struct{}{}:
+		default:
+		}
+	}
+}
+
+// same says whether two answers name the same.
+func same(a, b *identity.Inventory) bool {
+	key := func(inv *identity.Inventory) map[string]int {
+		all := map[string]int{}
+		for _, w := range inv.Workloads {
+			all[fmt.Sprint(w.Cgroup, "\x00", w.Namespace, "\x00", w.Name, "\x00", w.Image, "\x00", w.Labels)]++
+		}
+		return all
+	}
+	x, y := key(a), key(b)
+	if len(x) != len(y) {
+		return false
+	}
+	for k, n := range x {
+		if y[k] != n {
+			return false
+		}
+	}
+	return true
+}

@@ -1,0 +1,168 @@
+package cri
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"go.uber.org/goleak"
+	"google.golang.org/grpc"
+	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/demarc/demarc/identity"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+// lists answers as a runtime does; test/systemd asks a real one.
+type lists struct {
+	runtime.UnimplementedRuntimeServiceServer
+	pods       []*runtime.PodSandbox
+	containers []*runtime.Container
+	info       map[string]string // by id; none = it is gone
+}
+
+func (l *lists) ListPodSandbox(context.Context, *runtime.ListPodSandboxRequest) (*runtime.ListPodSandboxResponse, error) {
+	return &runtime.ListPodSandboxResponse{Items: l.pods}, nil
+}
+
+func (l *lists) ListContainers(context.Context, *runtime.ListContainersRequest) (*runtime.ListContainersResponse, error) {
+	return &runtime.ListContainersResponse{Containers: l.containers}, nil
+}
+
+func (l *lists) PodSandboxStatus(_ context.Context, r *runtime.PodSandboxStatusRequest) (*runtime.PodSandboxStatusResponse, error) {
+	info, ok := l.info[r.PodSandboxId]
+	if !ok {
+		return nil, errors.New("not found")
+	}
+	return &runtime.PodSandboxStatusResponse{Info: map[string]string{"info": info}}, nil
+}
+
+func (l *lists) ContainerStatus(_ context.Context, r *runtime.ContainerStatusRequest) (*runtime.ContainerStatusResponse, error) {
+	info, ok := l.info[r.ContainerId]
+	if !ok {
+		return nil, errors.New("not found")
+	}
+	return &runtime.ContainerStatusResponse{Info: map[string]string{"info": info}}, nil
+}
+
+func id(digit string) string { return strings.Repeat(digit, 64) }
+
+func at(digit string) string { return "/kubepods.slice/cri-containerd-" + id(digit) + ".scope" }
+
+// follow runs a provider on a runtime that has the given processes.
+func follow(t *testing.T, l *lists, processes map[int]string) *Provider {
+	t.Helper()
+	dir := t.TempDir()
+	socket := filepath.Join(dir, "s")
+	listener, err := net.Listen("unix", socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := grpc.NewServer()
+	runtime.RegisterRuntimeServiceServer(server, l)
+	go server.Serve(listener)
+	t.Cleanup(server.Stop)
+	if err := os.Chmod(socket, 0o660); err != nil {
+		t.Fatal(err)
+	}
+	p := New(socket, func(cgroup string) (string, bool) { return cgroup, !strings.HasPrefix(cgroup, "/elsewhere") })
+	p.owner = uint32(os.Geteuid())
+	p.process = func(pid int) (string, error) {
+		if at, ok := processes[pid]; ok {
+			return at, nil
+		}
+		return "", os.ErrNotExist
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- p.Run(ctx) }()
+	t.Cleanup(func() {
+		cancel()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	})
+	select {
+	case <-p.Changed():
+	case <-time.After(time.Minute):
+		t.Fatal("no answer")
+	}
+	return p
+}
+
+// Who runs is told with the place that carries his id, and nobody else.
+func TestProvider(t *testing.T) {
+	pid := func(n int) string { return fmt.Sprintf(`{"pid":%d}`, n) }
+	pods := []*runtime.PodSandbox{{Id: id("a"), Metadata: &runtime.PodSandboxMetadata{Namespace: "shop", Name: "api-1"}, Labels: map[string]string{"app": "api"}}}
+	container := func(digit string) *runtime.Container {
+		return &runtime.Container{Id: id(digit), PodSandboxId: id("a"), Metadata: &runtime.ContainerMetadata{Name: "main"}, Image: &runtime.ImageSpec{UserSpecifiedImage: "img:1"}}
+	}
+	pod := identity.Workload{Namespace: "shop", Name: "api-1", Labels: map[string]string{"app": "api"}, Cgroup: at("a")}
+	inner := pod
+	inner.Cgroup = at("b")
+	tests := []struct {
+		name      string
+		info      map[string]string
+		processes map[int]string
+		want      []identity.Workload
+	}{
+		{"OK", map[string]string{id("a"): pid(1), id("b"): pid(2)}, map[int]string{1: at("a"), 2: at("b") + "/child"},
+			[]identity.Workload{pod, {Name: "main", Image: "img:1", Cgroup: at("b")}, inner}},
+		{"bad number taken by another", map[string]string{id("a"): pid(1), id("b"): pid(2)}, map[int]string{1: at("a"), 2: at("c")}, []identity.Workload{pod}},
+		{"bad number taken by a service", map[string]string{id("a"): pid(1), id("b"): pid(2)}, map[int]string{1: at("a"), 2: "/system.slice/nginx.service"}, []identity.Workload{pod}},
+		{"bad ended meanwhile", map[string]string{id("a"): pid(1)}, map[int]string{1: at("a")}, []identity.Workload{pod}},
+		{"bad no process", map[string]string{id("a"): pid(1), id("b"): "{}"}, map[int]string{1: at("a")}, []identity.Workload{pod}},
+		{"bad nonsense", map[string]string{id("a"): pid(1), id("b"): "pid"}, map[int]string{1: at("a")}, []identity.Workload{pod}},
+		{"bad elsewhere", map[string]string{id("a"): pid(1), id("b"): pid(2)}, map[int]string{1: at("a"), 2: "/elsewhere" + at("b")}, []identity.Workload{pod}},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			p := follow(t, &lists{pods: pods, containers: []*runtime.Container{container("b")}, info: tt.info}, tt.processes)
+			inv, _, err := p.Current()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if diff := cmp.Diff(tt.want, inv.Workloads); diff != "" {
+				t.Errorf("(-want +got):\n%s", diff)
+			}
+		})
+	}
+}
+
+// A socket that others than root could have put there says nothing. (C17)
+func TestC17ForeignSocket(t *testing.T) {
+	dir := t.TempDir()
+	listener, err := net.Listen("unix", filepath.Join(dir, "s"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer listener.Close()
+	socket := filepath.Join(dir, "s")
+	p := New(socket, nil)
+	me := uint32(os.Geteuid())
+	for _, tt := range []struct {
+		name  string
+		spoil func() error
+	}{
+		{"bad mode", func() error { return os.Chmod(socket, 0o777) }},
+		{"bad owner", func() error { p.owner = me + 1; return os.Chmod(socket, 0o660) }},
+		{"bad mode of the directory", func() error { p.owner = me; return os.Chmod(dir, 0o777) }},
+		{"bad missing", func() error { return os.RemoveAll(dir) }},
+	} {
+		if err := tt.spoil(); err != nil {
+			t.Fatal(err)
+		}
+		if conn, err := p.dial(); err == nil {
+			conn.Close()
+			t.Errorf("%s: believed", tt.name)
+		}
+	}
+}
