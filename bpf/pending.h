@@ -85,8 +85,15 @@ static __always_inline void pending_touch(__u64 mark)
 		(void)*(volatile __u64 *)&bucket->syn[0].mark;
 }
 
-/* Which place of its bucket a tuple gets: the one it has, else a free one, else the
- * oldest. */
+/* Why a tuple gets a place. */
+enum pending_reason {
+	PENDING_FREE = 0x00,
+	PENDING_OWN = 0x10,
+	PENDING_OLDEST = 0x20,
+};
+
+/* Which place of its bucket a tuple gets, and why: the one it has, else a free one,
+ * else the oldest. */
 GLOBAL int pending_place(__u64 mark)
 {
 	struct demarc_pending_bucket *bucket = pending_bucket(mark);
@@ -97,30 +104,40 @@ GLOBAL int pending_place(__u64 mark)
 	for (__u32 i = 0; i < DEMARC_PENDING_PLACES; i++) {
 		struct demarc_pending_syn *syn = &bucket->syn[i];
 
-		if (pending_is(syn, mark) || pending_is(syn, 0))
-			return i;
+		if (pending_is(syn, mark))
+			return i | PENDING_OWN;
+		if (pending_is(syn, 0))
+			return i | PENDING_FREE;
 		if (now - syn->born >= age) {
 			age = now - syn->born;
 			oldest = i;
 		}
 	}
-	return oldest;
+	return oldest | PENDING_OLDEST;
 }
 
-/* Gives a tuple a place, to be filled and then published. Returns 0 where others are
- * always faster. */
+/* Gives a tuple a place, to be filled and then published. Another processor may have
+ * taken the same one in between: then it is not what it was chosen for, and its new
+ * owner keeps it. Returns 0 where others are always faster. */
 static __always_inline struct demarc_pending_syn *pending_take(const struct demarc_tuple *opener, __u64 mark)
 {
 	struct demarc_pending_bucket *bucket = pending_bucket(mark);
 	struct demarc_pending_syn *syn;
 	__u64 old;
+	int found;
 
 	if (!bucket)
 		return 0;
 	for (int i = 0; i < PENDING_TRIES; i++) {
-		syn = &bucket->syn[pending_place(mark) & (DEMARC_PENDING_PLACES - 1)];
-		old = *(volatile __u64 *)&syn->mark;
-		if (old == PENDING_GIVEN || __sync_val_compare_and_swap(&syn->mark, old, PENDING_GIVEN) != old)
+		found = pending_place(mark);
+		syn = &bucket->syn[found & (DEMARC_PENDING_PLACES - 1)];
+		old = (found & PENDING_OWN) ? mark : 0;
+		if (found & PENDING_OLDEST) {
+			old = *(volatile __u64 *)&syn->mark;
+			if (old == PENDING_GIVEN || (__u32)bpf_jiffies64() == syn->born)
+				continue;
+		}
+		if (__sync_val_compare_and_swap(&syn->mark, old, PENDING_GIVEN) != old)
 			continue;
 		syn->tuple = *opener;
 		syn->born = bpf_jiffies64();

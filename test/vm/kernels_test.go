@@ -167,9 +167,10 @@ func testKernel(t *testing.T, programs, series string) *machine {
 	m.run("demarc", "status", "--wait", "enforcing", "--timeout", patience.String())
 	m.healthy()
 	m.control(outside)
-	m.clockSteps(outside)
 	m.guarded(true)
 	m.control(outside)
+	m.rooted()
+	m.clockSteps(outside)
 	m.stop()
 	return m
 }

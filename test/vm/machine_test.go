@@ -179,7 +179,7 @@ func rootFiles(m *machine, programs string, key []byte) []byte {
 	m.t.Helper()
 	var a archive
 	check(m.t, a.copy("/init", filepath.Join(programs, "init")), "copy program")
-	for _, p := range []string{"node", "demarc", "demarc-core", "demarc-agent"} {
+	for _, p := range []string{"node", "demarc", "demarc-core", "demarc-agent", rootTests} {
 		check(m.t, a.copy("/bin/"+p, filepath.Join(programs, p)), "copy program")
 	}
 	modules, err := filepath.Glob(filepath.Join(kernel(m.t, m.series), "modules", "*.ko"))
@@ -250,6 +250,13 @@ func (m *machine) run(program string, args ...string) string {
 		m.t.Fatalf("%s: %s %v: status %d\n%s%s", m.ns.Name, program, args, out.Status, out.Stdout, out.Stderr)
 	}
 	return out.Stdout
+}
+
+// test runs a test of the trusted core in the machine, and returns what it prints.
+func (m *machine) test(name string) (out string, passed bool) {
+	m.t.Helper()
+	o := call[talk.Outcome](m, "Run", talk.Command{Path: "/bin/" + rootTests, Args: []string{"-test.v", "-test.run", "^" + name + "$"}})
+	return o.Stdout + o.Stderr, o.Status == 0 && strings.Contains(o.Stdout, "--- PASS: "+name+" ")
 }
 
 // start starts the core.
