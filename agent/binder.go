@@ -32,6 +32,8 @@ type binder struct {
 	log    *zap.Logger
 	ready  chan struct{}
 
+	containers containers // what flows call those of the inventory
+
 	mu       sync.Mutex
 	made     map[string]image.ID // claims that the core accepted on this connection
 	since    time.Time           // of that connection
@@ -41,7 +43,10 @@ type binder struct {
 }
 
 func newBinder(l *link, source identity.Source, log *zap.Logger) *binder {
-	return &binder{link: l, source: source, log: log, ready: make(chan struct{})}
+	b := &binder{link: l, source: source, log: log, ready: make(chan struct{})}
+	inv, _, _ := source.Current()
+	b.containers.follow(inv)
+	return b
 }
 
 // Ready is closed when the binder follows its sources.
@@ -70,6 +75,7 @@ func (b *binder) Run(ctx context.Context) error {
 // reconcile makes the core's claims what inventory and image say.
 func (b *binder) reconcile() {
 	inv, _, bad := b.source.Current()
+	b.containers.follow(inv)
 	v := b.link.view()
 	var problems []string
 	if bad != nil {

@@ -114,10 +114,14 @@ func (s *service) Flows(ctx context.Context, q *flow.Query, out flow.Sink) error
 }
 
 func (s *service) resolver() *flow.Resolver {
-	return &flow.Resolver{
+	r := &flow.Resolver{
 		Node: s.node, Book: s.link.book, Wall: s.link.clock.Wall,
 		Cgroup: func(id uint64) string { return s.cgroups.Path(s.link.view().Root, id) },
 	}
+	if s.binder != nil {
+		r.Container = s.binder.containers.Of
+	}
+	return r
 }
 
 // lines is a stream of JSON lines to one reader.

@@ -44,19 +44,45 @@ type Endpoint struct {
 	Claimed  bool       `json:"claimed,omitempty"`  // the identity was claimed with a bad proof: do not believe it
 	Networks []string   `json:"networks,omitempty"` // that contain the address; only where nothing was proved
 	Cgroup   string     `json:"cgroup,omitempty"`   // path below the managed root; only of the judged side
+
+	// What the inventory calls the cgroup; of a pod's containers all of it may be known.
+	// It names, and proves nothing.
+	Pod       string            `json:"pod,omitempty"` // NAMESPACE/NAME
+	Container string            `json:"container,omitempty"`
+	Image     string            `json:"image,omitempty"`     // of the container
+	PodLabels map[string]string `json:"podLabels,omitempty"` // those of StableLabels that the pod has; shared between flows
+}
+
+// StableLabels are the labels that say what a pod is, and that outlive it: those which
+// flows carry, in the order in which they are believed.
+var StableLabels = []string{"app.kubernetes.io/name", "app", "k8s-app"}
+
+// Container is what an inventory calls a cgroup. The zero value is nothing.
+type Container struct {
+	Pod    string // NAMESPACE/NAME; "" = in none
+	Name   string // "" = not told
+	Image  string
+	Labels map[string]string // of the pod; must not change
 }
 
 // Inert escapes what a flow of another process may hold, so that its strings are as
 // harmless as those of this one's. What is so already stays as it is.
 func (f *Flow) Inert() {
 	for _, s := range []*string{&f.Node, &f.Protocol, &f.Crossing, &f.Comm,
-		&f.Source.Workload, &f.Source.Zone, &f.Source.Reserved, &f.Source.Cgroup,
-		&f.Destination.Workload, &f.Destination.Zone, &f.Destination.Reserved, &f.Destination.Cgroup} {
+		&f.Source.Workload, &f.Source.Zone, &f.Source.Reserved, &f.Source.Cgroup, &f.Source.Pod, &f.Source.Container, &f.Source.Image,
+		&f.Destination.Workload, &f.Destination.Zone, &f.Destination.Reserved, &f.Destination.Cgroup, &f.Destination.Pod, &f.Destination.Container, &f.Destination.Image} {
 		*s = inert(*s)
 	}
 	for _, e := range []*Endpoint{&f.Source, &f.Destination} {
 		for i := range e.Networks {
 			e.Networks[i] = inert(e.Networks[i])
+		}
+		if e.PodLabels != nil {
+			all := make(map[string]string, len(e.PodLabels))
+			for k, v := range e.PodLabels {
+				all[inert(k)] = inert(v)
+			}
+			e.PodLabels = all
 		}
 	}
 }
@@ -138,8 +164,11 @@ func ProtocolName(p uint8) string {
 type Resolver struct {
 	Node   string
 	Book   *Book
-	Cgroup func(id uint64) string      // path of a cgroup, or ""; may be nil
-	Wall   func(boot uint64) time.Time // wall clock for CLOCK_BOOTTIME nanoseconds
+	Cgroup func(id uint64) string // path of a cgroup, or ""; may be nil
+	// Container says who is in the cgroup at a path, with nothing in it that could move
+	// a cursor; may be nil.
+	Container func(path string) Container
+	Wall      func(boot uint64) time.Time // wall clock for CLOCK_BOOTTIME nanoseconds
 }
 
 // Flow says an event in words.
@@ -165,7 +194,12 @@ func (r *Resolver) Resolve(e *abi.Event, f *Flow) {
 	}
 	r.identify(subject, e.Epoch, e.Subject)
 	if r.Cgroup != nil && e.Cgroup != 0 {
-		subject.Cgroup = Escape(r.Cgroup(e.Cgroup))
+		path := r.Cgroup(e.Cgroup)
+		subject.Cgroup = Escape(path)
+		if r.Container != nil && path != "" {
+			c := r.Container(path)
+			subject.Pod, subject.Container, subject.Image, subject.PodLabels = c.Pod, c.Name, c.Image, c.Labels
+		}
 	}
 	switch e.Proof {
 	case abi.ProofIdentity:

@@ -229,3 +229,41 @@ func TestJ07EscapesKernelStrings(t *testing.T) {
 		}
 	}
 }
+
+// The judged side is called what the inventory calls its cgroup, the peer never is.
+func TestResolverNamesContainers(t *testing.T) {
+	r := resolver()
+	labels := map[string]string{"app": "web"}
+	r.Container = func(path string) Container {
+		return map[string]Container{"/lab/we\x1bb": {Pod: "shop/web-1", Name: "web", Image: "web:1", Labels: labels}}[path]
+	}
+	for _, direction := range []abi.Direction{abi.Egress, abi.Ingress} {
+		f := r.Flow(&abi.Event{Cgroup: 9, Direction: direction})
+		subject, peer := f.Source, f.Destination
+		if direction == abi.Ingress {
+			subject, peer = peer, subject
+		}
+		want := Endpoint{Cgroup: `/lab/we\x1bb`, Pod: "shop/web-1", Container: "web", Image: "web:1", PodLabels: labels}
+		if d := cmp.Diff([]Endpoint{want, {}}, []Endpoint{subject, peer}, cmpopts.EquateComparable(netip.Addr{})); d != "" {
+			t.Errorf("%s (-want +got):\n%s", direction, d)
+		}
+		if d := cmp.Diff([]string{"demarc:pod=web-1", "demarc:pod-namespace=shop", "demarc:container=web"}, subject.Labels()); d != "" {
+			t.Errorf("labels (-want +got):\n%s", d)
+		}
+		for _, id := range []uint64{0, 7} {
+			if f := r.Flow(&abi.Event{Cgroup: id, Direction: direction}); f.Source.Pod+f.Destination.Pod != "" {
+				t.Errorf("cgroup %d: %+v", id, f)
+			}
+		}
+	}
+}
+
+func TestInertLeavesLabelsThatAreShared(t *testing.T) {
+	shared := map[string]string{"app": "we\x1bb"}
+	f := Flow{Source: Endpoint{Pod: "a\n/b", Container: "\x07", Image: "\u009b", PodLabels: shared}}
+	f.Inert()
+	want := Endpoint{Pod: `a\x0a/b`, Container: `\x07`, Image: `\xc2\x9b`, PodLabels: map[string]string{"app": `we\x1bb`}}
+	if d := cmp.Diff(want, f.Source, cmpopts.EquateComparable(netip.Addr{})); d != "" || shared["app"] != "we\x1bb" {
+		t.Errorf("shared %q (-want +got):\n%s", shared, d)
+	}
+}

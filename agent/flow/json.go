@@ -1,7 +1,9 @@
 package flow
 
 import (
+	"maps"
 	"net/netip"
+	"slices"
 	"strconv"
 	"time"
 )
@@ -59,6 +61,20 @@ func (e *Endpoint) appendJSON(b []byte) []byte {
 		b = append(b, ']')
 	}
 	b = appendText(b, `,"cgroup":`, e.Cgroup)
+	b = appendText(b, `,"pod":`, e.Pod)
+	b = appendText(b, `,"container":`, e.Container)
+	b = appendText(b, `,"image":`, e.Image)
+	if len(e.PodLabels) > 0 {
+		b = append(b, `,"podLabels":{`...)
+		for i, key := range slices.Sorted(maps.Keys(e.PodLabels)) {
+			if i > 0 {
+				b = append(b, ',')
+			}
+			b = appendString(b, key)
+			b = appendString(append(b, ':'), e.PodLabels[key])
+		}
+		b = append(b, '}')
+	}
 	if len(b) > start { // the first field has a comma too many
 		b = append(b[:start], b[start+1:]...)
 	}

@@ -18,6 +18,8 @@ func anyEndpoint(t *rapid.T) Endpoint {
 		Port: rapid.Uint16().Draw(t, "port"), Identity: rapid.Uint32Max(3).Draw(t, "identity"), Claimed: rapid.Bool().Draw(t, "claimed"),
 		Workload: anyText(t), Zone: anyText(t), Reserved: anyText(t), Cgroup: anyText(t), Networks: rapid.SliceOfN(rapid.StringMatching(`[a-z]*`), 0, 3).Draw(t, "networks"),
 	}
+	e.Pod, e.Container, e.Image = anyText(t), anyText(t), anyText(t)
+	e.PodLabels = rapid.MapOfN(rapid.StringMatching(`[a-z./<"]{1,4}`), rapid.StringMatching(`[ -~]{0,6}`), 0, 3).Draw(t, "labels")
 	switch rapid.IntRange(0, 2).Draw(t, "family") {
 	case 1:
 		e.Address = netip.AddrFrom4([4]byte(rapid.SliceOfN(rapid.Byte(), 4, 4).Draw(t, "address")))

@@ -20,7 +20,20 @@ func ParseSelector(s string) (func(labels []string) bool, error) {
 
 // Labels are what a selector finds an endpoint by. An identity that was claimed with a
 // bad proof is nobody's, and shows as a label of its own only.
-func (e *Endpoint) Labels() (out []string) {
+//
+// The pod and the container that the inventory names are labels beside those.
+func (e *Endpoint) Labels() []string {
+	out := e.proved()
+	if namespace, name, ok := strings.Cut(e.Pod, "/"); ok {
+		out = append(out, "demarc:pod="+name, "demarc:pod-namespace="+namespace)
+	}
+	if e.Container != "" {
+		out = append(out, "demarc:container="+e.Container)
+	}
+	return out
+}
+
+func (e *Endpoint) proved() (out []string) {
 	switch {
 	case e.Claimed && e.Workload != "":
 		return []string{"demarc:claims=" + e.Zone + "/" + e.Workload}

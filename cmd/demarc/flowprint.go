@@ -125,7 +125,7 @@ func (p *flowPrinter) prepare(f *flow.Flow) {
 		*s = inert(*s)
 	}
 	for _, e := range []*flow.Endpoint{&f.Source, &f.Destination} {
-		for _, s := range []*string{&e.Workload, &e.Zone, &e.Reserved, &e.Cgroup} {
+		for _, s := range []*string{&e.Workload, &e.Zone, &e.Reserved, &e.Cgroup, &e.Pod, &e.Container, &e.Image} {
 			*s = inert(*s)
 		}
 		e.Networks = slices.Clone(e.Networks)
@@ -281,6 +281,8 @@ func (p *flowPrinter) dict(f *flow.Flow) error {
 	}
 	pair("SOURCE", party(f.Source))
 	pair("DESTINATION", party(f.Destination))
+	pair("CONTAINER", container(f.Source)+container(f.Destination))
+	pair("IMAGE", f.Source.Image+f.Destination.Image)
 	pair("PROTOCOL", f.Protocol)
 	pair("VERDICT", strings.TrimRight(p.verdict(f.Verdict, 0), " "))
 	pair("REASON", f.Reason.String())
@@ -293,6 +295,15 @@ func (p *flowPrinter) dict(f *flow.Flow) error {
 	}
 	_, err := io.WriteString(p.out, b.String())
 	return err
+}
+
+// container is what the inventory calls an endpoint: "shop/api-1", "shop/api-1:api",
+// "redis", or "".
+func container(e flow.Endpoint) string {
+	if e.Pod != "" && e.Container != "" {
+		return e.Pod + ":" + e.Container
+	}
+	return e.Pod + e.Container
 }
 
 // columns of the table, with widths that most flows keep; a stream cannot wait for
@@ -319,6 +330,7 @@ var columns = []struct {
 	}},
 	{"COMM", 15, true, func(f *flow.Flow) string { return f.Comm }},
 	{"NODE", 12, true, func(f *flow.Flow) string { return f.Node }},
+	{"CONTAINER", 20, true, func(f *flow.Flow) string { return container(f.Source) + container(f.Destination) }},
 	{"CGROUP", 20, true, func(f *flow.Flow) string { return f.Source.Cgroup + f.Destination.Cgroup }},
 }
 

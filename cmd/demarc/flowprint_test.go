@@ -173,6 +173,7 @@ func TestOutputMovesNoCursor(t *testing.T) {
 	f := *l.Flow
 	f.Comm, f.Node, f.Crossing, f.Protocol = evil, evil, evil, evil
 	f.Source.Workload, f.Source.Zone, f.Source.Cgroup, f.Destination = evil, evil, evil, flow.Endpoint{Networks: []string{evil}}
+	f.Source.Pod, f.Source.Container, f.Source.Image, f.Source.PodLabels = evil+"/"+evil, evil, evil, map[string]string{evil: evil}
 	for _, form := range []string{"compact", "table", "wide", "dict", "json", "jsonpb"} {
 		var stdout bytes.Buffer
 		env := environment{Stdout: &stdout, Stderr: &stdout, Getenv: func(string) string { return "" }}
@@ -184,7 +185,7 @@ func TestOutputMovesNoCursor(t *testing.T) {
 		if err := p.stream(func(yield func([]byte, error) bool) { yield(text, nil) }); err != nil {
 			t.Fatal(err)
 		}
-		rows := map[string]int{"compact": 1, "table": 2, "wide": 2, "json": 1, "jsonpb": 1, "dict": 12}
+		rows := map[string]int{"compact": 1, "table": 2, "wide": 2, "json": 1, "jsonpb": 1, "dict": 14}
 		if got := bytes.Count(stdout.Bytes(), []byte("\n")); got != rows[form] {
 			t.Errorf("%s: %d lines, want %d:\n%q", form, got, rows[form], stdout.String())
 		}
