@@ -481,6 +481,8 @@ func TestPlaces(t *testing.T) {
 		{"OK group of the kubelet", pods(api), []string{"/kubelet/kubelet-kubepods.slice/x-pod" + uid(1) + ".slice/crio-" + id("a") + ".scope"},
 			named(1, "api", id("a"), "/kubelet/kubelet-kubepods.slice/x-pod"+uid(1)+".slice/crio-"+id("a")+".scope"), "", false},
 		{"OK static pod", pods(mirror), []string{"/kubepods/pod" + hash + "/" + id("a")}, static, "", false},
+		{"bad hash of another pod", pods(podText(1, "api", "n1", id("a"), `,"annotations":{"kubernetes.io/config.hash":"`+uid(2)+`","kubernetes.io/config.mirror":"x"}`)),
+			[]string{"/kubepods/pod" + uid(2) + "/" + id("a")}, nil, "container aaaaaaaaaaaa of shop/api: /kubepods/pod" + uid(2) + "/" + id("a") + " is not below its pod: not bound", false},
 		{"OK the sandbox waits", pods(api), []string{good, "/kubepods/pod" + uid(1) + "/" + id("f")}, named(1, "api", id("a"), good), "", false},
 		{"OK imitated inside another container", pods(api), []string{good, "/kubepods/pod" + uid(2) + "/" + id("b") + "/kubepods/pod" + uid(1) + "/" + id("a")},
 			named(1, "api", id("a"), good), "", false},

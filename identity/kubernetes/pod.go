@@ -56,6 +56,7 @@ type state struct {
 
 var (
 	word = regexp.MustCompile(`^[A-Za-z0-9]([-A-Za-z0-9_.]{0,251}[A-Za-z0-9])?$`)
+	hash = regexp.MustCompile(`^[0-9a-f]{32}$`)
 	ids  = regexp.MustCompile(`^[a-z][a-z0-9-]{0,31}://([0-9a-f]{64})$`)
 )
 
@@ -65,9 +66,10 @@ func (k pod) here(node string) bool {
 	return k.Spec.NodeName == node && word.MatchString(m.Namespace) && word.MatchString(m.Name) && word.MatchString(m.UID)
 }
 
-// uid is what its cgroups are named by.
+// uid is what its cgroups are named by. Who makes pods may write annotations, so a hash
+// must not look like the UID of a pod that was not made from a file.
 func (k pod) uid() string {
-	if a := k.Metadata.Annotations; a.Mirror != "" && a.Hash != "" {
+	if a := k.Metadata.Annotations; a.Mirror != "" && hash.MatchString(a.Hash) {
 		return a.Hash
 	}
 	return k.Metadata.UID
