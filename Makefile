@@ -57,6 +57,10 @@ test-kernels: ## demarc in virtual machines with the kernels KERNELS (5.10 6.1 6
 	test/vm/fetch $(KERNEL_CACHE) $(KERNELS)
 	DEMARC_KERNELS=$(KERNEL_CACHE) DEMARC_KERNEL_SERIES="$(KERNELS)" test/run -tags kernels -count=1 -v -timeout 30m ./test/vm
 
+.PHONY: test-kubernetes
+test-kubernetes: ## the DaemonSet's chart and kustomize base rendered, decoded and compared (builds Helm: some minutes)
+	cd test/kubernetes && $(GO) vet ./... && $(GO) test -count=1 ./...
+
 .PHONY: packages image vagrant test-packages
 ARCH ?= amd64 arm64
 packages: ## deb and rpm for ARCH (amd64 arm64), in bin/packages

@@ -62,6 +62,46 @@ func (c *cgroups) scan(root string) {
 	})
 }
 
+// searchAfter bounds how often the tree is walked for cgroups that are not in it.
+const searchAfter = 200 * time.Millisecond
+
+// Relative finds a cgroup by how the kernel names it to a process with a cgroup
+// namespace of its own, as the agent's in a pod: up from there with `..`, and down by
+// names. How far up leads where is not to be seen, so the names must end the path of
+// exactly one cgroup below root, which is itself below in the hierarchy.
+func (c *cgroups) Relative(root, below, cgroup string) (string, bool) {
+	tail := cgroup
+	for strings.HasPrefix(tail, "/../") {
+		tail = strings.TrimPrefix(tail, "/..")
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if root == c.root {
+		if path, found := c.ending(below, tail); found {
+			return path, true
+		}
+		if time.Since(c.last) < searchAfter {
+			return "", false
+		}
+	}
+	c.scan(root)
+	return c.ending(below, tail)
+}
+
+// ending is the only known cgroup whose path in the hierarchy ends so.
+func (c *cgroups) ending(below, tail string) (only string, found bool) {
+	for _, path := range c.paths {
+		if !strings.HasSuffix(below+path, tail) {
+			continue
+		}
+		if found && path != only {
+			return "", false
+		}
+		only, found = path, true
+	}
+	return only, found
+}
+
 // managed turns a cgroup of the hierarchy into one below the managed root, if it is
 // there.
 func (s *service) managed(cgroup string) (string, bool) {
@@ -73,6 +113,9 @@ func (s *service) managed(cgroup string) (string, bool) {
 		}
 	}
 	below := strings.TrimPrefix(root, mount) // of the mount: "" or "/lab"
+	if mount != "" && strings.HasPrefix(cgroup, "/../") {
+		return s.cgroups.Relative(root, below, cgroup)
+	}
 	if mount == "" || !strings.HasPrefix(cgroup, below+"/") {
 		return "", false
 	}

@@ -36,7 +36,7 @@ Exit codes: 0 good, 1 failed or refused, 2 usage, 3 agent not running,
 		newApplyCommand(env), newConfirmCommand(env), newRollbackCommand(env), newQuarantineCommand(env), newReleaseCommand(env), newStatusCommand(env), newFlowsCommand(env), newTopCommand(env), newFindingsCommand(env),
 		newIdentitiesCommand(env), newZonesCommand(env), newImageCommand(env), newPolicyCommand(env),
 		newKeysCommand(env), newPreflightCommand(env), newAuditCommand(env), newProbeCommand(env), newProbeCallerCommand(env),
-		newVersionCommand(env), newBugreportCommand(env), newDocsCommand(env),
+		newVersionCommand(env), newBugreportCommand(env), newDocsCommand(env), newEnterCommand(env),
 	)
 	root.InitDefaultHelpCmd()
 	root.InitDefaultCompletionCmd()

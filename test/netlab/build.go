@@ -21,6 +21,9 @@ func (l *Lab) binary(name string) string {
 	return filepath.Join(dir, name)
 }
 
+// Program is the path of one of demarc's programs, for what no node runs.
+func (l *Lab) Program(name string) string { return l.binary(name) }
+
 // release is the path of one of demarc's programs as it is released: static, and
 // without race detector.
 func (l *Lab) release(name string) string {

@@ -1,0 +1,256 @@
+// Package kubernetes_test builds what deploy/kubernetes means, by Helm and by kustomize,
+// without a cluster. It is a module of its own: Helm is large.
+package kubernetes_test
+
+import (
+	"bufio"
+	"bytes"
+	"encoding/json"
+	"errors"
+	"io"
+	"maps"
+	"os"
+	"reflect"
+	"slices"
+	"strings"
+	"testing"
+
+	monitoring "github.com/prometheus-operator/prometheus-operator/pkg/apis/monitoring/v1"
+	"helm.sh/helm/v4/pkg/chart/common"
+	"helm.sh/helm/v4/pkg/chart/common/util"
+	"helm.sh/helm/v4/pkg/chart/v2/loader"
+	"helm.sh/helm/v4/pkg/engine"
+	apps "k8s.io/api/apps/v1"
+	kube "k8s.io/api/core/v1"
+	yamlreader "k8s.io/apimachinery/pkg/util/yaml"
+	"sigs.k8s.io/kustomize/api/krusty"
+	"sigs.k8s.io/kustomize/kyaml/filesys"
+	"sigs.k8s.io/yaml"
+)
+
+const deploy = "../../deploy/kubernetes/"
+
+// objects decodes a stream into the API's types, which must know every field. The
+// names are KIND/NAME. Any other kind fails, roles above all (J18).
+func objects(t *testing.T, text []byte) map[string]any {
+	t.Helper()
+	all := map[string]any{}
+	r := yamlreader.NewYAMLReader(bufio.NewReader(bytes.NewReader(text)))
+	for {
+		doc, err := r.Read()
+		if errors.Is(err, io.EOF) {
+			return all
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		var head struct {
+			Kind, APIVersion string
+			Metadata         struct{ Name, Namespace string }
+		}
+		if err := yaml.Unmarshal(doc, &head); err != nil {
+			t.Fatalf("%v in\n%s", err, doc)
+		}
+		if head.Kind == "" {
+			continue // a template with nothing to say
+		}
+		var object any
+		switch head.APIVersion + " " + head.Kind {
+		case "v1 Namespace":
+			object = new(kube.Namespace)
+		case "v1 ServiceAccount":
+			object = new(kube.ServiceAccount)
+		case "v1 ConfigMap":
+			object = new(kube.ConfigMap)
+		case "apps/v1 DaemonSet":
+			object = new(apps.DaemonSet)
+		case "monitoring.coreos.com/v1 PodMonitor":
+			object = new(monitoring.PodMonitor)
+		case "monitoring.coreos.com/v1 PrometheusRule":
+			object = new(monitoring.PrometheusRule)
+		default:
+			t.Fatalf("%s %s has no place here", head.APIVersion, head.Kind)
+		}
+		if err := yaml.UnmarshalStrict(doc, object); err != nil {
+			t.Fatalf("%s/%s: %v in\n%s", head.Kind, head.Metadata.Name, err, doc)
+		}
+		if head.Kind != "Namespace" && head.Metadata.Namespace != "demarc" {
+			t.Errorf("%s/%s is in namespace %q", head.Kind, head.Metadata.Name, head.Metadata.Namespace)
+		}
+		name := head.Kind + "/" + head.Metadata.Name
+		if all[name] != nil {
+			t.Errorf("%s is there twice", name)
+		}
+		all[name] = object
+	}
+}
+
+func kustomized(t *testing.T) map[string]any {
+	t.Helper()
+	built, err := krusty.MakeKustomizer(krusty.MakeDefaultOptions()).Run(filesys.MakeFsOnDisk(), deploy+"base")
+	if err != nil {
+		t.Fatal(err)
+	}
+	text, err := built.AsYaml()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return objects(t, text)
+}
+
+// render is `helm template demarc --namespace demarc` with values.
+func render(values string) ([]byte, error) {
+	chart, err := loader.Load(deploy + "chart")
+	if err != nil {
+		return nil, err
+	}
+	var set map[string]any
+	if err := yaml.Unmarshal([]byte(values), &set); err != nil {
+		return nil, err
+	}
+	all, err := util.ToRenderValues(chart, set, common.ReleaseOptions{Name: "demarc", Namespace: "demarc", IsInstall: true}, common.DefaultCapabilities)
+	if err != nil {
+		return nil, err
+	}
+	files, err := engine.Engine{Strict: true}.Render(chart, all)
+	if err != nil {
+		return nil, err
+	}
+	var b bytes.Buffer
+	for _, name := range slices.Sorted(maps.Keys(files)) {
+		if strings.HasSuffix(name, ".yaml") {
+			b.WriteString("\n---\n" + files[name])
+		}
+	}
+	return b.Bytes(), nil
+}
+
+func rendered(t *testing.T, values string) map[string]any {
+	t.Helper()
+	text, err := render(values)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return objects(t, text)
+}
+
+// With its defaults the chart is the kustomize base, but for the namespace, which
+// `helm install` has an option for.
+func TestSame(t *testing.T) {
+	want, got := kustomized(t), rendered(t, "")
+	if len(want) != 4 || want["Namespace/demarc"] == nil {
+		t.Fatalf("the base has %v", slices.Sorted(maps.Keys(want)))
+	}
+	delete(want, "Namespace/demarc")
+	if a, b := slices.Sorted(maps.Keys(got)), slices.Sorted(maps.Keys(want)); !slices.Equal(a, b) {
+		t.Fatalf("the chart has %v, the base %v", a, b)
+	}
+	for name := range want {
+		if a, b := text(t, got[name]), text(t, want[name]); a != b {
+			t.Errorf("%s differs: the chart has\n%s\nthe base\n%s", name, a, b)
+		}
+	}
+}
+
+// Whatever the values are, the containers may do the same.
+func TestValues(t *testing.T) {
+	base := kustomized(t)["DaemonSet/demarc"].(*apps.DaemonSet).Spec.Template.Spec
+	for _, tt := range []struct {
+		name, values string
+		kinds        []string // beside those of the base
+		groups       []int64
+		mounts       []string // of the agent, that the base has not
+		missing      []string // of the agent, that only the base has
+		config       string
+	}{
+		{"OK nothing names workloads", "identity: {provider: ''}", nil, nil, nil, []string{"runtime"}, ""},
+		{"OK inventory", "identity: {provider: file}", nil, nil, []string{"inventory"}, []string{"runtime"}, "identity: {providers: [file], inventory: /etc/demarc/inventory/inventory.yaml}"},
+		{"OK another runtime", "identity: {runtimeDirectory: /run/crio, runtimeSocket: crio.sock}", nil, []int64{0}, nil, nil, "cri: unix:///run/crio/crio.sock}"},
+		{"OK policy from a Secret", "policy: {kind: Secret, name: shop}", nil, []int64{0}, nil, nil, ""},
+		{"OK two keys", "trust: {keys: [a.pub, b.pub]}", nil, []int64{0}, nil, nil, ""},
+		{"OK monitored", "metrics: {host: 0.0.0.0}\npodMonitor: {enabled: true, labels: {release: p}}\nprometheusRule: {enabled: true}",
+			[]string{"PodMonitor/demarc", "PrometheusRule/demarc-alerts", "PrometheusRule/demarc-findings"}, []int64{0}, nil, nil, `listen: "0.0.0.0:9477"`},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			all := rendered(t, tt.values)
+			pod := all["DaemonSet/demarc"].(*apps.DaemonSet).Spec.Template.Spec
+			kinds := append([]string{"ConfigMap/demarc-config", "DaemonSet/demarc", "ServiceAccount/demarc"}, tt.kinds...)
+			slices.Sort(kinds)
+			if got := slices.Sorted(maps.Keys(all)); !slices.Equal(got, kinds) {
+				t.Errorf("objects: %v, want %v", got, kinds)
+			}
+			if len(pod.Containers) != 2 || len(pod.InitContainers) != 0 {
+				t.Fatalf("containers: %+v", pod.Containers)
+			}
+			for i, c := range pod.Containers {
+				if !reflect.DeepEqual(c.SecurityContext, base.Containers[i].SecurityContext) {
+					t.Errorf("%s may do something else: %s", c.Name, text(t, c.SecurityContext))
+				}
+			}
+			var groups []int64
+			if pod.SecurityContext != nil {
+				groups = pod.SecurityContext.SupplementalGroups
+			}
+			if !slices.Equal(groups, tt.groups) {
+				t.Errorf("groups: %v, want %v", groups, tt.groups)
+			}
+			names := func(p kube.PodSpec) (names []string) {
+				for _, m := range p.Containers[1].VolumeMounts {
+					names = append(names, m.Name)
+					if !slices.ContainsFunc(p.Volumes, func(v kube.Volume) bool { return v.Name == m.Name }) {
+						t.Errorf("no volume %s", m.Name)
+					}
+				}
+				return names
+			}
+			want := slices.DeleteFunc(append(names(base), tt.mounts...), func(n string) bool { return slices.Contains(tt.missing, n) })
+			if got := names(pod); !slices.Equal(got, want) {
+				t.Errorf("mounts of the agent: %v, want %v", got, want)
+			}
+			if config := all["ConfigMap/demarc-config"].(*kube.ConfigMap).Data["agent.yaml"]; !strings.Contains(config, tt.config) {
+				t.Errorf("agent.yaml has no %q:\n%s", tt.config, config)
+			}
+		})
+	}
+}
+
+// The rules are those of deploy/prometheus, which have tests of their own.
+func TestRules(t *testing.T) {
+	all := rendered(t, "prometheusRule: {enabled: true}")
+	for _, name := range []string{"alerts", "findings"} {
+		var want monitoring.PrometheusRuleSpec
+		file, err := os.ReadFile("../../deploy/prometheus/" + name + ".yaml")
+		if err == nil {
+			err = yaml.UnmarshalStrict(file, &want)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		got := all["PrometheusRule/demarc-"+name].(*monitoring.PrometheusRule).Spec
+		if len(want.Groups) == 0 || text(t, got) != text(t, want) {
+			t.Errorf("%s: got\n%s\nwant\n%s", name, text(t, got), text(t, want))
+		}
+	}
+}
+
+func TestRefusedValues(t *testing.T) {
+	for _, tt := range []struct{ name, values, want string }{
+		{"bad provider", "identity: {provider: docker}", `use cri, file or`},
+		{"bad kind of policy", "policy: {kind: Pod}", "use ConfigMap or Secret"},
+		{"bad scrape of loopback", "podMonitor: {enabled: true}", "set metrics.host"},
+		{"bad no key", "trust: {keys: []}", "name at least one file"},
+	} {
+		if _, err := render(tt.values); err == nil || !strings.Contains(err.Error(), tt.want) {
+			t.Errorf("%s: %v, want %q", tt.name, err, tt.want)
+		}
+	}
+}
+
+func text(t *testing.T, object any) string {
+	t.Helper()
+	b, err := json.MarshalIndent(object, "", " ")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(b)
+}
