@@ -17,6 +17,7 @@ import (
 	"github.com/demarc/demarc/exporter"
 	"github.com/demarc/demarc/identity"
 	"github.com/demarc/demarc/identity/cri"
+	"github.com/demarc/demarc/identity/kubernetes"
 )
 
 // Agent is a configured agent. Make one with New.
@@ -55,6 +56,11 @@ func build(c *Config, log *zap.Logger, l *link) (*Agent, error) {
 		runtime := cri.New(c.Runtime, s.managed)
 		s.binder = newBinder(l, runtime, log)
 		a.tasks = append(a.tasks, runtime, s.binder)
+	}
+	if c.Kubernetes != nil {
+		pods := kubernetes.New(*c.Kubernetes, func() string { return l.view().Root })
+		s.binder = newBinder(l, pods, log)
+		a.tasks = append(a.tasks, pods, s.binder)
 	}
 	s.detection = newDetection(c, l, s.resolver(), log)
 	if c.State != "" {

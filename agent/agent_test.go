@@ -3,20 +3,25 @@ package agent
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"net/http"
 	"net/url"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"go.uber.org/zap"
 
 	"github.com/demarc/demarc/agent/api"
 	"github.com/demarc/demarc/agent/auditlog"
 	"github.com/demarc/demarc/agent/core/audit"
 	"github.com/demarc/demarc/agent/core/proto"
 	"github.com/demarc/demarc/bpf/abi"
+	"github.com/demarc/demarc/identity"
 )
 
 func TestStatusFollowsTheCore(t *testing.T) {
@@ -297,6 +302,44 @@ func TestBinderFollowsInventoryImageAndCore(t *testing.T) {
 		t.Fatal(err)
 	}
 	claims("identity changed", map[string]uint32{"/lab/api-2": ids(t, next)["backend"]})
+}
+
+// partial names one cgroup, and says that others may run.
+type partial struct{ inv *identity.Inventory }
+
+func (p *partial) Current() (*identity.Inventory, time.Time, error) {
+	return p.inv, time.Unix(1000, 0), nil
+}
+func (*partial) Changed() <-chan struct{} { return nil }
+func (*partial) Path() string             { return "" }
+
+// What does not claim to name everybody takes nobody's name away: neither what an agent
+// before claimed, nor what was claimed since.
+func TestPartialInventoryForgetsNobody(t *testing.T) {
+	core := newStandIn()
+	core.images, core.epoch = [][]byte{compile(t, source)}, 1
+	core.claims = map[string]uint32{"/lab/earlier": 1}
+	r := start(t, core, nil)
+	eventually(t, "image came", func() bool { v := r.link.view(); return v.Connected && v.Names != nil })
+	api := func(name string) identity.Workload {
+		return identity.Workload{Namespace: "shop", Name: name, Labels: map[string]string{"app": "api"}, Cgroup: "/lab/" + name}
+	}
+	from := &partial{&identity.Inventory{Workloads: []identity.Workload{api("a")}, Partial: true}}
+	b := newBinder(r.link, from, zap.NewNop())
+	for _, step := range []struct {
+		inv  *identity.Inventory
+		want []string
+	}{
+		{from.inv, []string{"/lab/a", "/lab/earlier"}},
+		{&identity.Inventory{Workloads: []identity.Workload{api("b")}, Partial: true}, []string{"/lab/a", "/lab/b", "/lab/earlier"}},
+		{&identity.Inventory{Workloads: []identity.Workload{api("b")}}, []string{"/lab/b"}},
+	} {
+		from.inv = step.inv
+		b.reconcile()
+		if got := slices.Sorted(maps.Keys(core.claimed())); !slices.Equal(got, step.want) {
+			t.Errorf("claimed %q, want %q", got, step.want)
+		}
+	}
 }
 
 func TestRefusedClaimIsTriedAgain(t *testing.T) {

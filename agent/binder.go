@@ -100,7 +100,7 @@ func (b *binder) reconcile() {
 	want, clashes := identity.Claims(inv, v.Names.Image)
 	problems = append(problems, clashes...)
 	for _, path := range slices.Sorted(maps.Keys(b.made)) {
-		if _, ok := want[path]; ok {
+		if _, ok := want[path]; ok || inv.Partial {
 			continue
 		}
 		if err := b.ask(path, "unbind", func(c core) error { return c.Unbind(path) }); err != nil {
@@ -130,7 +130,7 @@ func (b *binder) reconcile() {
 	}
 	// What an agent before this one claimed, and the inventory no longer names,
 	// must not keep its identity.
-	if !b.settled {
+	if !b.settled && !inv.Partial {
 		if err := b.link.with(func(c core) error { return c.Forget() }); err != nil {
 			problems = append(problems, "forget earlier claims: "+err.Error())
 			return

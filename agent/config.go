@@ -2,6 +2,7 @@ package agent
 
 import (
 	"cmp"
+	"errors"
 	"fmt"
 	"math"
 	"net"
@@ -16,6 +17,7 @@ import (
 	"github.com/demarc/demarc/agent/api"
 	"github.com/demarc/demarc/agent/detect"
 	"github.com/demarc/demarc/agent/journal"
+	"github.com/demarc/demarc/identity/kubernetes"
 	"github.com/demarc/demarc/internal/yamlfile"
 )
 
@@ -28,8 +30,10 @@ type Config struct {
 	WebConfig string // file with TLS and users for the metrics; "" = neither
 	Inventory string // file of the `file` provider; "" = not used
 	Runtime   string // socket of the `cri` provider; "" = not used
-	State     string // directory for what outlives the agent; "" = nothing does
-	Detect    *detect.Config
+	// Kubernetes is whom the `kubernetes` provider asks; nil = not used.
+	Kubernetes *kubernetes.Options
+	State      string // directory for what outlives the agent; "" = nothing does
+	Detect     *detect.Config
 	// Journal is the directory that flows are kept in; "" = they are not. JournalSize
 	// bounds it, in bytes.
 	Journal     string
@@ -51,6 +55,13 @@ type document struct {
 		Providers []string `yaml:"providers"`
 		Inventory string   `yaml:"inventory"`
 		CRI       string   `yaml:"cri"`
+
+		Kubernetes *struct {
+			Server    string `yaml:"server"`
+			TokenFile string `yaml:"token_file"`
+			CAFile    string `yaml:"ca_file"`
+			Node      string `yaml:"node"`
+		} `yaml:"kubernetes"`
 	} `yaml:"identity"`
 	Journal struct {
 		Dir     string `yaml:"dir"`
@@ -114,8 +125,8 @@ func ParseConfig(file string, src []byte) (*Config, error) {
 	for i, p := range d.Identity.Providers {
 		at := fmt.Sprintf("$.identity.providers[%d]", i)
 		switch {
-		case p != "file" && p != "cri":
-			return nil, f.Errorf(at, "this version has file and cri", "unknown identity provider %q", p)
+		case p != "file" && p != "cri" && p != "kubernetes":
+			return nil, f.Errorf(at, "this version has file, cri and kubernetes", "unknown identity provider %q", p)
 		case i > 0:
 			return nil, f.Errorf(at, "use one: two could contradict each other", "a second identity provider")
 		}
@@ -128,6 +139,12 @@ func ParseConfig(file string, src []byte) (*Config, error) {
 		return nil, f.Errorf("$.identity.inventory", "add `providers: [file]`", "the inventory is not used by any provider")
 	case !named("cri") && d.Identity.CRI != "":
 		return nil, f.Errorf("$.identity.cri", "add `providers: [cri]`", "the runtime is not used by any provider")
+	case !named("kubernetes") && d.Identity.Kubernetes != nil:
+		return nil, f.Errorf("$.identity.kubernetes", "add `providers: [kubernetes]`", "the API server is not used by any provider")
+	case named("kubernetes"):
+		if c.Kubernetes, err = d.apiServer(c.Node, filepath.Dir(file)); err != nil {
+			return nil, f.Errorf("$.identity.providers", "set identity.kubernetes.server, as https://10.96.0.1:443, and node; in a pod the environment says them", "%s", err)
+		}
 	case named("cri"):
 		if c.Runtime, err = api.SocketPath(cmp.Or(d.Identity.CRI, "unix:///run/containerd/containerd.sock")); err != nil {
 			return nil, f.Errorf("$.identity.cri", "for example unix:///run/containerd/containerd.sock", "%s", err)
@@ -170,6 +187,28 @@ func ParseConfig(file string, src []byte) (*Config, error) {
 		return nil, f.Errorf("$.log.format", "use text or json", "unknown log format %q", d.Log.Format)
 	}
 	return c, nil
+}
+
+// apiServer says whom the `kubernetes` provider asks. What is not written is as it is
+// for every process in a pod.
+func (d *document) apiServer(node, dir string) (*kubernetes.Options, error) {
+	o := &kubernetes.Options{Node: cmp.Or(os.Getenv("NODE_NAME"), node), Pod: os.Getenv("POD_UID"), TokenFile: kubernetes.DefaultToken, CAFile: kubernetes.DefaultCA}
+	if host := os.Getenv("KUBERNETES_SERVICE_HOST"); host != "" {
+		o.Server = "https://" + net.JoinHostPort(host, cmp.Or(os.Getenv("KUBERNETES_SERVICE_PORT"), "443"))
+	}
+	if k := d.Identity.Kubernetes; k != nil {
+		o.Server, o.Node = cmp.Or(k.Server, o.Server), cmp.Or(k.Node, o.Node)
+		o.TokenFile, o.CAFile = cmp.Or(k.TokenFile, o.TokenFile), cmp.Or(k.CAFile, o.CAFile)
+	}
+	for _, f := range []*string{&o.TokenFile, &o.CAFile} {
+		if !filepath.IsAbs(*f) {
+			*f = filepath.Join(dir, *f)
+		}
+	}
+	if o.Server == "" {
+		return nil, errors.New("provider kubernetes needs an API server")
+	}
+	return o, o.Check()
 }
 
 // defaultJournalSize holds some million flows.

@@ -8,6 +8,7 @@ import (
 	"go.uber.org/zap/zapcore"
 
 	"github.com/demarc/demarc/agent/detect"
+	"github.com/demarc/demarc/identity/kubernetes"
 )
 
 func TestParseConfig(t *testing.T) {
@@ -37,6 +38,9 @@ log: {level: debug, format: json}
 			Config{Node: host, Server: "/run/demarc-agent/agent.sock", Core: "/run/demarc/core.sock", Metrics: ":9477", WebConfig: "/etc/demarc/web.yaml", Detect: detect.DefaultConfig()}},
 		{"OK plain path, absolute inventory", "server: /a.sock\nidentity: {providers: [file], inventory: /i.yaml}\n",
 			Config{Node: host, Server: "/a.sock", Core: "/run/demarc/core.sock", Inventory: "/i.yaml", Detect: detect.DefaultConfig()}},
+		{"OK API server", "node: n1\nidentity: {providers: [kubernetes], kubernetes: {server: \"https://10.96.0.1:443\", token_file: token, ca_file: /ca.crt, node: n2}}\n",
+			Config{Node: "n1", Server: "/run/demarc-agent/agent.sock", Core: "/run/demarc/core.sock", Detect: detect.DefaultConfig(),
+				Kubernetes: &kubernetes.Options{Server: "https://10.96.0.1:443", TokenFile: "/etc/demarc/token", CAFile: "/ca.crt", Node: "n2"}}},
 		{"OK journal", "journal: {dir: /var/lib/demarc-agent/journal}\n",
 			Config{Node: host, Server: "/run/demarc-agent/agent.sock", Core: "/run/demarc/core.sock", Journal: "/var/lib/demarc-agent/journal", JournalSize: 256 << 20, Detect: detect.DefaultConfig()}},
 		{"OK journal of a size", "journal: {dir: journal, max_size: 2GiB}\n",
@@ -56,6 +60,21 @@ log: {level: debug, format: json}
 	}
 }
 
+// In a pod the environment says who is asked, and for which node.
+func TestParseConfigInPod(t *testing.T) {
+	for k, v := range map[string]string{"KUBERNETES_SERVICE_HOST": "fd00::1", "KUBERNETES_SERVICE_PORT": "6443", "NODE_NAME": "n2", "POD_UID": "u"} {
+		t.Setenv(k, v)
+	}
+	got, err := ParseConfig("a.yaml", []byte("node: n1\nidentity: {providers: [kubernetes]}\n"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := &kubernetes.Options{Server: "https://[fd00::1]:6443", TokenFile: kubernetes.DefaultToken, CAFile: kubernetes.DefaultCA, Node: "n2", Pod: "u"}
+	if d := cmp.Diff(want, got.Kubernetes); d != "" {
+		t.Errorf("(-want +got):\n%s", d)
+	}
+}
+
 func TestParseConfigRefuses(t *testing.T) {
 	for _, c := range []struct{ name, src, want string }{
 		{"bad key", "sever: x\n", "a.yaml:1:1: unknown field \"sever\"\nhint: check the spelling; unknown keys are never ignored"},
@@ -66,7 +85,10 @@ func TestParseConfigRefuses(t *testing.T) {
 		{"bad node", "node: \"a b\"\n", "a.yaml:1:7: node name \"a b\" is no name\nhint: use at most 253 printable ASCII characters"},
 		{"bad listen", "metrics: {listen: 9477}\n", "a.yaml:1:19: \"9477\" is no HOST:PORT\nhint: for example 127.0.0.1:9477"},
 		{"bad unused web config", "metrics: {web_config: x}\n", "a.yaml:1:23: web_config is not used without metrics\nhint: set metrics.listen, too"},
-		{"bad provider", "identity: {providers: [docker]}\n", "a.yaml:1:24: unknown identity provider \"docker\"\nhint: this version has file and cri"},
+		{"bad provider", "identity: {providers: [docker]}\n", "a.yaml:1:24: unknown identity provider \"docker\"\nhint: this version has file, cri and kubernetes"},
+		{"bad no API server", "identity: {providers: [kubernetes]}\n", "a.yaml:1:23: provider kubernetes needs an API server\nhint: set identity.kubernetes.server, as https://10.96.0.1:443, and node; in a pod the environment says them"},
+		{"bad API server", "identity: {providers: [kubernetes], kubernetes: {server: \"http://127.0.0.1:8080\"}}\n", "a.yaml:1:23: server \"http://127.0.0.1:8080\": want https://ADDRESS:PORT\nhint: set identity.kubernetes.server, as https://10.96.0.1:443, and node; in a pod the environment says them"},
+		{"bad unused API server", "identity: {kubernetes: {node: n1}}\n", "a.yaml:1:24: the API server is not used by any provider\nhint: add `providers: [kubernetes]`"},
 		{"bad two providers", "identity: {providers: [file, cri], inventory: x}\n", "a.yaml:1:30: a second identity provider\nhint: use one: two could contradict each other"},
 		{"bad unused runtime", "identity: {cri: unix:///run/x.sock}\n", "a.yaml:1:17: the runtime is not used by any provider\nhint: add `providers: [cri]`"},
 		{"bad runtime", "identity: {providers: [cri], cri: x.sock}\n", "a.yaml:1:35: server \"x.sock\": want unix:///PATH\nhint: for example unix:///run/containerd/containerd.sock"},

@@ -91,6 +91,13 @@ func limitFiles(c *Config) error {
 	if c.Runtime != "" {
 		rules = append(rules, landlock.PathAccess(ll.AccessFSResolveUnix, existing(filepath.Dir(c.Runtime))))
 	}
+	if k := c.Kubernetes; k != nil { // directories: tokens are renewed by another link
+		at, err := k.Address()
+		if err != nil {
+			return err
+		}
+		rules = append(rules, landlock.ConnectTCP(at.Port()), landlock.RODirs(filepath.Dir(k.TokenFile), filepath.Dir(k.CAFile)))
+	}
 	if c.Inventory != "" { // its directory: the file is replaced as it changes
 		rules = append(rules, landlock.RODirs(filepath.Dir(c.Inventory)))
 	}

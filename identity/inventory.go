@@ -19,6 +19,9 @@ type Inventory struct {
 	Namespaces map[string]Namespace `yaml:"namespaces"`
 	Nodes      map[string]Node      `yaml:"nodes"`
 	Workloads  []Workload           `yaml:"workloads"`
+	// Partial says that others may run whom it does not name yet: nobody loses a name
+	// for not being in it.
+	Partial bool `yaml:"-"`
 }
 
 // Node is a Kubernetes node: a host with addresses of its own.

@@ -3,7 +3,13 @@ package main
 import (
 	"bytes"
 	"context"
+	"encoding/pem"
+	"fmt"
+	"io"
+	"net/http"
+	"net/http/httptest"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -15,7 +21,12 @@ import (
 	"github.com/demarc/demarc/agent"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	if os.Getenv("TEST_RUN_AGENT") != "" {
+		main()
+	}
+	goleak.VerifyTestMain(m)
+}
 
 // output collects what a running agent writes.
 type output struct {
@@ -99,4 +110,76 @@ func TestRunsWithoutCoreAndLeavesNothing(t *testing.T) {
 	if left, err := filepath.Glob(dir + "/*"); err != nil || len(left) != 1 {
 		t.Errorf("left behind: %q, %v", left, err)
 	}
+}
+
+// The confined agent, a process of its own, reaches the API server, lists and watches,
+// and reads a token that was renewed by a link in its place.
+func TestConfinedAgentAsksAPIServer(t *testing.T) {
+	type question struct{ token, watch string }
+	asked := make(chan question, 100)
+	server := httptest.NewTLSServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		watch := r.URL.Query().Get("watch")
+		select {
+		case asked <- question{r.Header.Get("Authorization"), watch}:
+		default:
+		}
+		if watch == "" {
+			io.WriteString(w, `{"metadata":{"resourceVersion":"1"},"items":[]}`)
+		}
+	}))
+	defer server.Close()
+	dir := t.TempDir()
+	account := filepath.Join(dir, "account")
+	for _, d := range []string{"1", "2"} {
+		if err := os.MkdirAll(filepath.Join(account, d), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		write(t, filepath.Join(account, d, "token"), d)
+	}
+	link := func(to string) {
+		if err := os.Symlink(to, filepath.Join(account, "new")); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Rename(filepath.Join(account, "new"), filepath.Join(account, "data")); err != nil {
+			t.Fatal(err)
+		}
+	}
+	link("1")
+	write(t, filepath.Join(account, "ca.crt"), string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: server.Certificate().Raw})))
+	config := write(t, filepath.Join(dir, "agent.yaml"), fmt.Sprintf(`server: unix://%[1]s/agent.sock
+core: unix://%[1]s/core.sock
+identity: {providers: [kubernetes], kubernetes: {server: %[2]q, node: n1, token_file: account/data/token, ca_file: account/ca.crt}}
+`, dir, server.URL))
+	agent := exec.Command(os.Args[0], "--config", config, "--allow-root")
+	agent.Env = append(os.Environ(), "TEST_RUN_AGENT=1", "GOCOVERDIR="+dir)
+	var out output
+	agent.Stdout, agent.Stderr = &out, &out
+	if err := agent.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := agent.Process.Signal(os.Interrupt); err != nil {
+			t.Error(err)
+		}
+		if err := agent.Wait(); err != nil {
+			t.Errorf("%v: %s", err, &out)
+		}
+	}()
+	until := func(want question) {
+		limit := time.After(time.Minute)
+		for {
+			select {
+			case got := <-asked:
+				if got == want {
+					return
+				}
+			case <-limit:
+				t.Fatalf("never asked %+v: %s", want, &out)
+			}
+		}
+	}
+	until(question{"Bearer 1", ""})
+	until(question{"Bearer 1", "1"})
+	link("2")
+	until(question{"Bearer 2", "1"})
 }

@@ -37,7 +37,7 @@ func newPolicyLearnCommand(env *environment) *cobra.Command {
 		Long: `Propose the smallest policy that allows the flows that were seen: those that the
 agent keeps, or those in files that "demarc flows -o json" wrote.
 
-Workloads are proposed from units, containers and cgroups, limits from observed rates,
+Workloads are proposed from units, pods, containers and cgroups, limits from observed rates,
 and each crossing says what it was learned from. What failed a proof, was denied, got
 no answer or looks like a scan is not proposed but listed at the end. Review it.
 

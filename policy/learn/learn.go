@@ -44,7 +44,9 @@ type Learner struct {
 	calls   map[callKey]time.Time // UDP sockets that were connected; zero = and sent something
 	edges   map[edgeKey]*edge
 	refused map[refusal]*tally
-	judged  map[place]example // the last process seen of a place
+	judged  map[place]example  // the last process seen of a place
+	met     map[place]*members // of places that are pods or named containers
+	members int                // cgroups of all of those
 	seen    tally
 	lost    uint64
 	unnamed string // a workload that no base declares
@@ -67,8 +69,9 @@ type callKey struct {
 // talk is what both ends have told of a conversation.
 type talk struct {
 	from, to place
-	answered bool   // TCP: the answer came
-	doubt    string // why it must not be proposed
+	nodes    [2]string // that told of either
+	answered bool      // TCP: the answer came
+	doubt    string    // why it must not be proposed
 	at       time.Time
 }
 
@@ -98,6 +101,7 @@ type edge struct {
 	tally
 	peers map[netip.Addr]struct{} // addresses of the end without a place
 	more  bool                    // there are others
+	apart bool                    // its ends are on different hosts
 	pair  [2]netip.AddrPort       // an example
 }
 
@@ -157,6 +161,7 @@ func New(o Options) *Learner {
 	}
 	return &Learner{
 		options: o, talks: map[talkKey]*talk{}, calls: map[callKey]time.Time{}, edges: map[edgeKey]*edge{}, refused: map[refusal]*tally{}, judged: map[place]example{},
+		met: map[place]*members{},
 	}
 }
 
@@ -224,6 +229,11 @@ func (l *Learner) Add(f *flow.Flow) {
 	}
 	if t.doubt == "" {
 		t.doubt = why // of either end
+	}
+	if f.Direction == abi.Egress {
+		t.nodes[0] = f.Node
+	} else {
+		t.nodes[1] = f.Node
 	}
 	switch {
 	case f.Direction == abi.Egress && f.Hook == abi.HookIngress:
@@ -354,6 +364,7 @@ func (l *Learner) count(key talkKey, t *talk) {
 		l.edges[e] = got
 	}
 	got.add(t.at)
+	got.apart = got.apart || t.nodes[0] != "" && t.nodes[1] != "" && t.nodes[0] != t.nodes[1]
 	peer := key.source.Addr()
 	switch {
 	case t.from == (place{}):

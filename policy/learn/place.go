@@ -18,6 +18,9 @@ const (
 	unit                       // a system unit; the name is a selector
 	container                  // a container's cgroup; the name is its path
 	cgroup                     // any other cgroup; the name is its path
+	pods                       // pods of one owner; the name is NAMESPACE/OWNER
+	called                     // a container outside of pods; the name is its
+	imaged                     // one without a name; the name is its image's
 	session                    // somebody who is logged in
 	unmanaged                  // a local process whose cgroup is not known
 	kernelSide                 // the kernel's own sockets
@@ -40,6 +43,12 @@ func (p place) String() string {
 		return p.name
 	case unit:
 		return "unit " + p.name
+	case pods:
+		return "pods " + p.name
+	case called:
+		return "container " + p.name
+	case imaged:
+		return "image " + p.name
 	}
 	return "cgroup " + p.name
 }
@@ -54,11 +63,11 @@ func (l *Learner) place(e flow.Endpoint) place {
 	}
 	p := placeOf(e.Cgroup)
 	if b := l.options.Base; b != nil {
-		if name := selected(b, e.Cgroup, p); name != "" {
+		if name := selected(b, e, p); name != "" {
 			return place{declared, name}
 		}
 	}
-	return p
+	return l.meet(e, p)
 }
 
 // named is who an endpoint proved to be.
@@ -144,8 +153,9 @@ func containerAt(parts []string) int {
 	return 0
 }
 
-// selected is the workload of a policy whose selector finds a cgroup, or "".
-func selected(p *policy.Policy, cgroupPath string, at place) string {
+// selected is the workload of a policy whose selector finds an endpoint, or "".
+func selected(p *policy.Policy, e flow.Endpoint, at place) string {
+	cgroupPath := e.Cgroup
 	for _, w := range p.Workloads {
 		for _, s := range w.Match {
 			switch s.Kind {
@@ -155,6 +165,10 @@ func selected(p *policy.Policy, cgroupPath string, at place) string {
 				}
 			case image.SelectUnit:
 				if at.kind == unit && (at.name == s.Path || glob(s.Path, path.Base(unitIn(cgroupPath)))) {
+					return w.Name
+				}
+			default:
+				if finds(s, e) {
 					return w.Name
 				}
 			}
@@ -198,6 +212,10 @@ func (p place) word() string {
 			name = name[strings.LastIndexByte(name, '-')+1:]
 		}
 		name = kind + "-" + name[:min(len(name), 12)]
+	case called:
+	case imaged:
+		name, _, _ = strings.Cut(path.Base(name), "@")
+		name, _, _ = strings.Cut(name, ":")
 	default:
 		name = path.Base(name)
 	}

@@ -34,7 +34,8 @@ type Proposal struct {
 type workload struct {
 	name, zone string
 	place      place
-	seen       []string // processes
+	found      []policy.Selector // by metadata
+	seen       []string          // processes
 }
 
 // network is a set of addresses that is proposed.
@@ -52,6 +53,7 @@ type crossing struct {
 	evidence  tally
 	pair      [2]netip.AddrPort
 	by        example
+	apart     bool // its ends are on different hosts
 	dissolved bool // it is refused after all
 }
 
@@ -133,13 +135,37 @@ func (d *draft) mergedEdges() []edgeOf {
 			}
 		}
 	}
-	top := func(p place) place {
-		if p.kind != cgroup && p.kind != container {
-			return p
+	// What was seen before it had a name is who has the cgroup.
+	for p, m := range d.met {
+		if p.kind == pods || p.kind == called || p.kind == imaged {
+			for at := range m.cgroups {
+				paths[at] = p
+			}
 		}
-		for i := 1; i < len(p.name); i++ {
-			if above, ok := paths[p.name[:i]]; ok && p.name[i] == '/' {
-				return above
+	}
+	above := func(path string, kinds ...kind) (place, bool) {
+		for i := 1; i <= len(path); i++ {
+			if p, ok := paths[path[:i]]; ok && (i == len(path) || path[i] == '/') && slices.Contains(kinds, p.kind) {
+				return p, true
+			}
+		}
+		return place{}, false
+	}
+	top := func(p place) place {
+		switch p.kind {
+		case cgroup, container:
+			if whole, ok := above(p.name, cgroup, container, pods, called, imaged); ok {
+				if m, part := d.met[whole], d.met[p]; m != nil && part != nil && whole != p {
+					maps.Copy(m.scopes, part.scopes)
+				}
+				return whole
+			}
+		case pods, called, imaged:
+			// A path above theirs that is a workload leaves no room for another one.
+			for _, at := range slices.Sorted(maps.Keys(d.met[p].cgroups)) {
+				if p, ok := above(at, cgroup, container); ok {
+					return p
+				}
 			}
 		}
 		return p
@@ -273,7 +299,7 @@ type edgeOf struct {
 func (e *edge) join(o *edge) {
 	e.tally.join(o.tally)
 	maps.Copy(e.peers, o.peers)
-	e.more = e.more || o.more
+	e.more, e.apart = e.more || o.more, e.apart || o.apart
 	if slices.CompareFunc(o.pair[:], e.pair[:], netip.AddrPort.Compare) < 0 {
 		e.pair = o.pair
 	}
@@ -337,13 +363,16 @@ func (d *draft) nameWorkloads(all []edgeOf) {
 	found := map[place]bool{}
 	for _, e := range all {
 		for _, p := range []place{e.from, e.to} {
-			if p.kind == unit || p.kind == cgroup || p.kind == container {
+			switch p.kind {
+			case unit, cgroup, container, pods, called, imaged:
 				found[p] = true
 			}
 		}
 	}
-	for _, p := range slices.SortedFunc(maps.Keys(found), comparePlaces) {
-		w := &workload{name: d.free("workload", p.word()), place: p}
+	places := slices.SortedFunc(maps.Keys(found), comparePlaces)
+	selectors := d.selectors(places)
+	for _, p := range places {
+		w := &workload{name: d.free("workload", p.word()), place: p, found: selectors[p]}
 		if by := d.judged[p]; by.comm != "" {
 			w.seen = append(w.seen, by.comm)
 		}
@@ -386,6 +415,7 @@ func (d *draft) cross(all []edgeOf) {
 			d.crossings = append(d.crossings, c)
 		}
 		c.ports = append(c.ports, e.port)
+		c.apart = c.apart || e.apart
 		c.evidence.join(e.tally)
 	}
 	slices.SortFunc(d.crossings, func(a, b *crossing) int { return strings.Compare(a.name, b.name) })

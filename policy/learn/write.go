@@ -2,9 +2,14 @@ package learn
 
 import (
 	"fmt"
+	"maps"
 	"net/netip"
+	"slices"
 	"strconv"
 	"strings"
+
+	"github.com/demarc/demarc/policy"
+	"github.com/demarc/demarc/policy/image"
 )
 
 // document is text in the making, which knows what its lines are about.
@@ -55,15 +60,49 @@ func (d *draft) writeWorkloads(doc *document, indent string) {
 		if len(w.seen) > 0 {
 			doc.line("%s# %s, seen running %s", indent, w.place, comment(strings.Join(w.seen, ", ")))
 		}
-		key := "cgroup"
-		if w.place.kind == unit {
-			key = "systemdUnit"
+		match, review := w.match(d.met[w.place])
+		if review != "" {
+			doc.line("%s# review: %s", indent, review)
 		}
-		if w.place.kind == container {
-			doc.line("%s# review: this path ends with the container; a container or kubernetes selector outlives it", indent)
+		items := make([]string, len(match))
+		for i, s := range match {
+			items[i] = selectorText(s)
 		}
-		doc.line("%s%s: {zone: %s, match: [{%s: %s}]}", indent, w.name, w.zone, key, strconv.Quote(w.place.name))
+		doc.line("%s%s: {zone: %s, match: [%s]}", indent, w.name, w.zone, strings.Join(items, ", "))
 	}
+}
+
+// selectorText is a selector as a policy has it.
+func selectorText(s policy.Selector) string {
+	var parts []string
+	part := func(key, value string) {
+		if value != "" {
+			parts = append(parts, key+": "+strconv.Quote(value))
+		}
+	}
+	switch s.Kind {
+	case image.SelectUnit:
+		part("systemdUnit", s.Path)
+		return "{" + parts[0] + "}"
+	case image.SelectCgroup:
+		part("cgroup", s.Path)
+		return "{" + parts[0] + "}"
+	case image.SelectContainer:
+		part("name", s.Name)
+		part("image", s.Image)
+		return "{container: {" + strings.Join(parts, ", ") + "}}"
+	}
+	for _, key := range slices.Sorted(maps.Keys(s.Labels)) {
+		part(strconv.Quote(key), s.Labels[key])
+	}
+	labels := parts
+	parts = nil
+	part("namespace", s.Namespace)
+	part("podName", s.Name)
+	if len(labels) > 0 {
+		parts = append(parts, "podLabels: {"+strings.Join(labels, ", ")+"}")
+	}
+	return "{kubernetes: {" + strings.Join(parts, ", ") + "}}"
 }
 
 func (d *draft) writeNetworks(doc *document, indent string) {
@@ -82,6 +121,9 @@ func (d *draft) writeNetworks(doc *document, indent string) {
 func (d *draft) writeCrossings(doc *document, indent string) {
 	for _, c := range d.crossings {
 		doc.line("%s# %s, at most %d in a second; %s", indent, &c.evidence, c.evidence.peak, c.example())
+		if c.apart && c.ports[0].protocol == "udp" {
+			doc.line("%s# review: between hosts; datagrams that nobody answers need identity: sender here, or they stop after 16", indent)
+		}
 		start := doc.at
 		doc.line("%s- {name: %s, from: [%s], to: [%s], ports: [%s], limit: {connections: %d/s}, log: denied, purpose: learned}",
 			indent, c.name, c.from, c.to, portList(c.ports), headroom(c.evidence.peak))
