@@ -51,23 +51,30 @@ func (c *containers) follow(inv *identity.Inventory) {
 		}
 		next[w.Cgroup] = n
 	}
+	c.keepEnded(next)
+	c.current.Store(&next)
+}
+
+// keepEnded adds to the next names those of containers that have ended: first those
+// that ended just now, then others as there is room.
+func (c *containers) keepEnded(next map[string]named) {
+	before := c.current.Load()
+	if before == nil {
+		return
+	}
 	ended := 0
-	if before := c.current.Load(); before != nil {
+	for _, already := range []bool{false, true} {
 		for path, n := range *before {
-			if _, runs := next[path]; runs || ended == maxEnded {
+			if _, known := next[path]; known || n.ended != already || ended == maxEnded {
 				continue
 			}
-			if !n.ended {
-				_, at, found := identity.ContainerOf(path)
-				n.ended = found && at == path
-			}
-			if n.ended {
+			if _, at, found := identity.ContainerOf(path); found && at == path {
+				n.ended = true
 				next[path] = n
 				ended++
 			}
 		}
 	}
-	c.current.Store(&next)
 }
 
 // Of says who is in a cgroup: whoever has it, or else the nearest one above it, to

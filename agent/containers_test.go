@@ -70,6 +70,10 @@ func TestContainersAreBounded(t *testing.T) {
 		if n := len(*c.current.Load()); n > 3000+maxEnded {
 			t.Fatalf("round %d: %d names", round, n)
 		}
+		// Those that ended just now come first.
+		if just := fmt.Sprintf("/docker/%064x", max(round-1, 0)*3000+7); c.Of(just).Name != "x" {
+			t.Errorf("round %d: %s has no name", round, just)
+		}
 	}
 	inv := &identity.Inventory{}
 	for i := range maxContainers + 10 {
@@ -131,4 +135,17 @@ func TestFlowsNamePods(t *testing.T) {
 	}
 	put("api-2")
 	eventually(t, "the new name", func() bool { got := ask(nil); return len(got) == 1 && got[0].Pod == "shop/api-2" })
+}
+
+func BenchmarkContainersOf(b *testing.B) {
+	inv := &identity.Inventory{}
+	for i := range 1000 {
+		inv.Workloads = append(inv.Workloads, identity.Workload{Name: "x", Cgroup: fmt.Sprintf("/docker/%064x", i)})
+	}
+	c := &containers{}
+	c.follow(inv)
+	b.ReportAllocs()
+	for b.Loop() {
+		c.Of("/kubepods.slice/kubepods-burstable.slice/nobody.scope/init")
+	}
 }

@@ -76,7 +76,8 @@ func (l *Learner) meet(e flow.Endpoint, at place) place {
 			m.scopes[scope] = true
 		}
 	}
-	if who.kind == pods && m.pods[name] == nil && len(m.pods) <= len(m.cgroups) {
+	had, known := m.pods[name]
+	if who.kind == pods && (!known && len(m.pods) <= len(m.cgroups) || known && len(had) < len(e.PodLabels)) {
 		labels := map[string]string{}
 		for _, key := range flow.StableLabels {
 			if v := e.PodLabels[key]; labelValue.MatchString(v) {

@@ -109,6 +109,8 @@ func TestSelectors(t *testing.T) {
 			[]string{"# review: this is every container of the image", `redis: {zone: tier-1, match: [{container: {image: "registry.example:5000/redis:7"}}]}`}},
 		{"OK seen before it had a name", []one{{podPath(1), names{}}, {podPath(1), names{pod: "shop/api-0", labels: "app=api"}}},
 			[]string{`api: {zone: tier-1, match: [{kubernetes: {namespace: "shop", podLabels: {"app": "api"}}}]}`}},
+		{"OK seen before it had a label", []one{{podPath(1), names{pod: "shop/api-0"}}, {podPath(1), names{pod: "shop/api-0", labels: "app=api"}}},
+			[]string{`api: {zone: tier-1, match: [{kubernetes: {namespace: "shop", podLabels: {"app": "api"}}}]}`}},
 		{"OK a unit stays one", []one{{web, names{container: "x"}}}, []string{`nginx: {zone: tier-1, match: [{systemdUnit: "nginx.service"}]}`}},
 		{"bad no labels", []one{{podPath(1), names{pod: "shop/db-0"}}, {podPath(2), names{pod: "shop/db-1"}}},
 			[]string{byName, `db: {zone: tier-1, match: [{kubernetes: {namespace: "shop", podName: "db-0"}}, {kubernetes: {namespace: "shop", podName: "db-1"}}]}`}},

@@ -54,6 +54,11 @@ func TestKubernetesBase(t *testing.T) {
 				t.Fatal(err)
 			}
 			for line := range strings.Lines(string(text)) {
+				// One file of the chart has a role, and only for the provider that needs it; test/kubernetes
+				// looks at what it says.
+				if filepath.Base(file) == "role.yaml" && strings.HasPrefix(string(text), "{{- if eq .Values.identity.provider \"kubernetes\" }}\n") && strings.HasSuffix(string(text), "\n{{- end }}\n") {
+					continue
+				}
 				if kind, found := strings.CutPrefix(strings.TrimSpace(line), "kind: "); found && (strings.HasPrefix(kind, "Role") || strings.HasPrefix(kind, "ClusterRole")) {
 					t.Errorf("%s: %s, and nothing asks the API server", file, kind)
 				}

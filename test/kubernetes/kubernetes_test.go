@@ -22,6 +22,7 @@ import (
 	"helm.sh/helm/v4/pkg/engine"
 	apps "k8s.io/api/apps/v1"
 	kube "k8s.io/api/core/v1"
+	rbac "k8s.io/api/rbac/v1"
 	yamlreader "k8s.io/apimachinery/pkg/util/yaml"
 	"sigs.k8s.io/kustomize/api/krusty"
 	"sigs.k8s.io/kustomize/kyaml/filesys"
@@ -31,7 +32,7 @@ import (
 const deploy = "../../deploy/kubernetes/"
 
 // objects decodes a stream into the API's types, which must know every field. The
-// names are KIND/NAME. Any other kind fails, roles above all (J18).
+// names are KIND/NAME. Any other kind fails.
 func objects(t *testing.T, text []byte) map[string]any {
 	t.Helper()
 	all := map[string]any{}
@@ -64,6 +65,10 @@ func objects(t *testing.T, text []byte) map[string]any {
 			object = new(kube.ConfigMap)
 		case "apps/v1 DaemonSet":
 			object = new(apps.DaemonSet)
+		case "rbac.authorization.k8s.io/v1 ClusterRole":
+			object = new(rbac.ClusterRole)
+		case "rbac.authorization.k8s.io/v1 ClusterRoleBinding":
+			object = new(rbac.ClusterRoleBinding)
 		case "monitoring.coreos.com/v1 PodMonitor":
 			object = new(monitoring.PodMonitor)
 		case "monitoring.coreos.com/v1 PrometheusRule":
@@ -74,7 +79,11 @@ func objects(t *testing.T, text []byte) map[string]any {
 		if err := yaml.UnmarshalStrict(doc, object); err != nil {
 			t.Fatalf("%s/%s: %v in\n%s", head.Kind, head.Metadata.Name, err, doc)
 		}
-		if head.Kind != "Namespace" && head.Metadata.Namespace != "demarc" {
+		namespace := "demarc"
+		if head.Kind == "Namespace" || strings.HasPrefix(head.Kind, "Cluster") {
+			namespace = ""
+		}
+		if head.Metadata.Namespace != namespace {
 			t.Errorf("%s/%s is in namespace %q", head.Kind, head.Metadata.Name, head.Metadata.Namespace)
 		}
 		name := head.Kind + "/" + head.Metadata.Name
@@ -87,7 +96,12 @@ func objects(t *testing.T, text []byte) map[string]any {
 
 func kustomized(t *testing.T) map[string]any {
 	t.Helper()
-	built, err := krusty.MakeKustomizer(krusty.MakeDefaultOptions()).Run(filesys.MakeFsOnDisk(), deploy+"base")
+	return kustomizedAt(t, "base")
+}
+
+func kustomizedAt(t *testing.T, dir string) map[string]any {
+	t.Helper()
+	built, err := krusty.MakeKustomizer(krusty.MakeDefaultOptions()).Run(filesys.MakeFsOnDisk(), deploy+dir)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -152,6 +166,44 @@ func TestSame(t *testing.T) {
 	}
 }
 
+// Who asks the API server may list and watch pods, and nothing else; the token is the
+// agent's alone. Nobody else has a role (J18): the objects of all other values are
+// compared with the base's, which has none.
+func TestRole(t *testing.T) {
+	want, got := kustomizedAt(t, "api"), rendered(t, "identity: {provider: kubernetes}")
+	delete(want, "Namespace/demarc")
+	if a, b := slices.Sorted(maps.Keys(got)), []string{"ClusterRole/demarc", "ClusterRoleBinding/demarc", "ConfigMap/demarc-config", "DaemonSet/demarc", "ServiceAccount/demarc"}; !slices.Equal(a, b) {
+		t.Fatalf("the chart has %v, want %v", a, b)
+	}
+	for name := range got {
+		if a, b := text(t, got[name]), text(t, want[name]); a != b {
+			t.Errorf("%s differs: the chart has\n%s\nkustomize\n%s", name, a, b)
+		}
+	}
+	if len(got) != len(want) {
+		t.Errorf("kustomize has %v", slices.Sorted(maps.Keys(want)))
+	}
+	role := got["ClusterRole/demarc"].(*rbac.ClusterRole)
+	if rules := []rbac.PolicyRule{{APIGroups: []string{""}, Resources: []string{"pods"}, Verbs: []string{"list", "watch"}}}; !reflect.DeepEqual(role.Rules, rules) || role.AggregationRule != nil {
+		t.Errorf("it may do %s", text(t, role))
+	}
+	binding := got["ClusterRoleBinding/demarc"].(*rbac.ClusterRoleBinding)
+	if whom := []rbac.Subject{{Kind: "ServiceAccount", Name: "demarc", Namespace: "demarc"}}; !reflect.DeepEqual(binding.Subjects, whom) ||
+		binding.RoleRef != (rbac.RoleRef{APIGroup: "rbac.authorization.k8s.io", Kind: "ClusterRole", Name: "demarc"}) {
+		t.Errorf("bound is %s", text(t, binding))
+	}
+	pod := got["DaemonSet/demarc"].(*apps.DaemonSet).Spec.Template.Spec
+	if pod.AutomountServiceAccountToken == nil || *pod.AutomountServiceAccountToken {
+		t.Error("every container has the token")
+	}
+	for _, c := range pod.Containers {
+		has := slices.ContainsFunc(c.VolumeMounts, func(m kube.VolumeMount) bool { return m.Name == "account" })
+		if has != (c.Name == "agent") {
+			t.Errorf("%s has the token: %v", c.Name, has)
+		}
+	}
+}
+
 // Whatever the values are, the containers may do the same.
 func TestValues(t *testing.T) {
 	base := kustomized(t)["DaemonSet/demarc"].(*apps.DaemonSet).Spec.Template.Spec
@@ -165,6 +217,7 @@ func TestValues(t *testing.T) {
 	}{
 		{"OK nothing names workloads", "identity: {provider: ''}", nil, nil, nil, []string{"runtime"}, ""},
 		{"OK inventory", "identity: {provider: file}", nil, nil, []string{"inventory"}, []string{"runtime"}, "identity: {providers: [file], inventory: /etc/demarc/inventory/inventory.yaml}"},
+		{"OK API server", "identity: {provider: kubernetes}", []string{"ClusterRole/demarc", "ClusterRoleBinding/demarc"}, nil, []string{"account"}, []string{"runtime"}, "identity: {providers: [kubernetes]}"},
 		{"OK another runtime", "identity: {runtimeDirectory: /run/crio, runtimeSocket: crio.sock}", nil, []int64{0}, nil, nil, "cri: unix:///run/crio/crio.sock}"},
 		{"OK policy from a Secret", "policy: {kind: Secret, name: shop}", nil, []int64{0}, nil, nil, ""},
 		{"OK two keys", "trust: {keys: [a.pub, b.pub]}", nil, []int64{0}, nil, nil, ""},
@@ -235,7 +288,7 @@ func TestRules(t *testing.T) {
 
 func TestRefusedValues(t *testing.T) {
 	for _, tt := range []struct{ name, values, want string }{
-		{"bad provider", "identity: {provider: docker}", `use cri, file or`},
+		{"bad provider", "identity: {provider: docker}", `use cri, kubernetes, file or`},
 		{"bad kind of policy", "policy: {kind: Pod}", "use ConfigMap or Secret"},
 		{"bad scrape of loopback", "podMonitor: {enabled: true}", "set metrics.host"},
 		{"bad no key", "trust: {keys: []}", "name at least one file"},
