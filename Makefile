@@ -35,6 +35,7 @@ lint: ## formatting and vet
 	@unformatted=$$(gofmt -l $$(git ls-files '*.go')); [ -z "$$unformatted" ] || { echo "gofmt would change:"; echo "$$unformatted"; exit 1; }
 	$(GO) vet ./...
 	$(GO) vet -tags kernels ./test/vm/...
+	$(GO) vet -tags churn ./test/e2e
 	$(GO) vet -tags packages ./test/systemd
 	$(GO) vet -tags hubble ./test/e2e
 
@@ -56,6 +57,11 @@ test-kernels: ## demarc in virtual machines with the kernels KERNELS (5.10 6.1 6
 	scripts/install kernels
 	test/vm/fetch $(KERNEL_CACHE) $(KERNELS)
 	DEMARC_KERNELS=$(KERNEL_CACHE) DEMARC_KERNEL_SERIES="$(KERNELS)" test/run -tags kernels -count=1 -v -timeout 30m ./test/vm
+
+.PHONY: test-churn
+test-churn: ## 10,000 cgroups a minute for 3 minutes, each of which dials at once
+	scripts/install test
+	test/run -tags churn -count=1 -v -timeout 20m -run '^TestX13Churn$$' ./test/e2e
 
 .PHONY: test-kubernetes
 test-kubernetes: ## the DaemonSet's chart and kustomize base rendered, decoded and compared (builds Helm: some minutes)
