@@ -14,6 +14,7 @@ import (
 	"github.com/cilium/ebpf/link"
 	"golang.org/x/sys/unix"
 
+	"github.com/demarc/demarc/agent/core/proto"
 	"github.com/demarc/demarc/policy"
 	"github.com/demarc/demarc/policy/image"
 	"github.com/demarc/demarc/policy/image/encode"
@@ -128,6 +129,14 @@ func (m *machine) start() *Core {
 	}
 	m.t.Cleanup(func() { c.Close() })
 	return c
+}
+
+// steady is a status without the time at which the canary was asked, which is each time
+// somebody asks for a status.
+func steady(s *proto.Status) *proto.Status {
+	same := *s
+	same.Proved = time.Time{}
+	return &same
 }
 
 type testWriter struct{ t testing.TB }

@@ -229,7 +229,7 @@ func TestX24Frames(t *testing.T) {
 
 	for name, f := range strange(t, c, b, given) {
 		conn := call(t, c)
-		_, err := conn.Write(frameOf(`{"op":"hello","version":1}`))
+		_, err := conn.Write(frameOf(helloText))
 		must(t, err)
 		if got := conn.answer(); got != "" {
 			t.Fatalf("hello: %s", got)
@@ -274,7 +274,7 @@ func TestX24Frames(t *testing.T) {
 	var conn caller
 	for end := time.Now().Add(time.Minute); ; {
 		conn = call(t, c)
-		_, _ = conn.Write(frameOf(`{"op":"hello","version":1}`))
+		_, _ = conn.Write(frameOf(helloText))
 		if got := conn.answer(); got == "" {
 			break
 		}

@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"io"
 	"log/slog"
 	"net"
@@ -22,6 +23,9 @@ import (
 	"github.com/demarc/demarc/bpf/abi"
 	"github.com/demarc/demarc/policy/image"
 )
+
+// helloText is what every conversation begins with.
+var helloText = fmt.Sprintf(`{"op":"hello","version":%d}`, proto.Version)
 
 // serve runs the socket of a core until the test ends.
 func serve(t *testing.T, c *Core) {
@@ -196,7 +200,7 @@ func TestProtocolRefuses(t *testing.T) {
 	m := newMachine(t)
 	c := m.start()
 	serve(t, c)
-	hello := frameOf(`{"op":"hello","version":1}`)
+	hello := frameOf(helloText)
 	frame := func(texts ...string) (all []byte) {
 		all = hello
 		for _, text := range texts {
@@ -210,8 +214,8 @@ func TestProtocolRefuses(t *testing.T) {
 		want string // of the last answer
 	}{
 		{"bad status before hello", frameOf(`{"op":"status"}`), "status is out of order"},
-		{"bad second hello", frame(`{"op":"hello","version":1}`), "hello is out of order"},
-		{"bad version", frameOf(`{"op":"hello","version":2}`), "the agent speaks protocol 2, the core 1"},
+		{"bad second hello", frame(helloText), "hello is out of order"},
+		{"bad version", frameOf(`{"op":"hello","version":1}`), "the agent speaks protocol 1, the core 2"},
 		{"bad op", frame(`{"op":"reboot"}`), `malformed "reboot" request`},
 		{"bad no op", frame(`{}`), `malformed "" request`},
 		{"bad field of another op", frame(`{"op":"status","path":"/x"}`), `malformed "status" request`},
@@ -331,7 +335,7 @@ func TestPeerIsChecked(t *testing.T) {
 }
 
 func FuzzSession(f *testing.F) {
-	f.Add([]byte(`{"op":"hello","version":1}`))
+	f.Add([]byte(helloText))
 	f.Add([]byte(`{"op":"bind","path":"/lab/x","identity":16}`))
 	f.Add([]byte(`{"op":"apply"}`))
 	f.Add([]byte(`{"op":"status"}x`))
