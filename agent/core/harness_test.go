@@ -82,6 +82,7 @@ func newMachine(t testing.TB) *machine {
 	m := &machine{t: t, config: Config{
 		CgroupRoot: root, BPFFS: filepath.Join(bpffs, "demarc"), RunDir: filepath.Join(dir, "run"),
 		StateDir: filepath.Join(dir, "state"), Keyring: filepath.Join(dir, "state", "keyring"),
+		Unguarded: true, // tests do what the guard keeps others from
 	}}
 	t.Cleanup(func() {
 		if err := unix.Unmount(bpffs, 0); err != nil {
