@@ -18,13 +18,9 @@ var record = flag.Bool("record", false, "write down how far each verifier walks,
 // growth is how much further than what was written down a verifier may walk.
 const growth = 1.05
 
-// inMachine are the tests of the trusted core that need nothing but a kernel: what
-// programs load, and are adopted; that wrong tables are found; that what is undone is
-// mended.
-var inMachine = []string{
-	"TestX23VerifierComplexity", "TestAdoptOtherPrograms", "TestRollback", "TestScanAgreesWithKernel", "TestSelftestFindsWrongTables",
-	"TestI16BadPins", "TestX21Tamper",
-}
+// inMachine are tests of the trusted core that an emulated machine is fast enough for:
+// they load every program there is.
+var inMachine = []string{"TestX23VerifierComplexity"}
 
 // rooted runs them. What the verifier walks through is compared with what was
 // written down for this kernel. (X23)
