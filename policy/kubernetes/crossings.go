@@ -15,6 +15,9 @@ import (
 type class struct {
 	pods []int
 	view [2]*view
+	// alone: its pods prove who they are by a crossing from themselves to themselves.
+	// Pods that shared a workload would reach each other by it.
+	alone bool
 }
 
 func (c *cluster) classes(views []*view, of [2][]*view) []class {
@@ -168,7 +171,7 @@ func origins(views map[*view]bool) string {
 }
 
 // declareIdentities makes the crossings between pods: for each set of ports and side,
-// sources with the same destinations share one.
+// sources with the same destinations share one. It marks classes whose pods must be alone.
 func (c *cluster) declareIdentities(classes []class, table *portTable) []declared {
 	type row struct {
 		flow
@@ -204,7 +207,7 @@ func (c *cluster) declareIdentities(classes []class, table *portTable) []declare
 				tags = tags.union(rest.intersect(table.sets[in.identity[source]]))
 			}
 		}
-		if len(tags) > 0 {
+		if classes[s].alone = len(tags) > 0; classes[s].alone {
 			for _, pod := range classes[s].pods {
 				self := end{pods: []int{pod}}
 				proofs = append(proofs, declared{from: self, to: self, ports: tags, side: image.EgressSide, by: "the other end asks who it is"})

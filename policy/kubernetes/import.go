@@ -95,7 +95,8 @@ type unit struct {
 	pods      []int // ascending
 }
 
-// units parts the pods into workloads, ascending by their first pod.
+// units parts the pods into workloads, ascending by their first pod. The classes have
+// been declared.
 func (c *cluster) units(classes []class, g Grouping) []unit {
 	var out []unit
 	for i := range classes {
@@ -103,7 +104,7 @@ func (c *cluster) units(classes []class, g Grouping) []unit {
 		for _, p := range classes[i].pods {
 			pod := &c.pods[p]
 			at, seen := index[pod.kind]
-			if alone := g == ByPod || len(pod.addresses) != 1; !seen || alone {
+			if alone := g == ByPod || len(pod.addresses) != 1 || classes[i].alone; !seen || alone {
 				at = len(out)
 				index[pod.kind] = at
 				out = append(out, unit{namespace: pod.namespace})
