@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"go.uber.org/zap"
+	"google.golang.org/grpc"
 	"golang.org/x/sys/unix"
 
 	"github.com/demarc/demarc/agent/api"
@@ -79,7 +80,9 @@ func (s *server) Run(ctx context.Context) error {
 	} {
 		working.Go(func() {
 			defer end()
-			if err := serve(); err != nil && !errors.Is(err, http.ErrServerClosed) && !errors.Is(err, net.ErrClosed) {
+			err := serve()
+			// grpc has an error of its own for a server that is stopped before it serves.
+			if err != nil && !errors.Is(err, http.ErrServerClosed) && !errors.Is(err, grpc.ErrServerStopped) && !errors.Is(err, net.ErrClosed) {
 				failed <- err
 			}
 		})
