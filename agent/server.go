@@ -12,8 +12,8 @@ import (
 	"time"
 
 	"go.uber.org/zap"
-	"google.golang.org/grpc"
 	"golang.org/x/sys/unix"
+	"google.golang.org/grpc"
 
 	"github.com/demarc/demarc/agent/api"
 	"github.com/demarc/demarc/agent/core/proto"
