@@ -75,7 +75,10 @@ func TestJudge(t *testing.T) {
 	denied := func(protocol string, source, destination flow.Endpoint) flow.Flow {
 		return talk(protocol, abi.Deny, abi.NoCrossingFor, abi.ProofNone, source, destination)
 	}
-	proven := func(e flow.Endpoint, zone, workload string) flow.Endpoint { e.Zone, e.Workload = zone, workload; return e }
+	proven := func(e flow.Endpoint, zone, workload string) flow.Endpoint {
+		e.Zone, e.Workload = zone, workload
+		return e
+	}
 	tests := []struct {
 		name  string
 		flows []flow.Flow
