@@ -172,6 +172,15 @@ static __always_inline struct demarc_lineage *lineage_of(struct task_struct *tas
 	return l;
 }
 
+/* A program by its name: what one does often is no reason not to tell of another. */
+static __always_inline __u64 program_hash(struct task_struct *task)
+{
+	__u64 name[2] = {};
+
+	bpf_probe_read_kernel(name, sizeof(name), task->comm);
+	return mix(mix(name[0]) ^ name[1]);
+}
+
 /* A connection is about to be opened by the current task. */
 static __noinline int opening(struct outcome *o, __u64 cookie)
 {
@@ -186,7 +195,8 @@ static __noinline int opening(struct outcome *o, __u64 cookie)
 		return 0;
 	s = seen_of(o->query.subject, DEMARC_EGRESS, o->query.now);
 	what = address_hash(o->query.address) ^ ((__u64)PROTO_TCP << 16 | o->query.port);
-	e = begin_signal(o, s, is_metadata(o->query.address) ? DEMARC_SIGNAL_METADATA : DEMARC_SIGNAL_CONTACT, 0, what);
+	e = begin_signal(o, s, is_metadata(o->query.address) ? DEMARC_SIGNAL_METADATA : DEMARC_SIGNAL_CONTACT, 0,
+			 what ^ program_hash(task));
 	if (e) {
 		name_task(e, task);
 		bpf_ringbuf_submit(e, 0);
