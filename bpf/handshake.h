@@ -100,7 +100,7 @@ static __always_inline __u32 speaks_for(struct bpf_sock_ops *ctx, bool answer, c
 	identity = opener_identity(ctx, slot);
 	if (identity < DEMARC_ID_FIRST)
 		return DEMARC_ID_NONE;
-	index = provable_crossing(slot, identity, DEMARC_EGRESS, PROTO_TCP, t->dport, bpf_ktime_get_boot_ns());
+	index = provable_crossing(slot, identity, DEMARC_EGRESS, PROTO_TCP, t->dport, recently());
 	if (index == DEMARC_NO_CROSSING_INDEX)
 		return DEMARC_ID_NONE;
 	*omitted = omission_of(slot, index, false);
@@ -175,13 +175,15 @@ static __noinline int accepted(struct bpf_sock_ops *ctx)
 	o.query.verdict = DEMARC_ALLOW;
 	o.query.reason = pending->reason;
 	o.query.crossing = pending->crossing;
-	if (!pending_end(pending, mark)) /* somebody else has its place */
+	/* A packet that another processor has taken in meanwhile finds the one or the other. */
+	if (!pending_is(pending, mark)) /* somebody else has its place */
 		return 1;
 	if (!young_take(bpf_get_socket_cookie(ctx), &fresh, 0, 0) &&
 	    !bpf_sk_storage_get(&sockets, sk, &fresh, BPF_SK_STORAGE_GET_F_CREATE)) {
 		fault(DEMARC_FAULT_STORAGE);
 		return 1;
 	}
+	pending_end(pending, mark);
 	if (o.query.crossing != DEMARC_NO_CROSSING_INDEX)
 		report(&o);
 	return 1;

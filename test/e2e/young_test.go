@@ -14,9 +14,8 @@ type youngPlace struct {
 	Cookie, Over uint64
 	Kept         [32]byte
 	Born, Self   uint32
-	Fins         uint8
 	Omitted      uint8
-	_            [6]byte
+	_            [7]byte
 }
 
 func (w *world) young() (*ebpf.Map, []youngPlace) {
