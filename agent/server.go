@@ -13,6 +13,7 @@ import (
 
 	"go.uber.org/zap"
 	"golang.org/x/sys/unix"
+	"google.golang.org/grpc"
 
 	"github.com/demarc/demarc/agent/api"
 	"github.com/demarc/demarc/agent/core/proto"
@@ -79,7 +80,9 @@ func (s *server) Run(ctx context.Context) error {
 	} {
 		working.Go(func() {
 			defer end()
-			if err := serve(); err != nil && !errors.Is(err, http.ErrServerClosed) && !errors.Is(err, net.ErrClosed) {
+			err := serve()
+			// grpc has an error of its own for a server that is stopped before it serves.
+			if err != nil && !errors.Is(err, http.ErrServerClosed) && !errors.Is(err, grpc.ErrServerStopped) && !errors.Is(err, net.ErrClosed) {
 				failed <- err
 			}
 		})

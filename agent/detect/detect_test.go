@@ -175,6 +175,21 @@ func TestDetectors(t *testing.T) {
 			[]string{"T1552.005 metadata medium edge/web tool[4242]"}},
 		{"OK metadata, declared", func(r *trace) { r.allowed("batch", "169.254.169.254:80", "credentials") }, []string{}},
 		{"decoy", func(r *trace) { r.allowed("api", "10.0.0.5:3306", "trap") }, []string{"T1046 decoy high app/api tool[4242]"}},
+		{"decoy, and then the signal that names the process", func(r *trace) {
+			r.reaches("api", "10.0.0.5:3306", "trap").signal("api", Signal{Kind: Contact, Protocol: "tcp", Peer: peer("10.0.0.5:3306"), Comm: "nc", PID: 77})
+		}, []string{"T1046 decoy high app/api nc[77]"}},
+		{"decoy, and before it the signal that names the process", func(r *trace) {
+			r.signal("api", Signal{Kind: Contact, Protocol: "tcp", Peer: peer("10.0.0.5:3306"), Comm: "nc", PID: 77}).reaches("api", "10.0.0.5:3306", "trap")
+		}, []string{"T1046 decoy high app/api nc[77]"}},
+		{"decoy, and a signal of another place", func(r *trace) {
+			r.reaches("api", "10.0.0.5:3306", "trap").signal("api", Signal{Kind: Contact, Protocol: "tcp", Peer: peer("10.0.0.5:3307"), Comm: "nc", PID: 77})
+		}, []string{"T1046 decoy high app/api"}},
+		{"decoy, and a signal long after", func(r *trace) {
+			r.reaches("api", "10.0.0.5:3306", "trap").wait(time.Minute).signal("api", Signal{Kind: Contact, Protocol: "tcp", Peer: peer("10.0.0.5:3306"), Comm: "nc", PID: 77})
+		}, []string{"T1046 decoy high app/api"}},
+		{"decoy of a scanner, and then the signal", func(r *trace) {
+			r.reaches("nessus", "10.0.0.5:3306", "trap").signal("nessus", Signal{Kind: Contact, Protocol: "tcp", Peer: peer("10.0.0.5:3306"), Comm: "nc", PID: 77})
+		}, []string{"T1046 decoy high app/nessus nc[77] role scanner"}},
 		{"decoy and scanner", func(r *trace) { r.allowed("nessus", "10.0.0.5:3306", "trap") },
 			[]string{"T1046 decoy high app/nessus tool[4242] role scanner"}},
 		{"decoy and scanner whose time is over", func(r *trace) {

@@ -1,6 +1,9 @@
 package detect
 
-import "time"
+import (
+	"slices"
+	"time"
+)
 
 // forgetAfter is for how long an address that did nothing is remembered.
 const forgetAfter = 24 * time.Hour
@@ -23,6 +26,7 @@ type actor struct {
 	logins   trail           // and of those that may be logins
 	session  session         // that somebody has here
 	doers    doers           // processes behind contacts
+	unnamed  []unnamed       // findings that wait for one
 	raw      *Process        // that last opened a raw socket,
 	rawAt    time.Time       // and when
 }
@@ -77,6 +81,10 @@ func (g *Engine) See(e Event) []Finding {
 			found = append(found, f)
 		}
 	}
+	for _, f := range m.actors.named(m) {
+		f.SuppressedBy = g.policy.suppresses(&f)
+		found = append(found, f)
+	}
 	return found
 }
 
@@ -99,5 +107,54 @@ func (g *Engine) attribute(m *moment, f *Finding) {
 		f.Process = m.actors.raw
 	case m.actor.Identity == 0 && m.event.Flow != nil && m.outgoing() && g.raw != nil && m.at.Sub(g.rawAt) <= attributeWithin:
 		f.Process = g.raw
+	default:
+		m.actors.wait(m, f)
 	}
+}
+
+// unnamed is a finding whose process is not known yet. A flow and the signal that
+// names its process come by two rings, in either order.
+type unnamed struct {
+	finding Finding // without its evidence
+	of      target
+	at      time.Time
+}
+
+// Bounds of those that wait. Rings are read within milliseconds of each other.
+const (
+	unnamedKept = 8 // of each party; a newer one pushes out its own oldest
+	namedWithin = 10 * time.Second
+)
+
+func (a *actor) wait(m *moment, f *Finding) {
+	if !m.peer.Address.IsValid() || m.actor.Identity == 0 {
+		return
+	}
+	a.unnamed = slices.DeleteFunc(a.unnamed, func(u unnamed) bool { return u.finding.Key == f.Key })
+	if len(a.unnamed) == unnamedKept {
+		a.unnamed = slices.Delete(a.unnamed, 0, 1)
+	}
+	u := unnamed{*f, m.target(), m.at}
+	u.finding.Evidence = nil
+	a.unnamed = append(a.unnamed, u)
+}
+
+// named are the findings that a signal names the process of: no new sighting, but
+// the signal belongs to their evidence.
+func (a *actor) named(m *moment) (found []Finding) {
+	if m.event.Signal == nil || m.process == nil || len(a.unnamed) == 0 {
+		return nil
+	}
+	a.unnamed = slices.DeleteFunc(a.unnamed, func(u unnamed) bool {
+		if u.of != m.target() {
+			return m.at.Sub(u.at) > namedWithin
+		}
+		if m.at.Sub(u.at) <= namedWithin {
+			f := u.finding
+			f.Count, f.Process, f.Evidence = 0, m.process, []Event{*m.event}
+			found = append(found, f)
+		}
+		return true
+	})
+	return found
 }

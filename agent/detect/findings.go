@@ -83,6 +83,7 @@ func (s *Findings) Add(seen Finding) (Finding, Change) {
 	if r != nil {
 		s.remove(r)
 	}
+	seen.Count = max(seen.Count, 1) // it may only say more of a finding that has gone
 	seen.identify()
 	r = &record{Finding: seen.clone(), party: seen.Subject.Label()}
 	s.insert(r)

@@ -104,6 +104,14 @@ func (r *trace) allowed(workload, to, crossing string) *trace {
 	return r.opens(workload, "tcp", to, abi.Allow, abi.ByCrossing, crossing)
 }
 
+// reaches is an allowed flow as it is told where its packets pass: by no process.
+func (r *trace) reaches(workload, to, crossing string) *trace {
+	r.allowed(workload, to, crossing)
+	f := r.events[len(r.events)-1].Flow
+	f.Hook, f.PID, f.Comm = abi.HookIngress, 0, ""
+	return r
+}
+
 // accepts is a login by ssh from another workload, judged where it comes in.
 func (r *trace) accepts(workload, from string) *trace {
 	r.source++

@@ -1,14 +1,10 @@
 package main
 
 import (
-	"bufio"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"net/url"
-	"os"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -94,49 +90,19 @@ func learnRun(ctx context.Context, env *environment, o *learnOptions) error {
 func learnFiles(env *environment, o *learnOptions, options learn.Options) error {
 	l := learn.New(options)
 	for _, file := range o.from {
-		in := env.Stdin
-		if file != "-" {
-			f, err := os.Open(file)
-			if err != nil {
-				return fmt.Errorf("read flows: %w", err)
-			}
-			defer f.Close()
-			in = f
-		}
-		if err := learnLines(l, file, in); err != nil {
+		if err := flowFile(env, file, func(line *api.Line) { learnLine(l, line) }); err != nil {
 			return err
 		}
 	}
 	return learned(env, o, l)
 }
 
-// maxLine bounds a line of flows, in bytes: it is far longer than any.
-const maxLine = 64 << 10
-
-func learnLines(l *learn.Learner, file string, in io.Reader) error {
-	lines := bufio.NewScanner(in)
-	lines.Buffer(nil, maxLine)
-	for n := 1; lines.Scan(); n++ {
-		if len(lines.Bytes()) == 0 {
-			continue
-		}
-		var line api.Line
-		if err := json.Unmarshal(lines.Bytes(), &line); err != nil {
-			return hintError{fmt.Errorf("%s:%d: this is no flow: %w", file, n, err), "demarc flows -o json writes them, one a line"}
-		}
-		switch {
-		case line.Flow != nil && !line.Time.IsZero():
-			l.Add(line.Flow)
-		case line.Lost > 0:
-			l.Lost(line.Lost)
-		default:
-			return hintError{fmt.Errorf("%s:%d: this is no flow: it has no time", file, n), "demarc flows -o json writes them, one a line"}
-		}
+func learnLine(l *learn.Learner, line *api.Line) {
+	if line.Flow != nil {
+		l.Add(line.Flow)
+	} else {
+		l.Lost(line.Lost)
 	}
-	if err := lines.Err(); err != nil {
-		return fmt.Errorf("read flows from %s: %w", file, err)
-	}
-	return nil
 }
 
 // learnLive takes the flows that the agent keeps, and those that come.
@@ -176,11 +142,7 @@ func learnLive(ctx context.Context, env *environment, o *learnOptions, options *
 			}
 			return err
 		}
-		if line.Flow != nil {
-			l.Add(line.Flow)
-		} else {
-			l.Lost(line.Lost)
-		}
+		learnLine(l, &line)
 	}
 	return learned(env, o, l)
 }

@@ -153,7 +153,16 @@ func containerAt(parts []string) int {
 	return 0
 }
 
-// selected is the workload of a policy whose selector finds an endpoint, or "".
+// Selected is the workload of a policy whose selector finds the judged side of a flow,
+// as far as the flow tells, or "".
+func Selected(p *policy.Policy, e flow.Endpoint) string {
+	if e.Cgroup == "" || e.Cgroup == "/" {
+		return ""
+	}
+	return selected(p, e, placeOf(e.Cgroup))
+}
+
+// selected is Selected for an endpoint at a place.
 func selected(p *policy.Policy, e flow.Endpoint, at place) string {
 	cgroupPath := e.Cgroup
 	for _, w := range p.Workloads {

@@ -108,6 +108,11 @@ func TestSignalsOfTasks(t *testing.T) {
 	if contact.PID == 0 || contact.StartTime == 0 || contact.Hops != 0 {
 		t.Errorf("contact: %s", netlab.DescribeSignal(contact))
 	}
+	// Another program that goes there is told of, too.
+	w.web.Start(w.node.Cgroup("/lab/web"), netlab.Command{Path: "/bin/bash", Args: []string{"-c", "exec 3<>/dev/tcp/" + w.decoy.IP4.String() + "/7000"}})
+	w.node.AwaitSignal("a contact of another program", func(s detect.Signal) bool {
+		return is(detect.Contact, "web", w.decoy.At4(7000))(s) && s.Comm == "bash" && s.PID != contact.PID
+	})
 	w.p.Socket("n", "tcp4")
 	w.p.Refused(connect("n", w.decoy.At4(7003)), "ECONNREFUSED")
 	if s := w.node.AwaitSignal("a failure", is(detect.Failed, "web", w.decoy.At4(7003))); s.Cause != "refused" || s.PID != contact.PID {

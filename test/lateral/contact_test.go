@@ -20,18 +20,18 @@ func TestContacts(t *testing.T) {
 			for range 12 {
 				r.tool("ssh", k.ssh("stranger", netip.AddrPortFrom(r.targets[0].IP4, 22), "true")...)
 			}
-		}, "T1110", "brute-force", detect.Medium, "", 20 * time.Second, false},
+		}, "T1110", "brute-force", detect.Medium, "ssh", 20 * time.Second, false},
 		{"ssh to twelve hosts", func(r *run) {
 			for i := range 12 {
 				r.tool("ssh", k.ssh("user", netip.AddrPortFrom(r.address(i), 22), "true")...)
 			}
-		}, "T1021.004", "fan-out", detect.Medium, "", 20 * time.Second, false},
+		}, "T1021.004", "fan-out", detect.Medium, "ssh", 20 * time.Second, false},
 		{"curl to the metadata service", func(r *run) {
 			r.tool("curl", "-s", "-m", "2", "http://169.254.169.254/latest/meta-data/")
 		}, "T1552.005", "metadata", detect.High, "curl", 10 * time.Second, false},
 		{"nc to a decoy", func(r *run) {
 			r.tool("nc", "-w", "2", r.host.IP4.String(), "3306")
-		}, "T1046", "decoy", detect.High, "", 10 * time.Second, false},
+		}, "T1046", "decoy", detect.High, "nc", 10 * time.Second, false},
 		{"nc to a more trusted zone, three ports", func(r *run) {
 			for _, port := range []string{"5432", "5433", "5434"} {
 				r.tool("nc", "-w", "2", r.targets[1].IP4.String(), port)

@@ -48,8 +48,8 @@ func TestSSHChains(t *testing.T) {
 		command  string
 		scenario scenario
 	}{
-		{"hop1", ssh, scenario{name: "ssh outside -> hop1 -> target", technique: "T1021.004", detector: "chain", severity: detect.Low, within: 20 * time.Second}},
-		{"hop2", "ssh " + strings.Join(k.ssh("user", hop2), " ") + " '" + ssh + "'", scenario{name: "ssh outside -> hop1 -> hop2 -> target", technique: "T1021.004", detector: "chain", severity: detect.High, within: 20 * time.Second}},
+		{"hop1", ssh, scenario{name: "ssh outside -> hop1 -> target", technique: "T1021.004", detector: "chain", severity: detect.Low, process: "ssh", within: 20 * time.Second}},
+		{"hop2", "ssh " + strings.Join(k.ssh("user", hop2), " ") + " '" + ssh + "'", scenario{name: "ssh outside -> hop1 -> hop2 -> target", technique: "T1021.004", detector: "chain", severity: detect.High, process: "ssh", within: 20 * time.Second}},
 	} {
 		r := &run{lab: l, workload: s.workload, from: time.Now()}
 		outside(s.command)
