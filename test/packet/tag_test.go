@@ -17,8 +17,10 @@ import (
 )
 
 const (
-	opener   = 100 // subjects of the loaded generation
-	acceptor = 200
+	opener   = uint32(100) // subjects of the loaded generation
+	acceptor = uint32(200)
+
+	udpSurplus = 22 // bytes that a tag adds to a datagram of even length
 )
 
 var tagKey = [16]byte{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}
@@ -28,6 +30,7 @@ var tagKey = [16]byte{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}
 type host struct {
 	t *testing.T
 	*ebpf.Collection
+	spec *ebpf.CollectionSpec
 }
 
 func newHost(t *testing.T) *host {
@@ -41,40 +44,39 @@ func newHost(t *testing.T) *host {
 		t.Fatal(err)
 	}
 	t.Cleanup(c.Close)
-	h := &host{t, c}
-	inner := func(name string, size uint32, fill func(m *ebpf.Map)) {
-		s := spec.Maps[name].InnerMap.Copy()
-		s.MaxEntries = size
-		m, err := ebpf.NewMap(s)
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() { m.Close() })
-		fill(m)
-		h.put(name, uint32(0), m)
-	}
-	inner("subjects", 2, func(m *ebpf.Map) {
-		for _, id := range []uint32{opener, acceptor} {
-			if err := m.Put(id, abi.Subject{Flags: ^uint16(abi.SubjectOutbound | abi.SubjectInbound)}); err != nil {
-				t.Fatal(err)
-			}
-		}
-	})
-	inner("crossings", 1, func(m *ebpf.Map) {
-		if err := m.Put(uint32(0), abi.Crossing{Number: 1}); err != nil {
-			t.Fatal(err)
-		}
-	})
-	// Only proof of the opener admits to the acceptor.
-	inner("rules", 1, func(m *ebpf.Map) {
-		rule := abi.Rule{Crossing: [abi.Alternatives]uint32{0, abi.NoCrossing, abi.NoCrossing, abi.NoCrossing}}
-		if err := m.Put(abi.RuleKey{Subject: acceptor, Peer: 1<<24 | opener, Direction: abi.Ingress}, rule); err != nil {
-			t.Fatal(err)
-		}
-	})
+	h := &host{t, c, spec}
+	subject := abi.Subject{Flags: ^uint16(abi.SubjectOutbound | abi.SubjectInbound)}
+	h.table("subjects", opener, subject, acceptor, subject)
+	h.table("crossings", uint32(0), abi.Crossing{Number: 1})
+	h.admits(acceptor, opener, abi.Ingress) // only proof of the opener
 	h.put("keys", uint32(3), abi.Key{Key: [2]uint64{binary.LittleEndian.Uint64(tagKey[:]), binary.LittleEndian.Uint64(tagKey[8:])}, Valid: 1})
 	h.put("state", uint32(0), abi.State{Active: abi.MakeActive(0, abi.ActiveOn, 1), TagEpoch: 3, Wall: uint64(wall(t))})
 	return h
+}
+
+// table gives the generation a table with these keys and their values.
+func (h *host) table(name string, entries ...any) {
+	h.t.Helper()
+	s := h.spec.Maps[name].InnerMap.Copy()
+	s.MaxEntries = uint32(len(entries) / 2)
+	m, err := ebpf.NewMap(s)
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	h.t.Cleanup(func() { m.Close() })
+	for ; len(entries) > 0; entries = entries[2:] {
+		if err := m.Put(entries[0], entries[1]); err != nil {
+			h.t.Fatalf("fill %s: %v", name, err)
+		}
+	}
+	h.put(name, uint32(0), m)
+}
+
+// admits lets an end admit the other one for its proof, and nobody else.
+func (h *host) admits(subject, peer uint32, direction abi.Direction) {
+	h.t.Helper()
+	h.table("rules", abi.RuleKey{Subject: subject, Peer: 1<<24 | peer, Direction: direction},
+		abi.Rule{Crossing: [abi.Alternatives]uint32{0, abi.NoCrossing, abi.NoCrossing, abi.NoCrossing}})
 }
 
 // wall is Unix time minus boot time, in ns.
@@ -193,7 +195,7 @@ func checkTagged(t *testing.T, before, after []byte, identity uint32, flags uint
 	}
 	length := int(binary.BigEndian.Uint16(before[transport+4:]))
 	pad := length & 1
-	if len(after) != len(before)+22+pad {
+	if len(after) != len(before)+udpSurplus+pad {
 		t.Fatalf("%d bytes became %d", len(before), len(after))
 	}
 	if !slices.Equal(after[transport:transport+length], before[transport:transport+length]) {
@@ -262,20 +264,22 @@ const (
 // A datagram leaves one host with its opener's tag, and the other host knows the
 // opener; the answer goes back with the acceptor's.
 func TestDatagramTags(t *testing.T) {
+	here, there := newHost(t), newHost(t)
 	for _, c := range []struct {
 		name    string
 		ipv6    bool
 		payload int
 	}{{"v4 even", false, 16}, {"v4 odd", false, 17}, {"v4 empty", false, 0}, {"v6 even", true, 16}, {"v6 odd", true, 1}} {
 		t.Run(c.name, func(t *testing.T) {
-			here, there := newHost(t), newHost(t)
 			question, tuple := datagram(t, c.ipv6, false, c.payload)
+			here.t, there.t = t, t
 			here.put("flows", tuple, flow{Opener: opener, EpochOut: 1, VerdictOut: uint8(abi.Provisional), Provable: 1})
 			verdict, tagged := here.run("tc_egress", question)
 			if verdict != tcxNext {
 				t.Fatalf("tc_egress: %d", verdict)
 			}
 			checkTagged(t, question, tagged, opener, datagrms, tuple)
+			asked := tagged[len(tagged)-8:]
 
 			if verdict, _ := there.run("tc_ingress", tagged); verdict != tcxNext {
 				t.Fatalf("tc_ingress: %d", verdict)
@@ -290,6 +294,7 @@ func TestDatagramTags(t *testing.T) {
 			answer, _ := datagram(t, c.ipv6, true, c.payload)
 			_, tagged = there.run("tc_egress", answer)
 			checkTagged(t, answer, tagged, acceptor, datagrms|answers, turned(tuple))
+			answered := tagged[len(tagged)-8:]
 			if _, again := there.run("tc_egress", answer); len(again) != len(answer) {
 				t.Error("an answer that owes no proof is tagged")
 			}
@@ -302,6 +307,9 @@ func TestDatagramTags(t *testing.T) {
 			if _, again := here.run("tc_egress", question); len(again) != len(question) {
 				t.Error("a proven flow is tagged again at once")
 			}
+			// The next case may have the same tuple in the same second.
+			here.forget(tuple, answered)
+			there.forget(tuple, asked)
 		})
 	}
 }
@@ -370,6 +378,18 @@ func (h *host) remembered(mac []byte) (places [2]uint32, buckets [2]replayBucket
 		}
 	}
 	return places, buckets
+}
+
+// forget takes a flow away, and the memory of a tag.
+func (h *host) forget(t abi.Tuple, mac []byte) {
+	h.t.Helper()
+	if err := h.Maps["flows"].Delete(t); err != nil {
+		h.t.Fatal(err)
+	}
+	places, _ := h.remembered(mac)
+	for _, place := range places {
+		h.put("replays", place, replayBucket{})
+	}
 }
 
 // A tag proves once: again, it proves nothing new, and where nothing could remember
