@@ -267,6 +267,15 @@ func TestDetectors(t *testing.T) {
 			r.signal("web", Signal{Kind: Shell, Exe: "/usr/sbin/in.ftpd", Comm: "in.ftpd", PID: 8})
 		},
 			[]string{"T1059.004 shell low edge/web in.ftpd[8]"}},
+		{"OK inetd behind a crossing", func(r *trace) {
+			r.signal("api", Signal{Kind: Shell, Exe: "/usr/sbin/sshd", Comm: "sshd", PID: 8, Local: flow.Endpoint{Port: 8080}})
+		}, []string{}},
+		{"inetd beside a crossing", func(r *trace) {
+			r.signal("api", Signal{Kind: Shell, Exe: "/usr/sbin/sshd", Comm: "sshd", PID: 8, Local: flow.Endpoint{Port: 8081}})
+		}, []string{"T1059.004 shell low app/api sshd[8]"}},
+		{"shell behind a crossing", func(r *trace) {
+			r.signal("api", Signal{Kind: Shell, Exe: "/bin/sh", Comm: "sh", PID: 8, Local: flow.Endpoint{Port: 8080}})
+		}, []string{"T1059.004 shell critical app/api sh[8]"}},
 		{"cgroup of another", func(r *trace) {
 			r.signal("web", Signal{Kind: Migrate, Peer: flow.Endpoint{Identity: 5, Workload: "api", Zone: "app"}})
 		}, []string{"T1611 cgroup-move high edge/web tool[4242]"}},

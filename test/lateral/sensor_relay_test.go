@@ -29,7 +29,7 @@ func relays(s *sensing) []scenario {
 		}, "T1572", "relay", detect.Medium, "sshd", 60 * time.Second, true},
 		{"sshd hands on connections (ssh -D)", func(r *run) {
 			s.keys.sshdOf(s.t, s.host, r.node.Cgroup("/lab/"+r.workload), netip.AddrPortFrom(s.host.IP4, 8004))
-			s.outside("%s & sleep 1; while :; do head -c 100000 /dev/zero | nc -N -w 3 -X 5 -x 127.0.0.1:9004 %s 7001 >/dev/null; sleep 0.5; done",
+			s.outside("%s & sleep 1; while :; do head -c 100000 /dev/zero | nc.openbsd -N -w 3 -X 5 -x 127.0.0.1:9004 %s 7001 >/dev/null; sleep 0.5; done",
 				command(append([]string{"ssh", "-N", "-D", "9004"}, s.keys.ssh("user", netip.AddrPortFrom(s.host.IP4, 8004))...)...), s.target.IP4)
 		}, "T1572", "relay", detect.Medium, "sshd", 60 * time.Second, true},
 	}
