@@ -118,7 +118,7 @@ type Signal struct {
 	StartTime uint64 `json:"start,omitempty"` // of the process, ns of CLOCK_BOOTTIME
 	Comm      string `json:"comm,omitempty"`
 	Exe       string `json:"exe,omitempty"`
-	Name      string `json:"name,omitempty"` // DNS
+	Name      string `json:"name,omitempty"`   // DNS
 	Cgroup    string `json:"cgroup,omitempty"` // path below the managed root
 	UID       uint32 `json:"uid,omitempty"`
 
