@@ -69,6 +69,10 @@ struct tcp_sock {
 	__u32 write_seq;
 	__u32 rcv_nxt;
 	__u8 bpf_sock_ops_cb_flags;
+	__u32 write_seq;
+	__u32 snd_una;
+	__u64 bytes_acked;
+	__u64 bytes_received;
 };
 
 struct seq_file;
@@ -84,6 +88,7 @@ struct bpf_iter__tcp {
 
 struct inode {
 	unsigned short i_mode;
+	__u32 i_rdev;
 };
 
 struct file {
