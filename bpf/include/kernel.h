@@ -69,7 +69,6 @@ struct tcp_sock {
 	__u32 write_seq;
 	__u32 rcv_nxt;
 	__u8 bpf_sock_ops_cb_flags;
-	__u32 write_seq;
 	__u32 snd_una;
 	__u64 bytes_acked;
 	__u64 bytes_received;
