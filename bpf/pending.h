@@ -1,9 +1,25 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR Apache-2.0) */
 /*
- * Handshakes whose SYN was admitted. A tuple has a bucket, and any place in it. The
- * oldest of a full bucket gives way: as a bucket's tuples cannot be guessed, that takes
- * as many admitted SYNs as there are places in all, give or take. A place is written by
- * whoever has marked it as given; readers compare its mark and its tuple.
+ * Handshakes whose SYN was admitted. A tuple has one place in front, in a part so small
+ * that the processor keeps it, and a bucket behind, with any place in it. In front nobody
+ * gives way before no handshake lasts that long; who finds his place taken goes behind. There
+ * the oldest of a full bucket gives way: as a bucket's tuples cannot be guessed, that takes
+ * as many admitted SYNs as there are places in all, give or take.
+ *
+ *   free (mark 0) -- SYN admitted, CAS --> being written (PENDING_GIVEN) -- published --> mark
+ *   mark -- accepted() --> free;  mark -- the tuple's next SYN, or a newcomer --> being written
+ *
+ * Invariant: what a reader believes of a place was written for its tuple, and whole: it
+ * compares mark and tuple before, and the mark after. Who writes has changed the mark
+ * from what it decided by to PENDING_GIVEN in one step, so no two write, and who was late
+ * looks again. Look-ups go to the front first, as a tuple that has entries at both has its newer
+ * one there: an older one behind is of a SYN that was admitted, too, and its number matches
+ * nothing any more. An accepted connection has its verdict before its entry ends, so that a
+ * packet that another processor takes in meanwhile finds one of the two.
+ *
+ * An acknowledgement that comes to a listener after its connection is gone has neither,
+ * and is refused as DEMARC_NO_STATE: a segment that was sent again while the host stood
+ * still is one. Nothing is lost by it, as nobody waits for it.
  */
 #ifndef DEMARC_PENDING_H
 #define DEMARC_PENDING_H

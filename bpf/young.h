@@ -2,13 +2,26 @@
 /*
  * The verdicts of young connections. Storage on a socket is the largest single cost
  * of a connection, and many end within a second. So a connection first gets a place
- * in a table, and storage only when it lasts, or where its place is taken. A place is
- * given to another connection only once its own is over: filling the table makes
- * connections dearer, and denies nobody anything. Both ends' CPUs read a place with
- * each packet, so only a connection's first and last packets write it.
+ * in a table, and storage only when it lasts, or where its place is taken. Filling the
+ * table makes connections dearer, and denies nobody anything. Both ends' CPUs read a
+ * place with each packet, so only a connection's first and last packets write it.
  *
  * A connection that is being opened has its place before: what connect(2) found out
  * there, the SYN's hooks need not look for again.
+ *
+ * Invariant: an admitted connection has, from before its handshake's entry among the
+ * pending ends until its socket neither sends nor takes in anything more, a verdict here
+ * or on its socket. It holds because
+ *
+ *   - there is one place that a socket may have, by its cookie, which no other socket
+ *     has or gets; whoever writes it marks it first (YOUNG_GIVEN), and readers compare
+ *     the cookie before and after;
+ *   - a place goes to another socket only when it is nobody's, is of a connection that
+ *     is being opened (what it loses is found again), or is over;
+ *   - it is over only when the socket is closed without a packet to follow, or when this
+ *     packet ends it: all that was sent is acknowledged, and all that was waited for is
+ *     there (is_last). A reset from outside does not make it over: it may be a forged one;
+ *   - storage is made before the place is given up, and found before a miss is believed.
  */
 #ifndef DEMARC_YOUNG_H
 #define DEMARC_YOUNG_H
