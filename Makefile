@@ -115,7 +115,7 @@ lateral: ## what intruders do, with their tools, and what is found of it; a beni
 	scripts/install test
 	DEMARC_LATERAL=all test/run -count=1 -v -timeout 30m ./test/lateral
 
-demo: ## nginx -> API -> PostgreSQL in namespaces of its own, and what is refused
+demo: ## nginx -> API -> PostgreSQL in namespaces of its own, what is refused, and a scan found
 	scripts/install demo
 	@test/run --demo
 
