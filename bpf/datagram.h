@@ -88,6 +88,7 @@ GLOBAL int note_flow(struct packet *p, struct outcome *o)
 {
 	struct demarc_flow fresh = {};
 	struct demarc_tuple key;
+	__u32 provable;
 
 	if (!p || !o)
 		return 0;
@@ -96,9 +97,14 @@ GLOBAL int note_flow(struct packet *p, struct outcome *o)
 	fresh.epoch_out = DEMARC_ACTIVE_EPOCH(o->active);
 	fresh.verdict_out = o->query.verdict == DEMARC_PROVISIONAL ? DEMARC_PROVISIONAL : DEMARC_ALLOW;
 	fresh.sender_only = asks_no_answer(&o->query);
-	fresh.provable = o->query.proto == PROTO_UDP &&
-			 provable_crossing(o->query.slot, o->query.subject, DEMARC_EGRESS, PROTO_UDP, o->query.port,
-					   o->query.now) != DEMARC_NO_CROSSING_INDEX;
+	provable = o->query.proto != PROTO_UDP ?
+			   DEMARC_NO_CROSSING_INDEX :
+			   provable_crossing(o->query.slot, o->query.subject, DEMARC_EGRESS, PROTO_UDP, o->query.port,
+					     o->query.now);
+	if (provable != DEMARC_NO_CROSSING_INDEX) {
+		fresh.provable = 1;
+		fresh.omits = omission_of(o->query.slot, provable, false);
+	}
 	fresh.unproven = fresh.verdict_out == DEMARC_PROVISIONAL;
 	fresh.until_out = window_end(&o->query);
 	fresh.last = o->query.now;
@@ -247,6 +253,7 @@ GLOBAL int datagram_in(struct packet *p, struct outcome *o)
 	}
 	o->query.proof = flow && flow->opener ? DEMARC_PROOF_IDENTITY : DEMARC_PROOF_NONE;
 	o->query.peer = flow ? flow->opener : DEMARC_ID_NONE;
+	o->omitted = flow && !flow->epoch_out ? flow->omits : 0; /* one that opens here has its proof from here */
 	again = flow && flow->acceptor == o->query.subject && flow->epoch_in;
 	if (!(again ? settle_again(o) : settle(o))) {
 		tell_refusal(o, 0);

@@ -42,6 +42,14 @@ static __always_inline void ask_back(struct outcome *o, const struct packet *p, 
 	ask(o, p->tuple.proto == PROTO_ICMP ? 8 : 128, direction);
 }
 
+/* What the crossing lets a tag leave out. */
+static __always_inline __u8 omission_of(__u32 slot, __u32 index, bool answer)
+{
+	struct demarc_crossing *crossing = table_crossing(slot, index);
+
+	return crossing ? omission(crossing->nat, answer) : 0;
+}
+
 /* A tag may leave out only what the crossing it is admitted by says is translated. */
 static __always_inline bool bound_enough(const struct outcome *o)
 {

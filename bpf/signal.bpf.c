@@ -48,12 +48,20 @@ enum {
 	LISTEN = 10,
 };
 
-static __always_inline __u64 cgroup_of_sock(struct sock *sk) { return BPF_CORE_READ(sk, sk_cgrp_data.cgroup, kn, id); }
+/* Read as it is: a tracepoint's arguments are typed, and each helper call for a field
+ * costs more than the field. */
+static __always_inline __u64 cgroup_of_sock(struct sock *sk)
+{
+	struct cgroup *cgroup = sk->sk_cgrp_data.cgroup;
+	struct kernfs_node *node = cgroup ? cgroup->kn : 0;
+
+	return node ? node->id : 0;
+}
 
 static __always_inline __u64 cgroup_of_task(struct task_struct *task) { return BPF_CORE_READ(task, cgroups, dfl_cgrp, kn, id); }
 
-/* An outcome that nobody gave: who, and since when. False: nothing to tell. */
-static __always_inline bool about(struct outcome *o, __u64 cgroup)
+/* An outcome that nobody gave: who. False: nothing to tell. */
+static __always_inline bool concerns(struct outcome *o, __u64 cgroup)
 {
 	__builtin_memset(o, 0, sizeof(*o));
 	o->active = active_word();
@@ -63,8 +71,16 @@ static __always_inline bool about(struct outcome *o, __u64 cgroup)
 	o->query.slot = DEMARC_ACTIVE_SLOT(o->active);
 	o->query.subject = identity_of(o->query.slot, cgroup);
 	o->query.crossing = DEMARC_NO_CROSSING_INDEX;
-	o->query.now = bpf_ktime_get_boot_ns();
 	return o->query.subject >= DEMARC_ID_FIRST;
+}
+
+/* The same with the time. */
+static __always_inline bool about(struct outcome *o, __u64 cgroup)
+{
+	if (!concerns(o, cgroup))
+		return false;
+	o->query.now = bpf_ktime_get_boot_ns();
+	return true;
 }
 
 static __always_inline void mapped(__u8 *out, __u32 address)
@@ -91,6 +107,21 @@ static __always_inline void ends(struct sock *sk, struct demarc_tuple *t)
 	BPF_CORE_READ_INTO(&t->daddr, sk, __sk_common.skc_v6_daddr);
 }
 
+/* The same of a tracepoint's socket, whose fields are read as they are. */
+static __always_inline void ends_of_argument(struct sock *sk, struct demarc_tuple *t)
+{
+	t->proto = PROTO_TCP;
+	t->sport = sk->__sk_common.skc_num;
+	t->dport = bpf_ntohs(sk->__sk_common.skc_dport);
+	if (sk->__sk_common.skc_family == AF_INET) {
+		mapped(t->saddr, sk->__sk_common.skc_rcv_saddr);
+		mapped(t->daddr, sk->__sk_common.skc_daddr);
+		return;
+	}
+	BPF_CORE_READ_INTO(&t->saddr, sk, __sk_common.skc_v6_rcv_saddr);
+	BPF_CORE_READ_INTO(&t->daddr, sk, __sk_common.skc_v6_daddr);
+}
+
 static __always_inline struct demarc_mark *mark_place(__u64 cookie)
 {
 	__u32 index = cookie & (DEMARC_MARKS - 1);
@@ -110,9 +141,10 @@ static __always_inline __u64 hash_of(const struct demarc_tuple *t)
 	return mix(address_hash(t->saddr) ^ mix(address_hash(t->daddr) ^ ((__u64)t->sport << 16 | t->dport))) | 1;
 }
 
-static __always_inline struct demarc_hop *hop_place(__u64 hash)
+/* Connections that follow each other have neighbouring ports, and places. */
+static __always_inline struct demarc_hop *hop_place(const struct demarc_tuple *t)
 {
-	__u32 index = hash & (DEMARC_HOPS - 1);
+	__u32 index = (address_hash(t->saddr) + t->sport) & (DEMARC_HOPS - 1);
 
 	return bpf_map_lookup_elem(&hops, &index);
 }
@@ -267,13 +299,27 @@ static __noinline int came_in(struct outcome *o, __u64 cookie)
 	t.sport = o->opener.dport;
 	t.dport = o->opener.sport;
 	hash = hash_of(&t);
-	hop = hop_place(hash);
+	hop = hop_place(&t);
 	m->cookie = cookie;
 	m->inbound = 1;
 	m->subject = o->query.subject;
 	m->origin = place && place->cookie == cookie ? place->kept.peer : 0;
 	m->hops = hop && hop->tuple == hash ? hop->hops : 0;
 	m->pid = 0;
+	return 0;
+}
+
+/* A connection that goes back to another is there: its other end may be on this host. */
+static __always_inline int comes_about(struct outcome *o, __u64 cookie)
+{
+	struct demarc_mark *m = mark_of(cookie);
+	struct demarc_hop *hop = m && m->hops ? hop_place(&o->opener) : 0;
+
+	if (!hop)
+		return 0;
+	hop->tuple = hash_of(&o->opener);
+	hop->origin = m->origin;
+	hop->hops = m->hops;
 	return 0;
 }
 
@@ -294,17 +340,20 @@ static __noinline int listens(struct outcome *o)
 SEC("tp_btf/inet_sock_set_state")
 int BPF_PROG(sock_state, struct sock *sk, int before, int after)
 {
-	struct demarc_hop *hop;
-	struct demarc_mark *m;
 	struct outcome o;
 	__u64 cookie;
 
 	if (after != SYN_SENT && before != SYN_SENT && after != LISTEN && (before != SYN_RECV || after != ESTABLISHED))
 		return 0;
-	if (BPF_CORE_READ(sk, sk_protocol) != PROTO_TCP || !about(&o, cgroup_of_sock(sk)))
+	if (sk->sk_protocol != PROTO_TCP || !concerns(&o, cgroup_of_sock(sk)))
 		return 0;
-	ends(sk, &o.opener);
+	ends_of_argument(sk, &o.opener);
 	cookie = bpf_get_socket_cookie(sk);
+	if (before == SYN_RECV)
+		return came_in(&o, cookie);
+	if (after == ESTABLISHED)
+		return comes_about(&o, cookie);
+	o.query.now = bpf_ktime_get_boot_ns();
 	o.query.proto = PROTO_TCP;
 	o.query.proof = DEMARC_PROOF_UNKNOWN;
 	if (after == LISTEN) {
@@ -315,24 +364,11 @@ int BPF_PROG(sock_state, struct sock *sk, int before, int after)
 		__builtin_memset(o.opener.saddr, 0, 16);
 		return listens(&o);
 	}
-	if (before == SYN_RECV)
-		return came_in(&o, cookie);
 	o.query.port = o.opener.dport;
 	__builtin_memcpy(o.query.address, o.opener.daddr, 16);
 	if (after == SYN_SENT)
 		return opening(&o, cookie);
-	if (after == CLOSE)
-		return failed(&o, cookie, BPF_CORE_READ(sk, sk_err));
-	m = mark_of(cookie);
-	if (!m || !m->hops)
-		return 0;
-	hop = hop_place(hash_of(&o.opener));
-	if (hop) {
-		hop->tuple = hash_of(&o.opener);
-		hop->origin = m->origin;
-		hop->hops = m->hops;
-	}
-	return 0;
+	return after == CLOSE ? failed(&o, cookie, sk->sk_err) : 0;
 }
 
 /* A process goes back to what its parent goes back to. */

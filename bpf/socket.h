@@ -93,14 +93,6 @@ static __always_inline void read_user_address(struct bpf_sock_addr *ctx, __u8 *o
 	__builtin_memcpy(out, word, 16);
 }
 
-/* What the crossing lets a tag leave out. */
-static __always_inline __u8 omission_of(__u32 slot, __u32 index, bool answer)
-{
-	struct demarc_crossing *crossing = table_crossing(slot, index);
-
-	return crossing ? omission(crossing->nat, answer) : 0;
-}
-
 /* Whether a workload opens a connection that takes its tag: then its SYN may leave, as
  * in syn_out(), and its hooks are told who opens it. */
 static __noinline bool opens_with_tag(struct bpf_sock_addr *ctx, struct outcome *o)

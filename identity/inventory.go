@@ -4,7 +4,6 @@ package identity
 
 import (
 	"fmt"
-	"net/netip"
 	"path"
 	"regexp"
 	"strings"
@@ -27,7 +26,7 @@ type Inventory struct {
 // Node is a Kubernetes node: a host with addresses of its own.
 type Node struct {
 	Labels map[string]string `yaml:"labels"`
-	IPs    []netip.Addr      `yaml:"ips"`
+	IPs    Addresses         `yaml:"ips"`
 }
 
 // Namespace is a Kubernetes namespace.
@@ -43,7 +42,7 @@ type Workload struct {
 	ServiceAccount string            `yaml:"serviceAccount"` // of a pod
 	Image          string            `yaml:"image"`          // of a container
 	Cgroup         string            `yaml:"cgroup"`         // below the managed root, "/lab/api-1"; "" = runs elsewhere
-	IPs            []netip.Addr      `yaml:"ips"`
+	IPs            Addresses         `yaml:"ips"`
 	Ports          []Port            `yaml:"ports"`
 	Node           string            `yaml:"node"`        // that a pod runs on; "" = not told
 	HostNetwork    bool              `yaml:"hostNetwork"` // a pod in its node's network namespace
@@ -80,14 +79,9 @@ func ParseInventory(file string, src []byte) (*Inventory, error) {
 			return nil, f.Errorf("$.namespaces", "use letters, digits, '-', '_' and '.'", "namespace %q is no name", namespace)
 		}
 	}
-	for node, n := range inv.Nodes {
+	for node := range inv.Nodes {
 		if !validName(node) {
 			return nil, f.Errorf("$.nodes", "use letters, digits, '-', '_' and '.'", "node %q is no name", node)
-		}
-		for _, a := range n.IPs {
-			if !a.IsValid() || a.Zone() != "" {
-				return nil, f.Errorf("$.nodes", "", "%q of node %s is no plain address", a, node)
-			}
 		}
 	}
 	c := checker{file: f, nodes: inv.Nodes, seen: map[string]int{}, cgroups: map[string]string{}}
@@ -137,11 +131,6 @@ func (c *checker) workload(at string, i int, w Workload) error {
 	}
 	if w.HostNetwork && w.Namespace == "" {
 		return c.file.Errorf(at, "give the pod its namespace", "%s has hostNetwork, and only pods have that", key)
-	}
-	for j, a := range w.IPs {
-		if !a.IsValid() || a.Zone() != "" {
-			return c.file.Errorf(fmt.Sprintf("%s.ips[%d]", at, j), "", "%q is no plain address", a)
-		}
 	}
 	for j, p := range w.Ports {
 		switch p.Protocol {

@@ -1,7 +1,9 @@
 package identity
 
 import (
+	"fmt"
 	"net/netip"
+	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -68,8 +70,15 @@ func TestParseInventoryRefuses(t *testing.T) {
 }
 
 func TestParseInventoryNamesBadAddresses(t *testing.T) {
-	if _, err := ParseInventory("i.yaml", []byte("workloads:\n- {name: a, ips: [10.0.0.300]}\n")); err == nil {
-		t.Error("address 10.0.0.300 was taken")
+	for src, want := range map[string]string{
+		"workloads:\n- {name: a, ips: [10.0.0.2, 10.0.0.300]}\n": `i.yaml:2:29: "10.0.0.300" is no plain address`,
+		"nodes: {n: {ips: [\"fe80::1%eth0\"]}}\n":                `i.yaml:1:19: "fe80::1%eth0" is no plain address`,
+		"workloads:\n- {name: a, ips: [[10.0.0.2]]}\n":           `i.yaml:2:19: "[" is no plain address`,
+		"workloads:\n- name: a\n  ips: 10.0.0.2\n":               "i.yaml:3:8: want a list of addresses, as [10.0.0.2]",
+	} {
+		if _, err := ParseInventory("i.yaml", []byte(src)); err == nil || err.Error() != want {
+			t.Errorf("%s: %v, want %s", src, err, want)
+		}
 	}
 }
 
@@ -143,4 +152,18 @@ func FuzzParseInventory(f *testing.F) {
 			t.Error("neither inventory nor error")
 		}
 	})
+}
+
+// BenchmarkParseInventory reads 5,000 pods, as `kubectl` and people write them.
+func BenchmarkParseInventory(b *testing.B) {
+	var src strings.Builder
+	src.WriteString("workloads:\n")
+	for i := range 5000 {
+		fmt.Fprintf(&src, "  - {namespace: shop, name: api-%d, labels: {app: api, tier: \"%d\"}, ips: [10.0.%d.%d], ports: [{name: http, port: 8080}]}\n", i, i%7, i/250, i%250)
+	}
+	for b.Loop() {
+		if inv, err := ParseInventory("i.yaml", []byte(src.String())); err != nil || len(inv.Workloads) != 5000 {
+			b.Fatal(err)
+		}
+	}
 }

@@ -64,12 +64,12 @@ type Status struct {
 	// Unconfirmed is set while the policy is in force for a time only.
 	Unconfirmed *proto.Unconfirmed `json:"unconfirmed,omitempty"`
 	// Shadow is set while another policy is asked beside it; without its differences.
-	Shadow      *Shadow            `json:"shadow,omitempty"`
-	Rings       []Ring             `json:"rings"`
-	Inventory   *Inventory         `json:"inventory,omitempty"`
-	Journal     *Journal           `json:"journal,omitempty"`
-	Problems    []string           `json:"problems,omitempty"`
-	Limits      []string           `json:"limits,omitempty"` // what this host's kernel cannot do; no problem by itself
+	Shadow    *Shadow    `json:"shadow,omitempty"`
+	Rings     []Ring     `json:"rings"`
+	Inventory *Inventory `json:"inventory,omitempty"`
+	Journal   *Journal   `json:"journal,omitempty"`
+	Problems  []string   `json:"problems,omitempty"`
+	Limits    []string   `json:"limits,omitempty"` // what this host's kernel cannot do; no problem by itself
 }
 
 // StateUnknown is the state while the core does not answer.

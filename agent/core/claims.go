@@ -2,6 +2,7 @@ package core
 
 import (
 	"errors"
+	"maps"
 	"strings"
 
 	"github.com/cilium/ebpf"
@@ -226,10 +227,16 @@ func canonical(path string) bool {
 }
 
 // keepClaims carries the claims of the active generation over to the next one,
-// as far as its image leaves them to the agent.
+// as far as its image leaves them to the agent. One that lies ready under other claims
+// is filled anew.
 func (c *Core) keepClaims(next *generation) {
+	filled := next.selectors.claims
+	next.selectors.claims = map[string]uint32{}
 	if c.active != nil {
 		c.carry(c.active.selectors.claims, next)
+	}
+	if next == c.prepared && !maps.Equal(filled, next.selectors.claims) {
+		c.unprepare()
 	}
 }
 

@@ -52,6 +52,7 @@ type Core struct {
 	fallback    *generation       // what comes back unless active is confirmed; active itself if nothing was before; nil = confirmed
 	previous    *proto.Generation // what rollback returns to; nil = nothing
 	shadow      *generation       // what live traffic is judged by beside active; nil = nothing
+	prepared    *generation       // what was previewed last: filled, tested, and in no use; nil = nothing
 	retired     int               // slot that packets may still be judged in; -1 = none
 	standing    []string          // problems that last until the core is started again
 	troubles    map[string]string // problems that the upkeep found, by part
@@ -251,7 +252,7 @@ func (c *Core) apply(b []byte, within time.Duration, by string) (_ *proto.Status
 	if err := checkTrial(within); err != nil {
 		return nil, err
 	}
-	g, err := openImage(b, c.trusted)
+	g, err := c.offered(b)
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	begun := false
@@ -366,7 +367,11 @@ func (c *Core) install(g *generation, how change) (err error) {
 		}
 	}()
 	on := abi.ActiveFlags(before.Active)&abi.ActiveOn != 0
-	g.slot = c.freeSlot(before, on)
+	ready := c.inPlace(g)
+	if !ready {
+		c.unprepare()
+		g.slot = c.freeSlot(before, on)
+	}
 	staged := make(chan error, 1) // the disk is slow, and nobody has to wait for it yet
 	go func() {
 		if how.durable {
@@ -376,22 +381,17 @@ func (c *Core) install(g *generation, how change) (err error) {
 	}()
 	defer func() { <-staged }()
 	s := scanner{objects: c.objects, tree: c.tree, slot: g.slot, selectors: g.selectors}
-	if err := s.prepare(); err != nil {
-		return err
-	}
-	undo = append(undo, func() { _ = emptySlot(c.objects, g.slot); g.close() })
+	undo = append(undo, func() {
+		if c.prepared != g {
+			_ = emptySlot(c.objects, g.slot)
+			g.close()
+		}
+	})
 	var questions *selftest
-	asking := make(chan error, 1)
-	go func() {
-		var err error
-		questions, err = newSelftest(c.objects, g, c.active)
-		asking <- err
-	}()
-	if err := errors.Join(g.fill(c.objects), <-asking); err != nil {
-		return err
-	}
-	if err := g.freeze(); err != nil {
-		return err
+	if !ready {
+		if questions, err = c.fill(g, &s); err != nil {
+			return err
+		}
 	}
 
 	state := before
@@ -420,7 +420,7 @@ func (c *Core) install(g *generation, how change) (err error) {
 		return err
 	}
 	if how.preview != nil {
-		return errors.Join(questions.after(), how.preview())
+		return c.keepPrepared(g, questions.after(), how.preview)
 	}
 	if how.shadow > 0 {
 		if err := questions.after(); err != nil {
@@ -471,6 +471,24 @@ func (c *Core) install(g *generation, how change) (err error) {
 	return nil
 }
 
+// fill makes the tables of a generation in its slot, which nobody may write any more
+// then, and the questions about them.
+func (c *Core) fill(g *generation, s *scanner) (questions *selftest, err error) {
+	if err := s.prepare(); err != nil {
+		return nil, err
+	}
+	asking := make(chan error, 1)
+	go func() {
+		var err error
+		questions, err = newSelftest(c.objects, g, c.active)
+		asking <- err
+	}()
+	if err := errors.Join(g.fill(c.objects), <-asking); err != nil {
+		return nil, err
+	}
+	return questions, g.freeze()
+}
+
 // freeSlot is a slot that no packet is judged in.
 func (c *Core) freeSlot(s abi.State, on bool) uint32 {
 	slot := uint32(0)
@@ -512,7 +530,7 @@ func (c *Core) succeed(g *generation, before abi.State, on bool, how change) {
 		}
 	}
 	former := c.active
-	c.active, c.retired = g, retired
+	c.active, c.retired, c.prepared = g, retired, nil
 	g.came = nil
 	switch {
 	case how.within > 0 && former == nil:
@@ -602,6 +620,7 @@ func (c *Core) Close() error {
 	c.journal.close()
 	c.canary, c.journal = nil, nil
 	if c.objects != nil {
+		c.unprepare()
 		if c.links != nil && len(c.links.open) == 0 {
 			err = c.pins.clear(c.objects.spec)
 		}

@@ -72,7 +72,9 @@ type demarcDemarcFlow struct {
 	UntilIn    uint64
 	Tagged     uint64
 	Owed       uint8
-	Zero       [7]uint8
+	Omits      uint8
+	Zero       [2]uint8
+	Nonce      uint32
 }
 
 type demarcDemarcHop struct {

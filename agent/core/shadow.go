@@ -22,7 +22,7 @@ func (c *Core) beginShadow(b []byte, lasting time.Duration, by string) (*proto.S
 	if lasting < minTrial || lasting > maxShadow {
 		return nil, proto.Refuse(fmt.Sprintf("give a time from %v to %v", minTrial, maxShadow), "shadow for %v is out of bounds", lasting)
 	}
-	g, err := openImage(b, c.trusted)
+	g, err := c.offered(b)
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.settle()
@@ -59,6 +59,9 @@ func (c *Core) cast(g *generation, state abi.State, lasting time.Duration) error
 		return err
 	}
 	c.shadow = g
+	if c.prepared == g {
+		c.prepared = nil
+	}
 	c.log.Info("policy in shadow", "policy", g.image.Name, "version", g.image.Version, "slot", g.slot)
 	return nil
 }

@@ -49,6 +49,9 @@ func (c *Core) upkeep() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.settle()
+	if c.prepared != nil && time.Since(c.prepared.since) > preparedFor {
+		c.unprepare()
+	}
 	c.endQuarantines()
 	c.watch()
 	c.attend("clock", c.setWall())

@@ -292,7 +292,7 @@ enum demarc_tag_flags {
 	DEMARC_TAG_ANSWER = 1,	       /* a SYN-ACK, or a datagram that answers */
 	DEMARC_TAG_NO_SOURCE = 2,      /* source address and port are left out (as zero) */
 	DEMARC_TAG_NO_DESTINATION = 4, /* the destination's are */
-	DEMARC_TAG_DATAGRAM = 8,
+	DEMARC_TAG_DATAGRAM = 8,       /* in UDP */
 };
 
 /*
@@ -300,14 +300,15 @@ enum demarc_tag_flags {
  * own data, at an even offset from the UDP header (one zero byte of padding where
  * needed):
  *
- *	OCS (2 bytes), kind=127, length=20, ExID=0xD3AC, claim, time, mac
+ *	OCS (2 bytes), kind=127, length=24, ExID=0xD3AC, claim, time, nonce, mac
  *
- * time: Unix seconds, big endian. mac: as for TCP, with time in the place of the
- * sequence number.
+ * time: Unix seconds, big endian. nonce: a number of chance that the opener gives a
+ * flow; an answer repeats it, and so belongs to that flow alone. mac: as for TCP, with
+ * time in the place of the sequence number and nonce in that of what is acknowledged.
  */
 #define DEMARC_UDP_TAG_KIND 127
-#define DEMARC_UDP_TAG_LENGTH 20
-#define DEMARC_UDP_TAG_SURPLUS 22 /* with the OCS, without padding */
+#define DEMARC_UDP_TAG_LENGTH 24
+#define DEMARC_UDP_TAG_SURPLUS 26 /* with the OCS, without padding */
 #define DEMARC_UDP_TAG_WINDOW 30  /* seconds that clocks may differ */
 #define DEMARC_UDP_TAG_REFRESH (60ULL * 1000000000ULL)
 
@@ -315,7 +316,7 @@ enum demarc_tag_flags {
 struct demarc_tag_input {
 	__u32 claim;
 	__u32 seq;	/* sender's initial sequence number; datagram: time */
-	__u32 acked;	/* SYN-ACK: the acknowledgement number; SYN: the time slot; datagram: 0 */
+	__u32 acked;	/* SYN-ACK: the acknowledgement number; SYN: the time slot; datagram: the nonce */
 	__u16 sport;
 	__u16 dport;
 	__u8 saddr[16];
@@ -385,7 +386,9 @@ struct demarc_flow {
 	__u64 until_in;
 	__u64 tagged; /* when a tag of ours last left in it */
 	__u8 owed;    /* the opener proved itself from another host: the next answer carries our tag */
-	__u8 zero[7];
+	__u8 omits;   /* what the opener's tags leave out: DEMARC_TAG_NO_SOURCE, ..._NO_DESTINATION */
+	__u8 zero[2];
+	__u32 nonce;  /* of the tags in this flow; 0 = none has left yet, or come */
 };
 #define DEMARC_UNPROVEN_MAX 16
 #define DEMARC_FLOW_IDLE (180ULL * 1000000000ULL)

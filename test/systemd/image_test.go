@@ -41,6 +41,12 @@ func TestImage(t *testing.T) {
 	if out := h.Run("ctr", "images", "ls"); !strings.Contains(out, "linux/amd64") || !strings.Contains(out, "linux/arm64") {
 		t.Errorf("images: %s", out)
 	}
+	// What is in the programs is in the image, too.
+	h.Run("ctr", "images", "mount", "--snapshotter", "native", "demarc.dev/demarc:0.2.0", "/mnt")
+	for _, program := range []string{"demarc", "demarc-agent", "demarc-core"} {
+		listed(t, h.Path("/mnt/usr/bin/"+program), h.Path("/mnt/usr/share/demarc/sbom/"+program+".cdx.json"))
+	}
+	h.Run("ctr", "images", "unmount", "--rm", "--snapshotter", "native", "/mnt")
 	run := func(options []string, id string, args ...string) (string, int) {
 		t.Helper()
 		all := append([]string{"run", "--rm", "--snapshotter", "native", "--cpu-shares", "0", "--runc-systemd-cgroup", "--cgroup", "system.slice:demarc:" + id}, options...)

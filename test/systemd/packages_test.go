@@ -4,7 +4,9 @@ package systemd_test
 
 import (
 	"bytes"
+	"debug/buildinfo"
 	"debug/elf"
+	"encoding/json"
 	"fmt"
 	"os"
 	"os/exec"
@@ -72,6 +74,50 @@ func TestPackagesAreClean(t *testing.T) {
 	}
 }
 
+// listed compares a program's list of what is in it with the modules that the compiler
+// says are.
+func listed(t *testing.T, program, list string) {
+	t.Helper()
+	text, err := os.ReadFile(list)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var bom struct {
+		Format   string `json:"bomFormat"`
+		Metadata struct {
+			Timestamp string
+			Component struct{ Name, Version string }
+		}
+		Components []struct{ Name, Version, Purl string }
+	}
+	if err := json.Unmarshal(text, &bom); err != nil {
+		t.Fatalf("%s: %v", list, err)
+	}
+	if bom.Format != "CycloneDX" || bom.Metadata.Component.Name != "github.com/demarc/demarc" || bom.Metadata.Component.Version == "" || bom.Metadata.Timestamp != "" {
+		t.Errorf("%s is of %+v, format %s", list, bom.Metadata, bom.Format)
+	}
+	info, err := buildinfo.ReadFile(program)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := []string{"std " + info.GoVersion}
+	for _, m := range info.Deps {
+		want = append(want, m.Path+" "+m.Version)
+	}
+	var got []string
+	for _, c := range bom.Components {
+		got = append(got, c.Name+" "+c.Version)
+		if !strings.HasPrefix(c.Purl, "pkg:golang/"+c.Name+"@") {
+			t.Errorf("%s: %s is %s", list, c.Name, c.Purl)
+		}
+	}
+	slices.Sort(want)
+	slices.Sort(got)
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("%s (-in the program +listed):\n%s", list, diff)
+	}
+}
+
 // Both kinds of package, of both architectures, hold the same files; what the
 // administrator changes is marked so; programs are of their architecture.
 func TestPackageContents(t *testing.T) {
@@ -126,6 +172,7 @@ func TestPackageContents(t *testing.T) {
 				t.Errorf("%s: %s is for %v, or not static", name, program, f.Machine)
 			}
 			f.Close()
+			listed(t, filepath.Join(dir, "usr/bin", program), filepath.Join(dir, "usr/share/demarc/sbom", program+".cdx.json"))
 		}
 	}
 	for i := 1; i < len(lists); i++ {

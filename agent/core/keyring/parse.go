@@ -24,9 +24,7 @@ func Parse(file string, text []byte) (_ *Ring, err error) {
 	p.Reader = strict.New(file, text)
 	r := &Ring{}
 	defer func() {
-		for _, s := range p.secrets {
-			clear(s[:])
-		}
+		clear(p.secrets)
 		if err != nil {
 			r.Wipe()
 		}

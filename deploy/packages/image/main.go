@@ -1,5 +1,5 @@
 // Command image writes an OCI image of several architectures, as a layout in one tar
-// file, from directories with its programs. It asks no daemon and no registry, and the
+// file, from directories with its programs and, in sbom/, what is in them. It asks no daemon and no registry, and the
 // same programs make the same bytes.
 //
 //	image -o FILE -version V -time SECONDS [-etc DIR] ARCH=DIR...
@@ -81,12 +81,12 @@ func run(out, version string, at time.Time, etc string, platforms []string) erro
 	return pack(dir, out, at)
 }
 
-// build makes the image of one architecture: the programs, their configuration, and
-// the agent's user.
+// build makes the image of one architecture: the programs, what is in them, their
+// configuration, and the agent's user.
 func build(bin, etc, arch, version string, at time.Time) (v1.Image, error) {
 	var b bytes.Buffer
 	w := tar.NewWriter(&b)
-	for _, dir := range []string{"etc", "etc/demarc", "run", "run/demarc", "run/demarc-agent", "tmp", "usr", "usr/bin", "var", "var/lib", "var/lib/demarc"} {
+	for _, dir := range []string{"etc", "etc/demarc", "run", "run/demarc", "run/demarc-agent", "tmp", "usr", "usr/bin", "usr/share", "usr/share/demarc", "usr/share/demarc/sbom", "var", "var/lib", "var/lib/demarc"} {
 		mode := int64(0o755)
 		switch dir {
 		case "tmp":
@@ -105,6 +105,7 @@ func build(bin, etc, arch, version string, at time.Time) (v1.Image, error) {
 	files := map[string]string{}
 	for _, program := range []string{"demarc", "demarc-agent", "demarc-core"} {
 		files["usr/bin/"+program] = filepath.Join(bin, program)
+		files["usr/share/demarc/sbom/"+program+".cdx.json"] = filepath.Join(bin, "sbom", program+".cdx.json")
 	}
 	if etc != "" {
 		for _, file := range []string{"agent.yaml", "core.json"} {
