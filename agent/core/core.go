@@ -126,7 +126,7 @@ func open(config Config, log *slog.Logger, h hooks) (_ *Core, err error) {
 	if c.donated, err = c.donate(); err != nil {
 		return nil, err
 	}
-	c.observers = observe(c.objects)
+	c.observers = observe(c.objects, c.tree.dir, !config.Sealed)
 	if err := c.useKeys(); err != nil {
 		return nil, err
 	}

@@ -405,6 +405,8 @@ type Signal struct {
 	Count     uint64
 	Bytes     uint64
 	Back      uint64
+	Received  uint64
+	Answered  uint64
 	CPU       uint32
 	PID       uint32
 	UID       uint32
@@ -435,6 +437,7 @@ const (
 	CauseReset       = 3
 	CauseAbandoned   = 4
 	CauseUnreachable = 5
+	CauseManager     = 6
 	CauseDenied      = 64
 )
 
