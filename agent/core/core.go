@@ -51,6 +51,8 @@ type Core struct {
 	active      *generation       // what this core put in force; nil = nothing
 	fallback    *generation       // what comes back unless active is confirmed; active itself if nothing was before; nil = confirmed
 	previous    *proto.Generation // what rollback returns to; nil = nothing
+	shadow      *generation       // what live traffic is judged by beside active; nil = nothing
+	prepared    *generation       // what was previewed last: filled, tested, and in no use; nil = nothing
 	retired     int               // slot that packets may still be judged in; -1 = none
 	standing    []string          // problems that last until the core is started again
 	troubles    map[string]string // problems that the upkeep found, by part
@@ -124,7 +126,7 @@ func open(config Config, log *slog.Logger, h hooks) (_ *Core, err error) {
 	if c.donated, err = c.donate(); err != nil {
 		return nil, err
 	}
-	c.observers = observe(c.objects)
+	c.observers = observe(c.objects, c.tree.dir, !config.Sealed)
 	if err := c.useKeys(); err != nil {
 		return nil, err
 	}
@@ -250,7 +252,7 @@ func (c *Core) apply(b []byte, within time.Duration, by string) (_ *proto.Status
 	if err := checkTrial(within); err != nil {
 		return nil, err
 	}
-	g, err := openImage(b, c.trusted)
+	g, err := c.offered(b)
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	begun := false
@@ -263,7 +265,7 @@ func (c *Core) apply(b []byte, within time.Duration, by string) (_ *proto.Status
 		return nil, err
 	}
 	c.settle()
-	if c.active == nil || c.active.digest != g.digest || c.active.signer != g.signer || c.active.flags != activeFlags(c.active.image) || c.fallback != nil {
+	if c.active == nil || c.active.digest != g.digest || c.active.signer != g.signer || c.active.flags&^abi.ActiveShadow != activeFlags(c.active.image) || c.fallback != nil {
 		if err := c.mayChange(g); err != nil {
 			return nil, err
 		}
@@ -271,6 +273,7 @@ func (c *Core) apply(b []byte, within time.Duration, by string) (_ *proto.Status
 			return nil, err
 		}
 		begun = true
+		c.endShadow(by, "a policy is applied")
 		c.keepClaims(g)
 		err := c.install(g, change{durable: true, within: within})
 		c.outcome(by, g, err)
@@ -331,6 +334,7 @@ func (c *Core) rollback(by string) (*proto.Status, error) {
 	if err := c.record(by, auditRollback, g, ""); err != nil {
 		return nil, err
 	}
+	c.endShadow(by, "a policy is rolled back to")
 	c.keepClaims(g)
 	err = c.install(g, change{durable: true})
 	c.outcome(by, g, err)
@@ -345,6 +349,7 @@ type change struct {
 	durable bool          // on disk, too: it is not from there
 	within  time.Duration // somebody has to confirm it; 0 = it is for good
 	preview func() error  // runs when everything is ready, and ends it with an error; nil = none
+	shadow  time.Duration // it does not: it is asked beside what is; 0 = it does
 }
 
 // install puts a verified generation in force. Each step is undone if a later one fails; what was in force stays in its
@@ -362,7 +367,11 @@ func (c *Core) install(g *generation, how change) (err error) {
 		}
 	}()
 	on := abi.ActiveFlags(before.Active)&abi.ActiveOn != 0
-	g.slot = c.freeSlot(before, on)
+	ready := c.inPlace(g)
+	if !ready {
+		c.unprepare()
+		g.slot = c.freeSlot(before, on)
+	}
 	staged := make(chan error, 1) // the disk is slow, and nobody has to wait for it yet
 	go func() {
 		if how.durable {
@@ -372,28 +381,26 @@ func (c *Core) install(g *generation, how change) (err error) {
 	}()
 	defer func() { <-staged }()
 	s := scanner{objects: c.objects, tree: c.tree, slot: g.slot, selectors: g.selectors}
-	if err := s.prepare(); err != nil {
-		return err
-	}
-	undo = append(undo, func() { _ = emptySlot(c.objects, g.slot); g.close() })
+	undo = append(undo, func() {
+		if c.prepared != g {
+			_ = emptySlot(c.objects, g.slot)
+			g.close()
+		}
+	})
 	var questions *selftest
-	asking := make(chan error, 1)
-	go func() {
-		var err error
-		questions, err = newSelftest(c.objects, g, c.active)
-		asking <- err
-	}()
-	if err := errors.Join(g.fill(c.objects), <-asking); err != nil {
-		return err
-	}
-	if err := g.freeze(); err != nil {
-		return err
+	if !ready {
+		if questions, err = c.fill(g, &s); err != nil {
+			return err
+		}
 	}
 
 	state := before
 	state.Filling = 1 << g.slot
 	if on {
 		state.Filling |= 1 << abi.ActiveSlot(before.Active)
+	}
+	if c.shadow != nil {
+		state.Filling |= 1 << c.shadow.slot
 	}
 	undo = append(undo, func() { c.restore(before) })
 	if err := writeState(c.objects, state); err != nil {
@@ -413,7 +420,13 @@ func (c *Core) install(g *generation, how change) (err error) {
 		return err
 	}
 	if how.preview != nil {
-		return errors.Join(questions.after(), how.preview())
+		return c.keepPrepared(g, questions.after(), how.preview)
+	}
+	if how.shadow > 0 {
+		if err := questions.after(); err != nil {
+			return err
+		}
+		return c.cast(g, state, how.shadow)
 	}
 	if err := <-staged; err != nil {
 		return err
@@ -458,10 +471,28 @@ func (c *Core) install(g *generation, how change) (err error) {
 	return nil
 }
 
+// fill makes the tables of a generation in its slot, which nobody may write any more
+// then, and the questions about them.
+func (c *Core) fill(g *generation, s *scanner) (questions *selftest, err error) {
+	if err := s.prepare(); err != nil {
+		return nil, err
+	}
+	asking := make(chan error, 1)
+	go func() {
+		var err error
+		questions, err = newSelftest(c.objects, g, c.active)
+		asking <- err
+	}()
+	if err := errors.Join(g.fill(c.objects), <-asking); err != nil {
+		return nil, err
+	}
+	return questions, g.freeze()
+}
+
 // freeSlot is a slot that no packet is judged in.
 func (c *Core) freeSlot(s abi.State, on bool) uint32 {
 	slot := uint32(0)
-	for on && slot == abi.ActiveSlot(s.Active) || int(slot) == c.retired {
+	for on && slot == abi.ActiveSlot(s.Active) || int(slot) == c.retired || c.shadow != nil && slot == c.shadow.slot {
 		slot++
 	}
 	return slot
@@ -499,7 +530,7 @@ func (c *Core) succeed(g *generation, before abi.State, on bool, how change) {
 		}
 	}
 	former := c.active
-	c.active, c.retired = g, retired
+	c.active, c.retired, c.prepared = g, retired, nil
 	g.came = nil
 	switch {
 	case how.within > 0 && former == nil:
@@ -544,6 +575,8 @@ func (c *Core) status() *proto.Status {
 			s.Problems = append(s.Problems, fmt.Sprintf("the kernel's state is %#x, not %#x: somebody else wrote it", state.Active, c.active.word()))
 		case c.fallback != nil:
 			s.Unconfirmed = c.unconfirmed(state)
+		case c.shadow != nil:
+			s.Shadow = c.shadowed(state)
 		}
 		if len(s.Links) != len(attachOrder) {
 			s.Problems = append(s.Problems, fmt.Sprintf("%d of %d programs are attached", len(s.Links), len(attachOrder)))
@@ -587,6 +620,7 @@ func (c *Core) Close() error {
 	c.journal.close()
 	c.canary, c.journal = nil, nil
 	if c.objects != nil {
+		c.unprepare()
 		if c.links != nil && len(c.links.open) == 0 {
 			err = c.pins.clear(c.objects.spec)
 		}
@@ -596,7 +630,7 @@ func (c *Core) Close() error {
 		c.devices.close()
 		c.answers.close()
 		c.guard.close()
-		for _, g := range []*generation{c.active, c.fallback} {
+		for _, g := range []*generation{c.active, c.fallback, c.shadow} {
 			if g != nil {
 				g.close()
 			}

@@ -129,12 +129,19 @@ func (c *Core) watchState() []incident {
 // it. They are frozen, so it is enough that they are the same.
 func (c *Core) watchTables() (all []incident) {
 	for _, g := range c.decisive() {
-		for _, name := range tableNames {
-			var id uint32
-			if err := c.objects.Maps[name].Lookup(g.slot, &id); err == nil && ebpf.MapID(id) == g.ids[name] {
-				continue
-			}
+		for _, name := range g.misplaced(c.objects) {
 			all = append(all, incident{fmt.Sprintf("table %s of slot %d was replaced", name, g.slot), c.objects.Maps[name].Put(g.slot, g.tables[name])})
+		}
+	}
+	return all
+}
+
+// misplaced are the tables of a generation that are not in its slot.
+func (g *generation) misplaced(o *objects) (all []string) {
+	for _, name := range tableNames {
+		var id uint32
+		if err := o.Maps[name].Lookup(g.slot, &id); err != nil || ebpf.MapID(id) != g.ids[name] {
+			all = append(all, name)
 		}
 	}
 	return all
@@ -418,7 +425,7 @@ func (c *Core) others() (all []string, err error) {
 			return nil, fmt.Errorf("look for programs at %s: %w", name, err)
 		}
 		for _, p := range found.Programs {
-			if p.ID != c.links.running[name] {
+			if p.ID != c.links.running[name] && !c.observers.owns(p.ID) {
 				all = append(all, foreign(p.ID, name))
 			}
 		}

@@ -35,7 +35,7 @@ type generation struct {
 	tables    map[string]*ebpf.Map
 	ids       map[string]ebpf.MapID // of the tables
 	known     abi.Query             // a question that the loaded programs answered with allow; zero = there is none
-	since     time.Time             // when it came into force
+	since     time.Time             // when it came into force, or lay ready for that
 	bindings  int                   // cgroups with a workload's identity when it was filled
 }
 

@@ -152,7 +152,11 @@ func (c *Core) guarded() (ids [2]map[uint32]bool) {
 		note(c.journal.kernel)
 	}
 	if c.active != nil {
-		for _, g := range c.decisive() {
+		ready := c.decisive()
+		if c.prepared != nil {
+			ready = append(ready, c.prepared)
+		}
+		for _, g := range ready {
 			for _, id := range g.ids {
 				ids[0][uint32(id)] = true
 			}

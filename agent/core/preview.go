@@ -8,6 +8,7 @@ import (
 	"io"
 	"net/netip"
 	"slices"
+	"time"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
@@ -26,7 +27,7 @@ var errPreview = errors.New("only a preview")
 // The image is filled and tested as if it were applied; the kernel then judges each
 // socket that a process holds by it, as it would at the socket's next packet.
 func (c *Core) Preview(b []byte) (*proto.Preview, error) {
-	g, err := openImage(b, c.trusted)
+	g, err := c.offered(b)
 	if err != nil {
 		return nil, err
 	}
@@ -39,9 +40,7 @@ func (c *Core) Preview(b []byte) (*proto.Preview, error) {
 	var cuts []abi.Cut
 	c.keepClaims(g)
 	err = c.install(g, change{preview: func() (err error) {
-		if cuts, err = findCuts(c.objects, g.slot); err == nil {
-			err = errPreview
-		}
+		cuts, err = findCuts(c.objects, g.slot)
 		return err
 	}})
 	if !errors.Is(err, errPreview) {
@@ -57,6 +56,50 @@ func (c *Core) Preview(b []byte) (*proto.Preview, error) {
 		})
 	}
 	return p, nil
+}
+
+// preparedFor is how long what was previewed lies ready. Whoever means it applies it
+// at once; until then it takes memory.
+const preparedFor = time.Minute
+
+// offered opens what somebody wants to be in force. What was just previewed, to the
+// byte, need not be verified again.
+func (c *Core) offered(b []byte) (*generation, error) {
+	c.mu.Lock()
+	p := c.prepared
+	c.mu.Unlock()
+	if p != nil && bytes.Equal(p.came, b) {
+		return p, nil
+	}
+	return openImage(b, c.trusted)
+}
+
+// keepPrepared ends a preview. All questions about the generation have been answered
+// by now, not only those that come before a flip, so that nothing is left to ask when it
+// is applied.
+func (c *Core) keepPrepared(g *generation, tested error, preview func() error) error {
+	if err := errors.Join(tested, preview()); err != nil {
+		return err
+	}
+	c.prepared, g.since = g, time.Now()
+	return errPreview
+}
+
+// inPlace says whether a generation lies ready as it was previewed. Its tables are
+// frozen, so it is enough that they are the same.
+func (c *Core) inPlace(g *generation) bool {
+	return g == c.prepared && time.Since(g.since) < preparedFor && len(g.misplaced(c.objects)) == 0
+}
+
+// unprepare frees what was previewed, if anything was.
+func (c *Core) unprepare() {
+	if p := c.prepared; p != nil {
+		c.prepared = nil
+		if err := emptySlot(c.objects, p.slot); err != nil {
+			c.log.Warn("previewed generation is not freed", "problem", err)
+		}
+		p.close()
+	}
 }
 
 // findCuts walks over the files of all processes. A connection of which both ends
@@ -94,10 +137,14 @@ func readIterator(p *ebpf.Program) ([]byte, error) {
 		return nil, err
 	}
 	defer iter.Close()
-	walk, err := iter.Open()
+	return walk(iter)
+}
+
+func walk(iter *link.Iter) ([]byte, error) {
+	all, err := iter.Open()
 	if err != nil {
 		return nil, err
 	}
-	defer walk.Close()
-	return io.ReadAll(walk)
+	defer all.Close()
+	return io.ReadAll(all)
 }

@@ -167,6 +167,21 @@ func TestRole(t *testing.T) {
 	}
 }
 
+// Findings and the journal outlive the agent's container: they are in a volume. The
+// charts' objects are compared with these.
+func TestState(t *testing.T) {
+	for _, dir := range []string{"base", "api"} {
+		objects := kustomizedAt(t, dir)
+		config := objects["ConfigMap/demarc-config"].(*kube.ConfigMap).Data["agent.yaml"]
+		agent := objects["DaemonSet/demarc"].(*apps.DaemonSet).Spec.Template.Spec.Containers[1]
+		if !slices.ContainsFunc(agent.VolumeMounts, func(m kube.VolumeMount) bool {
+			return !m.ReadOnly && strings.Contains(config, "\nstate: "+m.MountPath+"\n")
+		}) {
+			t.Errorf("%s: the state is in no volume:\n%s", dir, config)
+		}
+	}
+}
+
 // Whatever the values are, the containers may do the same.
 func TestValues(t *testing.T) {
 	base := kustomized(t)["DaemonSet/demarc"].(*apps.DaemonSet).Spec.Template.Spec

@@ -27,6 +27,7 @@ import (
 //	checker asks web, which is a proxy for api, which keeps a pool to db
 //	ops (bastion) goes to twelve machines by ssh, as Ansible does
 //	backup (management) copies a large file by ssh
+//	somebody logs in to the host by ssh, and looks around
 //	everybody asks DNS; updates come from a mirror; deploys replace every workload
 //	api still calls a service that was taken away
 type day struct {
@@ -44,12 +45,13 @@ const dayCrossings = `  - {name: scrape, from: [workload/prometheus], to: [netwo
   - {name: web-api, from: [workload/web], to: [workload/api], ports: [tcp/8081], log: all}
   - {name: api-db, from: [workload/api], to: [workload/db], ports: [tcp/5432], log: all, limit: {connections: 1000/s}}
   - {name: ssh, from: [workload/ops, workload/backup], to: [network/machines], ports: [tcp/22], identity: none, log: all}
+  - {name: login, from: [network/target], to: [workload/login], ports: [tcp/22], identity: none, limit: {connections: 10/s}, log: all}
   - {name: dns, from: [zone/edge], to: [network/target], ports: [udp/53], identity: none, log: all}
   - {name: mirror, from: [zone/edge], to: [network/everything], ports: [tcp/443], identity: none, log: all}
 `
 
 var dayWorkloads = []string{
-	"prometheus monitor", "checker", "web proxy", "api", "ops bastion", "backup management",
+	"prometheus monitor", "checker", "web proxy", "api", "ops bastion", "backup management", "login",
 }
 
 func newDay(t *testing.T) *day {
@@ -69,6 +71,7 @@ func newDay(t *testing.T) *day {
 	d.dial()
 	d.keys = newKeys(t, d.dir)
 	d.keys.sshd(t, d.targets[0], d.lab.lab.Cgroup("target"), netip.MustParseAddrPort("0.0.0.0:22"))
+	d.keys.sshdOf(t, d.host, d.node.Cgroup("/lab/login"), netip.AddrPortFrom(d.host.IP4, 22))
 	return d
 }
 
@@ -195,6 +198,11 @@ func TestBenignDay(t *testing.T) {
 				t.Fatal(err)
 			}
 			d.within("backup", "sh", append([]string{"-c", `file=$1; shift; exec ssh "$@" <"$file"`, "sh", file}, d.keys.ssh("user", netip.AddrPortFrom(d.address(0), 22), "cat >/dev/null")...)...)
+			p := d.targets[0].Start(d.lab.lab.Cgroup("target"), netlab.Command{Path: lookPath(t, "ssh"),
+				Args: d.keys.ssh("user", netip.AddrPortFrom(d.host.IP4, 22), "uptime; ls /; ps ax | wc -l; curl -s -m 2 http://"+d.targets[0].IP4.String()+":443/packages >/dev/null; echo looked around")})
+			if status := p.Wait(time.Minute); status != 0 || !strings.Contains(p.Output(), "looked around") {
+				t.Errorf("ssh: %d: %s", status, p.Output())
+			}
 		case 1:
 			var group sync.WaitGroup
 			for i := range machines {

@@ -51,6 +51,18 @@ func (r *run) tool(name string, args ...string) *netlab.Process {
 	return r.source.Start(r.lab.lab.Cgroup(r.workload), netlab.Command{Path: lookPath(r.t, name), Args: args})
 }
 
+// soon waits for what a scenario needs to happen; scenarios run side by side, so that
+// one that fails leaves the others alone.
+func (r *run) soon(what string, holds func() bool) {
+	r.t.Helper()
+	for end := time.Now().Add(30 * time.Second); !holds(); time.Sleep(20 * time.Millisecond) {
+		if time.Now().After(end) {
+			r.t.Errorf("%s: not within 30 s", what)
+			return
+		}
+	}
+}
+
 // result is a line of the table.
 type result struct {
 	scenario

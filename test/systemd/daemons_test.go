@@ -76,6 +76,18 @@ func TestDaemons(t *testing.T) {
 	wire := h.Wire()
 	goesOn := h.talker()
 	goesOn("at first")
+	// What was found outlives whatever is done to the agent.
+	h.unit("worker-thief.service", "[Service]\nType=oneshot\nExecStart=-/bin/bash -c 'exec 3<>/dev/tcp/169.254.169.254/80'\n")
+	h.Run("systemctl", "daemon-reload")
+	h.Run("systemctl", "start", "worker-thief")
+	found := func() string { return h.Run("demarc", "findings", "--technique", "T1552.005", "-o", "json") }
+	h.Await("has found the thief", func() error {
+		if text := found(); !strings.Contains(text, `"T1552.005"`) {
+			return fmt.Errorf("it has not: %s", text)
+		}
+		return nil
+	})
+	before := found()
 	units := []string{"demarc-core.service", "demarc-agent.service"}
 	again := func(how, restarts string) {
 		t.Helper()
@@ -110,6 +122,9 @@ func TestDaemons(t *testing.T) {
 		h.Run("systemctl", "restart", unit)
 		h.awaitState("enforcing")
 		goesOn("after a restart of " + unit)
+	}
+	if after := found(); after != before {
+		t.Errorf("findings before the agent was killed, and stopped:\n%s\nafter:\n%s", before, after)
 	}
 	// Since then both have fed the watchdog for longer than it waits.
 	h.Await("has fed its watchdogs", func() error {

@@ -64,7 +64,7 @@ func (h *host) configure() {
 		h.t.Fatal(err)
 	}
 	h.Write("/etc/demarc/core.json", string(core), 0o644)
-	h.Write("/etc/demarc/agent.yaml", "metrics: {listen: \"127.0.0.1:9477\"}\njournal: {dir: /var/lib/demarc-agent/journal}\n", 0o644)
+	h.Write("/etc/demarc/agent.yaml", "metrics: {listen: \"127.0.0.1:9477\"}\nstate: /var/lib/demarc-agent\njournal: {dir: /var/lib/demarc-agent/journal}\n", 0o644)
 }
 
 // tree is the path of the host's own cgroup below the mount.

@@ -1,0 +1,98 @@
+package core
+
+import (
+	"errors"
+	"maps"
+	"strconv"
+	"testing"
+	"time"
+
+	"github.com/cilium/ebpf"
+)
+
+// What was previewed lies ready, and is applied as it lies, if nothing came between.
+func TestPreviewed(t *testing.T) {
+	pod := id(t, shop(t, nil), "pod")
+	tests := []struct {
+		name    string
+		between func(t *testing.T, c *Core, prepared *generation, previewed []byte)
+		another bool // image is applied
+		again   bool // it is filled again
+	}{
+		{"OK at once", func(*testing.T, *Core, *generation, []byte) {}, false, false},
+		{"OK previewed twice", func(t *testing.T, c *Core, _ *generation, previewed []byte) {
+			if _, err := c.Preview(previewed); err != nil {
+				t.Error(err)
+			}
+		}, false, false},
+		{"OK looked after", func(_ *testing.T, c *Core, _ *generation, _ []byte) { c.upkeep() }, false, false},
+		{"OK another one", func(*testing.T, *Core, *generation, []byte) {}, true, true},
+		{"OK the present one went back", func(t *testing.T, c *Core, _ *generation, _ []byte) {
+			if _, err := c.Rollback(); err != nil {
+				t.Error(err)
+			}
+		}, false, true},
+		{"bad a path was bound", func(t *testing.T, c *Core, _ *generation, _ []byte) { must(t, c.Bind("/lab/pod-2", pod)) }, false, true},
+		{"bad a path was let go", func(t *testing.T, c *Core, _ *generation, _ []byte) { must(t, c.Unbind("/lab/pod-1")) }, false, true},
+		{"bad a table was replaced", func(t *testing.T, c *Core, p *generation, _ []byte) {
+			must(t, c.objects.Maps["rules"].Put(p.slot, c.active.tables["rules"]))
+		}, false, true},
+		{"bad long ago", func(_ *testing.T, _ *Core, p *generation, _ []byte) { p.since = p.since.Add(-preparedFor) }, false, true},
+		{"bad long ago, and looked after", func(t *testing.T, c *Core, p *generation, _ []byte) {
+			p.since = p.since.Add(-preparedFor)
+			c.upkeep()
+			var id uint32
+			if err := c.objects.Maps["rules"].Lookup(p.slot, &id); !errors.Is(err, ebpf.ErrKeyNotExist) || c.prepared != nil {
+				t.Errorf("its slot is not free: %v", err)
+			}
+		}, false, true},
+	}
+	m := newMachine(t)
+	c := m.start()
+	next := uint64(1)
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			in, previewed, other := shop(t, version(next)), shop(t, version(next+1)), shop(t, version(next+2))
+			next += 3
+			if _, err := c.Apply(in, 0); err != nil {
+				t.Fatal(err)
+			}
+			must(t, c.Bind("/lab/pod-1", pod))
+			must(t, c.Unbind("/lab/pod-2"))
+			state, err := kernelState(c.objects)
+			must(t, err)
+			if _, err := c.Preview(previewed); err != nil {
+				t.Fatal(err)
+			}
+			if after, err := kernelState(c.objects); err != nil || after != state {
+				t.Errorf("the preview changed the state: %+v, before it %+v; %v", after, state, err)
+			}
+			prepared := c.prepared
+			ids := maps.Clone(prepared.ids)
+			tt.between(t, c, prepared, previewed)
+			late := "/lab/pod-1/" + strconv.Itoa(int(next))
+			m.mkdir(late)
+			want := identity(t, c, late)
+
+			if tt.another {
+				previewed = other
+			}
+			s, err := c.Apply(previewed, 0)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if again := !maps.Equal(ids, c.active.ids); again != tt.again {
+				t.Errorf("filled again: %v, want %v", again, tt.again)
+			}
+			if got := identity(t, c, late); got != want {
+				t.Errorf("%s is bound to %d, not %d", late, got, want)
+			}
+			if len(s.Problems) > 0 || c.prepared != nil || time.Since(s.Active.Since) > time.Minute || len(c.active.misplaced(c.objects)) > 0 {
+				t.Errorf("status %+v, %+v", s, s.Active)
+			}
+			if wrong := c.watchBindings(); len(wrong) > 0 {
+				t.Errorf("bindings: %v", wrong)
+			}
+		})
+	}
+}
