@@ -63,6 +63,7 @@ static __always_inline bool judge_closely(struct __sk_buff *skb, struct bpf_sock
 	reason = parse(skb, 0, &p);
 	cgroup = bpf_sk_cgroup_id(sk);
 	o->reported = false;
+	o->asked = ASKED_NOTHING;
 	if (stream && !reason &&
 	    (tcp_state == TCP_LISTEN || (outgoing ? tcp_state == TCP_SYN_SENT : tcp_state == TCP_SYN_RECV))) {
 		subject = expected(skb, &p, cgroup, DEMARC_ACTIVE_EPOCH(active),
@@ -100,6 +101,8 @@ static __always_inline bool judge_closely(struct __sk_buff *skb, struct bpf_sock
 		return outgoing ? stream_out(skb, &p, o, tcp_state) : stream_in(skb, &p, o, tcp_state);
 	if (!(outgoing ? datagram_out(&p, o) : datagram_in(&p, o)))
 		return false;
+	if (o->asked)
+		contrast(o);
 	if (o->reported) {
 		remark(o); /* before the talk, which writes where the outcome is */
 		o->reported = false;
@@ -136,6 +139,8 @@ static __always_inline bool judge_packet(struct __sk_buff *skb, struct bpf_sock 
 	if (!sk) /* the hook runs with full sockets only; without one nobody can be judged */
 		return false;
 	pass = judge_closely(skb, sk, stream, tcp_state, outgoing, active, &o);
+	if (o.asked)
+		contrast(&o);
 	if (o.reported)
 		remark(&o);
 	return pass;
