@@ -64,7 +64,7 @@ static __always_inline bool judge_closely(struct __sk_buff *skb, struct bpf_sock
 	cgroup = bpf_sk_cgroup_id(sk);
 	o->reported = false;
 	o->asked = ASKED_NOTHING;
-	if (stream && !reason &&
+	if (stream && !reason && (outgoing || p.flags & FLAG_ACK) &&
 	    (tcp_state == TCP_LISTEN || (outgoing ? tcp_state == TCP_SYN_SENT : tcp_state == TCP_SYN_RECV))) {
 		subject = expected(skb, &p, cgroup, DEMARC_ACTIVE_EPOCH(active),
 				   outgoing ? STAGE_OUT : tcp_state == TCP_SYN_RECV ? STAGE_CHILD : STAGE_IN);

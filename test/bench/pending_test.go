@@ -3,6 +3,8 @@ package bench
 import (
 	"testing"
 
+	"github.com/gopacket/gopacket/layers"
+
 	"github.com/demarc/demarc/bpf/abi"
 )
 
@@ -102,4 +104,28 @@ func TestPendingPlaces(t *testing.T) {
 	if len(front) != 2 || front[0] != first[0] || front[1][0] < buckets {
 		t.Errorf("with room in front it has places %v, want a new one there", front)
 	}
+}
+
+// Between a connection's last ACK and its verdict another processor may take in its
+// data: those pass by the handshake that was admitted, and by nothing else.
+func TestAcceptedElsewhere(t *testing.T) {
+	b := build(t, 400)
+	b.addDemarc()
+	c := b.private()
+	once := &Packets{Repeat: 1, Best: 1}
+	arrives := func(program string, frame []byte, verdict uint32) {
+		t.Helper()
+		b.inside(b.node.Cgroup("/bench/server"), func() { b.best(once, c, program, frame, verdict) })
+	}
+	segment := func(seq uint32, port layers.TCPPort) []byte {
+		return frame(&layers.TCP{SrcPort: port, DstPort: firstPort, ACK: true, PSH: true, Seq: seq, Ack: 9}, []byte{1})
+	}
+	const syn, later = 7, 5000 // synFrame's own number, and one further on
+	arrives("packet_accepting", segment(syn+1, 40000), 0)
+	arrives("packet_syn", b.signed(c), 1)
+	arrives("packet_accepting", segment(syn+1, 40000), 1)
+	arrives("packet_accepting", segment(later, 40000), 1)
+	arrives("packet_accepting", segment(syn+1, 40001), 0)
+	arrives("packet_listener", segment(syn+1, 40000), 1)
+	arrives("packet_listener", segment(later, 40000), 0)
 }

@@ -101,3 +101,23 @@ int packet_syn(struct __sk_buff *skb)
 	sk = sk ? bpf_sk_fullsock(sk) : 0;
 	return sk && renew(skb) && judge_packet(skb, sk, cookie_of(skb), true, TCP_LISTEN, false);
 }
+
+/* Another packet of a handshake: at the listener, and at a connection that another
+ * processor is just accepting. */
+SEC("cgroup_skb/ingress")
+int packet_listener(struct __sk_buff *skb)
+{
+	struct bpf_sock *sk = skb->sk;
+
+	sk = sk ? bpf_sk_fullsock(sk) : 0;
+	return sk && judge_packet(skb, sk, cookie_of(skb), true, TCP_LISTEN, false);
+}
+
+SEC("cgroup_skb/ingress")
+int packet_accepting(struct __sk_buff *skb)
+{
+	struct bpf_sock *sk = skb->sk;
+
+	sk = sk ? bpf_sk_fullsock(sk) : 0;
+	return sk && judge_packet(skb, sk, cookie_of(skb), true, TCP_SYN_RECV, false);
+}
