@@ -100,23 +100,34 @@ type demarcDemarcLineage struct {
 	Origin  uint32
 	Netns   uint32
 	Hops    uint8
-	Raw     uint8
+	Tun     uint8
 	Zero    [2]uint8
 	Looked  uint64
+	Cgroup  uint64
+	Relayed uint64
+	Ending  [2]uint64
+	Ended   [4]uint64
+	On      demarcDemarcTuple
 }
 
 type demarcDemarcMark struct {
-	_       structs.HostLayout
-	Cookie  uint64
-	Pair    uint64
-	Bytes   uint64
-	Back    uint64
-	Subject uint32
-	Origin  uint32
-	Pid     uint32
-	Inbound uint8
-	Hops    uint8
-	Zero    [2]uint8
+	_         structs.HostLayout
+	Cookie    uint64
+	Bytes     uint64
+	Back      uint64
+	Fresh     uint64
+	FreshBack uint64
+	Told      uint64
+	ToldBack  uint64
+	Round     uint32
+	Subject   uint32
+	Origin    uint32
+	Pid       uint32
+	Inbound   uint8
+	Hops      uint8
+	Closed    uint8
+	Zero      [5]uint8
+	Comm      [16]int8
 }
 
 type demarcDemarcPendingBucket struct {
@@ -197,7 +208,8 @@ type demarcDemarcSeen struct {
 	Began    uint64
 	Due      [2]uint64
 	Missed   uint32
-	Zero     uint32
+	NamesSet uint16
+	Echoes   uint16
 	Contacts [32]uint32
 	Deeds    [8]uint32
 	Ports    [3]struct {
@@ -214,6 +226,7 @@ type demarcDemarcSeen struct {
 		Told uint16
 		Bits [8]uint32
 	}
+	Names [4]uint32
 }
 
 type demarcDemarcSelftest struct {
@@ -247,6 +260,8 @@ type demarcDemarcState struct {
 	Fallback    uint64
 	Deadline    uint64
 	Quarantines uint64
+	Shadow      uint64
+	Shadowed    uint64
 }
 
 type demarcDemarcTuple struct {

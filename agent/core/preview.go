@@ -137,10 +137,14 @@ func readIterator(p *ebpf.Program) ([]byte, error) {
 		return nil, err
 	}
 	defer iter.Close()
-	walk, err := iter.Open()
+	return walk(iter)
+}
+
+func walk(iter *link.Iter) ([]byte, error) {
+	all, err := iter.Open()
 	if err != nil {
 		return nil, err
 	}
-	defer walk.Close()
-	return io.ReadAll(walk)
+	defer all.Close()
+	return io.ReadAll(all)
 }
