@@ -255,6 +255,7 @@ type demarcDemarcSocket struct {
 	Direction uint8
 	Zero      [6]uint8
 	Until     uint64
+	Spared    uint64
 }
 
 type demarcDemarcState struct {
@@ -268,6 +269,7 @@ type demarcDemarcState struct {
 	Quarantines uint64
 	Shadow      uint64
 	Shadowed    uint64
+	Spared      uint64
 }
 
 type demarcDemarcTuple struct {
