@@ -168,10 +168,10 @@ struct demarc_young {
 	__u64 over;   /* when it may be given away, in jiffies; 0 = not yet */
 	struct demarc_socket kept; /* provisional: it is being opened */
 	__u32 born; /* jiffies, too */
-	__u32 self; /* who opens it */
-	__u8 omitted; /* what the opener's tag leaves out */
-	__u8 zero[7];
+	__u32 self : 24; /* who opens it */
+	__u32 omitted : 8; /* what the opener's tag leaves out */
 };
+_Static_assert(sizeof(struct demarc_young) == 64, "a place is a cache line");
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(map_flags, BPF_F_MMAPABLE); /* begins with a page: an entry is a cache line */

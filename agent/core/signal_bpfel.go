@@ -283,14 +283,12 @@ type signalDemarcTuple struct {
 }
 
 type signalDemarcYoung struct {
-	_       structs.HostLayout
-	Cookie  uint64
-	Over    uint64
-	Kept    signalDemarcSocket
-	Born    uint32
-	Self    uint32
-	Omitted uint8
-	Zero    [7]uint8
+	_      structs.HostLayout
+	Cookie uint64
+	Over   uint64
+	Kept   signalDemarcSocket
+	Born   uint32
+	_      [4]byte
 }
 
 type signalDnsName struct {
