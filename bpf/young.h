@@ -106,6 +106,10 @@ GLOBAL int young_take(__u64 cookie, const struct demarc_socket *fresh, __u32 sel
 		return 0;
 	if (__sync_val_compare_and_swap(&place->cookie, old, YOUNG_GIVEN) != old)
 		return 0;
+	if (old && old != cookie && !young_over(place)) { /* its owner was faster, and has it again */
+		__sync_lock_test_and_set(&place->cookie, old);
+		return 0;
+	}
 	place->kept = *fresh;
 	place->over = 0;
 	place->born = bpf_jiffies64();
