@@ -7,7 +7,8 @@ LDFLAGS := -s -w -X github.com/demarc/demarc/internal/version.version=$(VERSION)
 OBJECT := agent/core/demarc_bpfel.o
 
 # Packages whose tests need root and the kernel's BPF. They fail without.
-ROOT_TESTS := ./agent/core/... ./test/...
+# The longest first: two packages run at a time, each in cgroups and namespaces of its own.
+ROOT_TESTS := ./test/e2e ./agent/core/... ./test/...
 
 .DEFAULT_GOAL := help
 .PHONY: help build docs generate check-generate lint test test-kernels test-hubble test-netpol test-faults lateral unit root demo tcb fuzz bench bench-micro clean
@@ -44,7 +45,7 @@ unit:
 
 root:
 	scripts/install test
-	test/run -race -timeout 40m $(ROOT_TESTS)
+	test/run -race -p 2 -timeout 40m $(ROOT_TESTS)
 
 test: ## everything that CI runs: generated code, lint, unit tests, tests as root
 	scripts/install test

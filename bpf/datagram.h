@@ -194,8 +194,10 @@ GLOBAL int answered_in(struct demarc_flow *flow, struct outcome *o)
 	if (o->query.proof == DEMARC_PROOF_NONE && flow->sender_only && flow->epoch_out == epoch &&
 	    !over(flow->until_out))
 		goto pass;
-	if (!(flow->verdict_out == DEMARC_PROVISIONAL ? settle(o) : settle_again(o)))
+	if (!(flow->verdict_out == DEMARC_PROVISIONAL ? settle(o) : settle_again(o))) {
+		tell_refusal(o, 0);
 		return false;
+	}
 	flow->verdict_out = DEMARC_ALLOW;
 	flow->until_out = window_end(&o->query);
 	flow->epoch_out = epoch;

@@ -225,8 +225,11 @@ GLOBAL int syn_in(struct __sk_buff *skb, struct packet *p, struct outcome *o)
 			pending->proof == o->query.proof && pending->peer == o->query.peer;
 		if (again && pending->epoch == DEMARC_ACTIVE_EPOCH(o->active))
 			return true;
-		if (tagged && !again)
+		if (tagged && !again) {
+			if (spent == DEMARC_TAG_REPLAYED) /* it says who was here, not who is */
+				o->query.proof = DEMARC_PROOF_BAD;
 			return !refused(o, spent);
+		}
 	}
 	if (!settle(o)) {
 		if (tagged && !spent) /* the same SYN may be within the limit when it is sent again */
