@@ -63,6 +63,9 @@ func (s *service) routes() http.Handler {
 	mux.Handle("GET "+api.PathMetrics, http.StripPrefix(strings.TrimSuffix(api.PathMetrics, "/metrics"), exporter.Handler(s.metrics)))
 	mux.Handle("POST "+api.PathPolicy, changing(s.apply))
 	mux.Handle("POST "+api.PathPreview, changing(s.preview))
+	mux.Handle("GET "+api.PathShadow, answer(func(*http.Request) (any, error) { return s.differences() }))
+	mux.Handle("POST "+api.PathShadow, changing(s.shadow))
+	mux.Handle("POST "+api.PathUnshadow, changing(s.unshadow))
 	mux.Handle("POST "+api.PathConfirm, changing(s.confirm))
 	mux.Handle("POST "+api.PathRollback, changing(s.rollback))
 	mux.Handle("POST "+api.PathQuarantine, changing(s.quarantine))
@@ -132,6 +135,9 @@ func (s *service) status() *api.Status {
 		out.State = v.Status.State
 		out.Problems = append(out.Problems, v.Status.Problems...)
 		out.Limits, out.Unconfirmed = append(out.Limits, v.Status.Limits...), v.Status.Unconfirmed
+		if v.Status.Shadow != nil {
+			out.Shadow = s.link.differences.describe(v.Status.Shadow, nil)
+		}
 		if g := v.Status.Active; g != nil {
 			out.Policy = &api.Policy{Name: g.Name, Version: g.Version, Digest: g.Digest, Mode: g.Mode, Since: g.Since}
 			if v.Names != nil {

@@ -102,6 +102,7 @@ GLOBAL int settle(struct outcome *o)
 	if (!o)
 		return 0;
 	decide(&o->query);
+	ask_shadow(o);
 	if (o->query.verdict == DEMARC_DENY)
 		return !refused(o, o->query.reason);
 	if (waits_for_group(&o->query))
@@ -119,6 +120,7 @@ GLOBAL int settle_again(struct outcome *o)
 	if (!o)
 		return 0;
 	decide(&o->query);
+	ask_shadow(o);
 	if (o->query.verdict == DEMARC_DENY || waits_for_group(&o->query))
 		return !refused(o, o->query.reason == DEMARC_QUARANTINED ? DEMARC_QUARANTINED : DEMARC_REVOKED);
 	return true;

@@ -156,6 +156,7 @@ static __always_inline int address_judged(struct bpf_sock_addr *ctx, __u8 hook, 
 	    !at_decoy(o) && opens_with_tag(ctx, o))
 		return 1;
 	decide(&o->query);
+	ask_shadow_if_denied(o);
 	return o->query.verdict != DEMARC_DENY || !refused(o, o->query.reason);
 }
 
@@ -165,7 +166,10 @@ static __always_inline int addressed(struct bpf_sock_addr *ctx, __u8 hook, bool 
 	int pass;
 
 	o.reported = false;
+	o.asked = ASKED_NOTHING;
 	pass = address_judged(ctx, hook, ipv6, &o);
+	if (o.asked)
+		contrast(&o);
 	if (o.reported)
 		remark(&o);
 	return pass;

@@ -183,6 +183,7 @@ GLOBAL int syn_out(struct __sk_buff *skb, struct packet *p, struct outcome *o)
 		   !quarantined(o->query.slot, o->query.subject, o->query.crossing, o->query.now) && !at_decoy(o);
 	if (!provable) {
 		decide(&o->query);
+		ask_shadow_if_denied(o);
 		if (o->query.verdict == DEMARC_DENY)
 			return !refused(o, o->query.reason);
 	}

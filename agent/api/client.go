@@ -109,6 +109,23 @@ func (c *Client) Preview(ctx context.Context, img []byte) (*proto.Preview, error
 	return doJSON[*proto.Preview](ctx, c, http.MethodPost, PathPreview, bytes.NewReader(img))
 }
 
+// Shadow has live traffic judged by an encoded image beside the one in force, for a
+// time.
+func (c *Client) Shadow(ctx context.Context, img []byte, lasting time.Duration) (*Status, error) {
+	path := PathShadow + "?" + url.Values{"for": {lasting.String()}}.Encode()
+	return doJSON[*Status](ctx, c, http.MethodPost, path, bytes.NewReader(img))
+}
+
+// Unshadow ends that.
+func (c *Client) Unshadow(ctx context.Context) (*Status, error) {
+	return doJSON[*Status](ctx, c, http.MethodPost, PathUnshadow, nil)
+}
+
+// Differences asks what the policy in shadow would have decided otherwise.
+func (c *Client) Differences(ctx context.Context) (*Shadow, error) {
+	return doJSON[*Shadow](ctx, c, http.MethodGet, PathShadow, nil)
+}
+
 // Confirm keeps the change that waits for it.
 func (c *Client) Confirm(ctx context.Context) (*Status, error) {
 	return doJSON[*Status](ctx, c, http.MethodPost, PathConfirm, nil)

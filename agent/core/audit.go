@@ -27,6 +27,8 @@ const (
 	auditConnected  = "connected" // somebody said hello on the socket
 	auditApply      = "apply"     // an image is about to be put in force
 	auditRollback   = "rollback"  // the same, the previous one
+	auditShadow     = "shadow"    // an image is about to be asked beside the one in force
+	auditShadowEnd  = "unshadow"  // it is not any more
 	auditConfirm    = "confirm"   // a change is about to be kept
 	auditFallback   = "fallback"  // one was taken back; the policy is what decides now
 	auditApplied    = "applied"   // it is in force

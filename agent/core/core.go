@@ -51,6 +51,7 @@ type Core struct {
 	active      *generation       // what this core put in force; nil = nothing
 	fallback    *generation       // what comes back unless active is confirmed; active itself if nothing was before; nil = confirmed
 	previous    *proto.Generation // what rollback returns to; nil = nothing
+	shadow      *generation       // what live traffic is judged by beside active; nil = nothing
 	prepared    *generation       // what was previewed last: filled, tested, and in no use; nil = nothing
 	retired     int               // slot that packets may still be judged in; -1 = none
 	standing    []string          // problems that last until the core is started again
@@ -264,7 +265,7 @@ func (c *Core) apply(b []byte, within time.Duration, by string) (_ *proto.Status
 		return nil, err
 	}
 	c.settle()
-	if c.active == nil || c.active.digest != g.digest || c.active.signer != g.signer || c.active.flags != activeFlags(c.active.image) || c.fallback != nil {
+	if c.active == nil || c.active.digest != g.digest || c.active.signer != g.signer || c.active.flags&^abi.ActiveShadow != activeFlags(c.active.image) || c.fallback != nil {
 		if err := c.mayChange(g); err != nil {
 			return nil, err
 		}
@@ -272,6 +273,7 @@ func (c *Core) apply(b []byte, within time.Duration, by string) (_ *proto.Status
 			return nil, err
 		}
 		begun = true
+		c.endShadow(by, "a policy is applied")
 		c.keepClaims(g)
 		err := c.install(g, change{durable: true, within: within})
 		c.outcome(by, g, err)
@@ -332,6 +334,7 @@ func (c *Core) rollback(by string) (*proto.Status, error) {
 	if err := c.record(by, auditRollback, g, ""); err != nil {
 		return nil, err
 	}
+	c.endShadow(by, "a policy is rolled back to")
 	c.keepClaims(g)
 	err = c.install(g, change{durable: true})
 	c.outcome(by, g, err)
@@ -346,6 +349,7 @@ type change struct {
 	durable bool          // on disk, too: it is not from there
 	within  time.Duration // somebody has to confirm it; 0 = it is for good
 	preview func() error  // runs when everything is ready, and ends it with an error; nil = none
+	shadow  time.Duration // it does not: it is asked beside what is; 0 = it does
 }
 
 // install puts a verified generation in force. Each step is undone if a later one fails; what was in force stays in its
@@ -395,6 +399,9 @@ func (c *Core) install(g *generation, how change) (err error) {
 	if on {
 		state.Filling |= 1 << abi.ActiveSlot(before.Active)
 	}
+	if c.shadow != nil {
+		state.Filling |= 1 << c.shadow.slot
+	}
 	undo = append(undo, func() { c.restore(before) })
 	if err := writeState(c.objects, state); err != nil {
 		return err
@@ -414,6 +421,12 @@ func (c *Core) install(g *generation, how change) (err error) {
 	}
 	if how.preview != nil {
 		return c.keepPrepared(g, questions.after(), how.preview)
+	}
+	if how.shadow > 0 {
+		if err := questions.after(); err != nil {
+			return err
+		}
+		return c.cast(g, state, how.shadow)
 	}
 	if err := <-staged; err != nil {
 		return err
@@ -479,7 +492,7 @@ func (c *Core) fill(g *generation, s *scanner) (questions *selftest, err error) 
 // freeSlot is a slot that no packet is judged in.
 func (c *Core) freeSlot(s abi.State, on bool) uint32 {
 	slot := uint32(0)
-	for on && slot == abi.ActiveSlot(s.Active) || int(slot) == c.retired {
+	for on && slot == abi.ActiveSlot(s.Active) || int(slot) == c.retired || c.shadow != nil && slot == c.shadow.slot {
 		slot++
 	}
 	return slot
@@ -562,6 +575,8 @@ func (c *Core) status() *proto.Status {
 			s.Problems = append(s.Problems, fmt.Sprintf("the kernel's state is %#x, not %#x: somebody else wrote it", state.Active, c.active.word()))
 		case c.fallback != nil:
 			s.Unconfirmed = c.unconfirmed(state)
+		case c.shadow != nil:
+			s.Shadow = c.shadowed(state)
 		}
 		if len(s.Links) != len(attachOrder) {
 			s.Problems = append(s.Problems, fmt.Sprintf("%d of %d programs are attached", len(s.Links), len(attachOrder)))
@@ -615,7 +630,7 @@ func (c *Core) Close() error {
 		c.devices.close()
 		c.answers.close()
 		c.guard.close()
-		for _, g := range []*generation{c.active, c.fallback} {
+		for _, g := range []*generation{c.active, c.fallback, c.shadow} {
 			if g != nil {
 				g.close()
 			}

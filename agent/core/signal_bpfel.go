@@ -254,6 +254,8 @@ type signalDemarcState struct {
 	Fallback    uint64
 	Deadline    uint64
 	Quarantines uint64
+	Shadow      uint64
+	Shadowed    uint64
 }
 
 type signalDemarcTold struct {

@@ -81,6 +81,17 @@ func (c *Client) Preview(image *os.File) (*proto.Preview, error) {
 	return r.Preview, nil
 }
 
+// Shadow has live traffic judged by an image beside the one in force, for a time in
+// whole milliseconds.
+func (c *Client) Shadow(image *os.File, lasting time.Duration) (*proto.Status, error) {
+	return c.status(proto.Request{Op: proto.OpShadow, For: lasting.Milliseconds()}, image)
+}
+
+// Unshadow ends that.
+func (c *Client) Unshadow() (*proto.Status, error) {
+	return c.status(proto.Request{Op: proto.OpUnshadow}, nil)
+}
+
 // Confirm keeps the change that waits for it.
 func (c *Client) Confirm() (*proto.Status, error) {
 	return c.status(proto.Request{Op: proto.OpConfirm}, nil)
@@ -92,14 +103,19 @@ func (c *Client) Rollback() (*proto.Status, error) {
 }
 
 // Image returns the active image. The caller closes it.
-func (c *Client) Image() (*os.File, error) {
-	_, files, err := c.ask(proto.Request{Op: proto.OpImage}, nil)
+func (c *Client) Image() (*os.File, error) { return c.file(proto.OpImage) }
+
+// Shadowed returns the image in shadow. The caller closes it.
+func (c *Client) Shadowed() (*os.File, error) { return c.file(proto.OpShadowed) }
+
+func (c *Client) file(op proto.Op) (*os.File, error) {
+	_, files, err := c.ask(proto.Request{Op: op}, nil)
 	if err != nil {
 		return nil, err
 	}
 	if len(files) != 1 {
 		proto.CloseFiles(files)
-		return nil, fmt.Errorf("image: the core sent %d descriptors", len(files))
+		return nil, fmt.Errorf("%s: the core sent %d descriptors", op, len(files))
 	}
 	return files[0], nil
 }

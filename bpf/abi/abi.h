@@ -15,10 +15,10 @@
 #include <linux/types.h>
 #endif
 
-#define DEMARC_ABI_VERSION 3
+#define DEMARC_ABI_VERSION 4
 
-/* Generations that can be loaded at once: active, candidate, fallback and one
- * being emptied. A generation lives in one slot of every outer map. */
+/* Generations that can be loaded at once: active, fallback, one in shadow and a
+ * candidate. A generation lives in one slot of every outer map. */
 #define DEMARC_SLOTS 4
 
 /* Identities (24 bits). Below DEMARC_ID_FIRST are reserved. */
@@ -36,6 +36,8 @@ enum demarc_verdict {
 	DEMARC_ALLOW = 1,
 	DEMARC_PROVISIONAL = 2, /* may open; decided when the peer's proof is known */
 	DEMARC_AUDIT = 3,	/* events and counters only: would be denied, mode observe */
+	DEMARC_WOULD_DENY = 4,	/* the same: passes, and the generation in shadow denies it */
+	DEMARC_WOULD_ALLOW = 5, /* the same: denied, and the generation in shadow lets it pass */
 };
 
 /* Why. Travels with every verdict. */
@@ -236,6 +238,8 @@ struct demarc_state {
 	__u64 fallback;	 /* DEMARC_ACTIVE(): takes the place of `active` at `deadline`; its epoch is the later one */
 	__u64 deadline;	 /* CLOCK_BOOTTIME, ns; 0 = `active` is confirmed */
 	__u64 quarantines; /* entries of the map of that name: without any, nobody looks */
+	__u64 shadow;	/* DEMARC_ACTIVE() of the generation in shadow; 0 = none */
+	__u64 shadowed; /* until when it is asked, CLOCK_BOOTTIME, ns */
 };
 
 /* The highest version that was ever in force, and the SHA-256 of that image. */
@@ -255,6 +259,7 @@ enum demarc_active_flags {
 	DEMARC_ACTIVE_OBSERVE = 2, /* report what would be denied, and let it pass */
 	DEMARC_ACTIVE_DECOY = 8, /* some crossing is a decoy */
 	DEMARC_ACTIVE_UNMANAGED = 4, /* some crossing names `unmanaged`: record its flows */
+	DEMARC_ACTIVE_SHADOW = 16, /* another generation is asked beside this one */
 };
 
 /* A tag key. key[0], key[1]: SipHash key as two little-endian words. */
