@@ -243,6 +243,7 @@ type demarcDemarcSocket struct {
 	Direction uint8
 	Zero      [6]uint8
 	Until     uint64
+	Spared    uint64
 }
 
 type demarcDemarcState struct {
@@ -256,6 +257,7 @@ type demarcDemarcState struct {
 	Quarantines uint64
 	Shadow      uint64
 	Shadowed    uint64
+	Spared      uint64
 }
 
 type demarcDemarcTold struct {

@@ -240,6 +240,7 @@ struct demarc_state {
 	__u64 quarantines; /* entries of the map of that name: without any, nobody looks */
 	__u64 shadow;	/* DEMARC_ACTIVE() of the generation in shadow; 0 = none */
 	__u64 shadowed; /* until when it is asked, CLOCK_BOOTTIME, ns */
+	__u64 spared;	/* until when the last change kept what it would have cut, the same */
 };
 
 /* The highest version that was ever in force, and the SHA-256 of that image. */
@@ -367,6 +368,7 @@ struct demarc_socket {
 	__u8 direction;
 	__u8 zero[6];
 	__u64 until;
+	__u64 spared; /* it passes until then although a change cut it; 0 = it does not */
 };
 
 /* A conversation without handshake (everything but TCP), and local proof: what
