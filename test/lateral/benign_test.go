@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"net/netip"
@@ -85,8 +86,13 @@ func serveHTTP(t *testing.T, ns *netlab.Namespace, port uint16) {
 	serveHTTPAt(t, ns, netip.AddrPortFrom(netip.IPv4Unspecified(), port))
 }
 
-// serveHTTPAt answers everything with a few lines, in a namespace.
 func serveHTTPAt(t *testing.T, ns *netlab.Namespace, at netip.AddrPort) {
+	t.Helper()
+	serveTextAt(t, ns, at, "node_load1 0.21\nnode_load5 0.19\n")
+}
+
+// serveTextAt answers everything with a text, in a namespace.
+func serveTextAt(t *testing.T, ns *netlab.Namespace, at netip.AddrPort, text string) {
 	t.Helper()
 	var l net.Listener
 	if err := ns.Do(func() (err error) {
@@ -96,7 +102,7 @@ func serveHTTPAt(t *testing.T, ns *netlab.Namespace, at netip.AddrPort) {
 		t.Fatal(err)
 	}
 	s := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
-		fmt.Fprintln(w, "node_load1 0.21\nnode_load5 0.19")
+		io.WriteString(w, text)
 	})}
 	go s.Serve(l)
 	t.Cleanup(func() { s.Close() })

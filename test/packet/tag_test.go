@@ -2,6 +2,7 @@ package packet_test
 
 import (
 	"encoding/binary"
+	"maps"
 	"math/rand/v2"
 	"slices"
 	"testing"
@@ -533,10 +534,11 @@ func TestReplayMemory(t *testing.T) {
 	arrives("again after that", tcxDrop)
 }
 
-// One million tags with one or more bits changed, in UDP and in TCP: none is
-// accepted.
+// One million tags, or packets that carry them, changed in one or more bits of the tag
+// or of what it is bound to, cut off, doubled or mixed up, in UDP and in TCP, over IPv4
+// and IPv6: none is accepted.
 func TestE02MutatedTags(t *testing.T) {
-	const each = 500_000
+	const each = 250_000
 	r := rand.New(rand.NewPCG(5, 6))
 	flip := func(b []byte) {
 		for range 1 + r.IntN(3) {
@@ -544,59 +546,103 @@ func TestE02MutatedTags(t *testing.T) {
 		}
 	}
 	h := newHost(t)
-	question, tuple := datagram(t, false, false, 16)
-	h.put("flows", tuple, flow{Opener: opener, EpochOut: 1, VerdictOut: uint8(abi.Provisional), Provable: 1})
-	_, tagged := h.run("tc_egress", question)
-	if err := h.Maps["flows"].Delete(tuple); err != nil {
-		t.Fatal(err)
-	}
-	dropped := 0
-	for range each {
-		b := slices.Clone(tagged)
-		option := b[len(b)-20:] // claim, time, nonce, MAC: a change before that makes it no tag at all
-		flip(option)
-		if slices.Equal(option, tagged[len(tagged)-20:]) {
-			continue
-		}
-		if verdict, _ := h.run("tc_ingress", b); verdict == tcxDrop {
-			dropped++
-			continue
-		}
-		t.Fatalf("accepted % x", option)
-	}
-
 	h.put("selftest", uint32(0), []uint32{acceptor, 0, 0, uint32(abi.ProofUnknown)})
-	syn := taggedSYN(t, tuple, opener<<8|3<<4)
-	if verdict, _ := h.run("selftest_ingress", syn); verdict != pass {
-		t.Fatal("a good tag is refused: the mutations would prove nothing")
-	}
-	for range each {
-		b := slices.Clone(syn)
-		option := b[len(b)-16:]
-		flip(option)
-		if slices.Equal(option, syn[len(syn)-16:]) {
-			continue
+	tried := 0
+	for _, ipv6 := range []bool{false, true} {
+		question, tuple := datagram(t, ipv6, false, 16)
+		addresses := 14 + 12 // both, and then the ports
+		if ipv6 {
+			addresses = 14 + 8
 		}
-		if verdict, _ := h.run("selftest_ingress", b); verdict != drop {
-			t.Fatalf("accepted % x", option)
+		h.put("flows", tuple, flow{Opener: opener, EpochOut: 1, VerdictOut: uint8(abi.Provisional), Provable: 1})
+		_, tagged := h.run("tc_egress", question)
+		if err := h.Maps["flows"].Delete(tuple); err != nil {
+			t.Fatal(err)
 		}
-		dropped++
-	}
-	if dropped < 2*each*9/10 {
-		t.Errorf("only %d mutations were tried", dropped)
-	}
-}
+		ports := len(question) - 24
+		for range each {
+			b := slices.Clone(tagged)
+			if r.IntN(4) == 0 {
+				flip(b[addresses : ports+4])
+			} else {
+				flip(b[len(b)-20:]) // claim, time, nonce, MAC: a change before that makes it no tag at all
+			}
+			if slices.Equal(b, tagged) {
+				continue
+			}
+			tried++
+			if verdict, _ := h.run("tc_ingress", b); verdict != tcxDrop {
+				t.Fatalf("accepted % x", b)
+			}
+		}
 
-// taggedSYN is a frame with a SYN from the tuple's source, and a tag signed in Go.
-func taggedSYN(t *testing.T, tuple abi.Tuple, claim uint32) []byte {
-	t.Helper()
-	ip := ip4(layers.IPProtocolTCP)
-	tuple.Proto = 6
-	segment := &layers.TCP{SrcPort: layers.TCPPort(tuple.SourcePort), DstPort: layers.TCPPort(tuple.DestinationPort), SYN: true, Seq: 0x11223344}
-	tag := binary.BigEndian.AppendUint16(nil, abi.TagExID)
-	tag = binary.BigEndian.AppendUint32(tag, claim)
-	slot := uint32(time.Now().UnixNano() >> abi.TagSlotShift)
-	tag = append(tag, mac(claim, segment.Seq, slot, tuple)...)
-	segment.Options = []layers.TCPOption{{OptionType: abi.TagKind, OptionLength: abi.TagLength, OptionData: tag}}
-	return frame(layers.EthernetTypeIPv4, serialize(t, ip, segment))
+		tuple.Proto = unix.IPPROTO_TCP
+		claim, seq := opener<<8|3<<4, uint32(0x11223344)
+		slot := func() uint32 { return uint32(time.Now().UnixNano() >> abi.TagSlotShift) }
+		tag := func() []byte { return tagBytes(claim, mac(claim, seq, slot(), tuple)) }
+		frameOf := func(options []byte) []byte { return packetOf(tuple, segmentOf(tuple, seq, 0, 0x02, options)) }
+		usual := []byte{2, 4, 5, 0xb4, 4, 2, 8, 10, 1, 2, 3, 4, 0, 0, 0, 0, 1, 3, 3, 7} // of Linux
+		places := map[string]func(tag []byte) []byte{
+			"alone":            func(tag []byte) []byte { return tag },
+			"behind the usual": func(tag []byte) []byte { return append(slices.Clone(usual), tag...) },
+			"before others":    func(tag []byte) []byte { return append(tag, 2, 4, 5, 0xb4, 1, 1, 4, 2) },
+		}
+		names := slices.Sorted(maps.Keys(places))
+		for _, name := range names {
+			if verdict, _ := h.run("selftest_ingress", frameOf(places[name](tag()))); verdict != pass {
+				t.Fatalf("a good tag %s is refused: the mutations would prove nothing", name)
+			}
+		}
+		for i := range each {
+			name := names[i%len(names)]
+			good := tag()
+			var b []byte
+			switch changed := slices.Clone(good); r.IntN(8) {
+			case 0: // what it is bound to: addresses, ports, sequence number
+				b = frameOf(places[name](changed))
+				bound := b[addresses : addresses+8]
+				if ipv6 {
+					bound = b[addresses : addresses+32]
+				}
+				if at := len(bound) + 8; r.IntN(2) == 0 {
+					bound = b[addresses+at-8 : addresses+at]
+				}
+				flip(bound)
+				if slices.Equal(b, frameOf(places[name](good))) {
+					continue
+				}
+			case 1: // cut off
+				changed = changed[:4*(1+r.IntN(3))]
+				changed[1] = byte(r.IntN(len(changed) + 1))
+				b = frameOf(append(slices.Clone(usual), changed...))
+			case 2: // doubled, the second as good or changed
+				again := slices.Clone(good)
+				if r.IntN(2) == 0 {
+					flip(again[4:])
+				}
+				b = frameOf(append(changed, again...))
+			case 3: // words of it mixed up
+				m, n := r.IntN(4), r.IntN(4)
+				copy(changed[4*m:4*m+4], good[4*n:])
+				copy(changed[4*n:4*n+4], good[4*m:])
+				if slices.Equal(changed, good) {
+					continue
+				}
+				b = frameOf(places[name](changed))
+			default:
+				flip(changed)
+				if slices.Equal(changed, good) {
+					continue
+				}
+				b = frameOf(places[name](changed))
+			}
+			tried++
+			if verdict, _ := h.run("selftest_ingress", b); verdict != drop {
+				t.Fatalf("%s: accepted % x", name, b)
+			}
+		}
+	}
+	if tried < 4*each*9/10 {
+		t.Errorf("only %d mutations were tried", tried)
+	}
 }
