@@ -401,11 +401,15 @@ func (s *service) preview(w http.ResponseWriter, r *http.Request) (any, error) {
 // apply hands an image to the core. The agent checks it first only to name what is
 // wrong with a bad file; the core believes nothing of that.
 func (s *service) apply(w http.ResponseWriter, r *http.Request) (any, error) {
-	var within time.Duration
-	if text := r.URL.Query().Get("within"); text != "" {
+	var within, spare time.Duration
+	for name, d := range map[string]*time.Duration{"within": &within, "grandfather": &spare} {
+		text := r.URL.Query().Get(name)
+		if text == "" {
+			continue
+		}
 		var err error
-		if within, err = time.ParseDuration(text); err != nil || within < 0 {
-			return nil, &api.Error{Code: http.StatusBadRequest, Message: fmt.Sprintf("within: %.40q is not a time", text), Hint: "give one like 60s"}
+		if *d, err = time.ParseDuration(text); err != nil || *d < 0 {
+			return nil, &api.Error{Code: http.StatusBadRequest, Message: fmt.Sprintf("%s: %.40q is not a time", name, text), Hint: "give one like 60s"}
 		}
 	}
 	start := time.Now()
@@ -416,8 +420,8 @@ func (s *service) apply(w http.ResponseWriter, r *http.Request) (any, error) {
 	}
 	defer f.Close()
 	offered := time.Now()
-	s.log.Info("apply", zap.String("name", img.Name), zap.Uint64("version", img.Version), zap.Duration("within", within), zap.Uint32("uid", uid(r)))
-	err = s.link.change(func(c core) (*proto.Status, error) { return c.Apply(f, within) })
+	s.log.Info("apply", zap.String("name", img.Name), zap.Uint64("version", img.Version), zap.Duration("within", within), zap.Duration("grandfather", spare), zap.Uint32("uid", uid(r)))
+	err = s.link.change(func(c core) (*proto.Status, error) { return c.ApplySparing(f, within, spare) })
 	s.metrics.count(offered.Sub(start), time.Since(offered), err)
 	if err != nil {
 		s.log.Warn("apply refused", zap.Error(err))

@@ -27,7 +27,7 @@ import (
 type core interface {
 	Hello() (*proto.Hello, *proto.Descriptors, error)
 	Status() (*proto.Status, error)
-	Apply(image *os.File, within time.Duration) (*proto.Status, error)
+	ApplySparing(image *os.File, within, spare time.Duration) (*proto.Status, error)
 	Preview(image *os.File) (*proto.Preview, error)
 	Shadow(image *os.File, lasting time.Duration) (*proto.Status, error)
 	Unshadow() (*proto.Status, error)

@@ -185,7 +185,7 @@ func (c *connection) Shadowed() (*os.File, error) {
 
 func (c *connection) Confirm() (*proto.Status, error) { return nil, proto.Refuse("", "nothing waits") }
 
-func (c *connection) Apply(f *os.File, _ time.Duration) (*proto.Status, error) {
+func (c *connection) ApplySparing(f *os.File, _, _ time.Duration) (*proto.Status, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if err := c.ask(); err != nil {

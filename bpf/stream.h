@@ -363,7 +363,14 @@ GLOBAL int established(struct __sk_buff *skb, struct packet *p, struct outcome *
 		kept = bpf_sk_storage_get(&sockets, sk, 0, 0);
 	if (!kept)
 		kept = young_verdict(bpf_get_socket_cookie(skb));
-	if (!kept) {
+	if (kept && o->query.now < kept->spared &&
+	    !quarantined(o->query.slot, o->query.subject, DEMARC_NO_CROSSING_INDEX, o->query.now)) {
+		kept->verdict = DEMARC_ALLOW;
+		kept->until = kept->spared;
+		kept->epoch = DEMARC_ACTIVE_EPOCH(o->active);
+		return true;
+	}
+	if (!kept || (kept->spared && kept->reason == DEMARC_NO_STATE)) {
 		ask_forward(o, p, outgoing ? DEMARC_EGRESS : DEMARC_INGRESS);
 		if (refused(o, DEMARC_NO_STATE))
 			return false;

@@ -97,9 +97,21 @@ func (c *Client) Zones(ctx context.Context) ([]Zone, error) {
 // Apply puts an encoded image, or an envelope around one, in force. Unless it is confirmed within a time, the
 // kernel takes it back; 0 = it is for good.
 func (c *Client) Apply(ctx context.Context, img []byte, within time.Duration) (*Status, error) {
+	return c.ApplySparing(ctx, img, within, 0)
+}
+
+// ApplySparing is Apply that lets live connections go on for a time which the image
+// cuts.
+func (c *Client) ApplySparing(ctx context.Context, img []byte, within, spare time.Duration) (*Status, error) {
+	query := url.Values{}
+	for name, d := range map[string]time.Duration{"within": within, "grandfather": spare} {
+		if d != 0 {
+			query.Set(name, d.String())
+		}
+	}
 	path := PathPolicy
-	if within != 0 {
-		path += "?" + url.Values{"within": {within.String()}}.Encode()
+	if len(query) > 0 {
+		path += "?" + query.Encode()
 	}
 	return doJSON[*Status](ctx, c, http.MethodPost, path, bytes.NewReader(img))
 }

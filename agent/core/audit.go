@@ -286,11 +286,16 @@ func (c *Core) peerRecord(by, what string, g *generation, format string, args ..
 	}
 }
 
-func untilConfirmed(within time.Duration) string {
-	if within == 0 {
-		return ""
+// String says what comes with a change.
+func (how change) String() string {
+	var parts []string
+	if how.within > 0 {
+		parts = append(parts, fmt.Sprintf("unless it is confirmed within %v, it is taken back", how.within))
 	}
-	return fmt.Sprintf("unless it is confirmed within %v, it is taken back", within)
+	if how.spare > 0 {
+		parts = append(parts, fmt.Sprintf("live connections that it cuts go on for %v", how.spare))
+	}
+	return strings.Join(parts, "; ")
 }
 
 // outcome notes how a change ended that was recorded before it began.

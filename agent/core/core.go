@@ -245,11 +245,14 @@ func (c *Core) stand(format string, args ...any) {
 // tested there, and takes over in one step. On an error nothing has changed.
 // Unless it is confirmed within a time, the kernel takes it back; 0 = it is for good.
 func (c *Core) Apply(b []byte, within time.Duration) (*proto.Status, error) {
-	return c.apply(b, within, "core")
+	return c.apply(b, change{within: within}, "core")
 }
 
-func (c *Core) apply(b []byte, within time.Duration, by string) (_ *proto.Status, err error) {
-	if err := checkTrial(within); err != nil {
+// maxSpare bounds the time that live connections go on that a change cuts.
+const maxSpare = 24 * time.Hour
+
+func (c *Core) apply(b []byte, how change, by string) (_ *proto.Status, err error) {
+	if err := checkTrial(how.within); err != nil {
 		return nil, err
 	}
 	g, err := c.offered(b)
@@ -269,13 +272,14 @@ func (c *Core) apply(b []byte, within time.Duration, by string) (_ *proto.Status
 		if err := c.mayChange(g); err != nil {
 			return nil, err
 		}
-		if err := c.record(by, auditApply, g, "%s", untilConfirmed(within)); err != nil {
+		if err := c.record(by, auditApply, g, "%s", how); err != nil {
 			return nil, err
 		}
 		begun = true
 		c.endShadow(by, "a policy is applied")
 		c.keepClaims(g)
-		err := c.install(g, change{durable: true, within: within})
+		how.durable = true
+		err := c.install(g, how)
 		c.outcome(by, g, err)
 		if err != nil {
 			return nil, err
@@ -349,6 +353,7 @@ type change struct {
 	durable bool          // on disk, too: it is not from there
 	within  time.Duration // somebody has to confirm it; 0 = it is for good
 	preview func() error  // runs when everything is ready, and ends it with an error; nil = none
+	spare   time.Duration // live connections that it cuts go on; 0 = they do not
 	shadow  time.Duration // it does not: it is asked beside what is; 0 = it does
 }
 
@@ -432,6 +437,15 @@ func (c *Core) install(g *generation, how change) (err error) {
 		return err
 	}
 
+	if state.Spared = 0; how.spare > 0 {
+		state.Spared = g.clock.now() + uint64(how.spare)
+		if err := writeState(c.objects, state); err != nil {
+			return err
+		}
+		if _, err := findCuts(c.objects, g.slot, 1); err != nil {
+			return err
+		}
+	}
 	g.epoch, g.flags = before.NextEpoch(), activeFlags(g.image)
 	state.Active, state.Filling, state.Deadline = g.word(), 1<<g.slot, 0
 	if how.within > 0 {

@@ -258,7 +258,8 @@ func wellFormed(q proto.Request, files int) bool {
 		want.Path = q.Path
 	case proto.OpApply:
 		// What does not fit a time.Duration would come out as another time.
-		if want.Within = q.Within; q.Within < 0 || q.Within > maxTrial.Milliseconds() {
+		want.Within, want.Spare = q.Within, q.Spare
+		if q.Within < 0 || q.Within > maxTrial.Milliseconds() || q.Spare < 0 || q.Spare > maxSpare.Milliseconds() {
 			return false
 		}
 		wantFiles = 1
@@ -299,7 +300,7 @@ func (c *Core) answer(q proto.Request, files []*os.File, by string) (r proto.Res
 	case proto.OpApply:
 		var image []byte
 		if image, err = readImage(files[0]); err == nil {
-			r.Status, err = c.apply(image, time.Duration(q.Within)*time.Millisecond, by)
+			r.Status, err = c.apply(image, change{within: time.Duration(q.Within) * time.Millisecond, spare: time.Duration(q.Spare) * time.Millisecond}, by)
 		}
 	case proto.OpPreview:
 		var image []byte

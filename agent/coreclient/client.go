@@ -65,7 +65,13 @@ func (c *Client) Status() (*proto.Status, error) {
 // confirmed within a time, in whole milliseconds, the kernel takes it back; 0 = it
 // is for good.
 func (c *Client) Apply(image *os.File, within time.Duration) (*proto.Status, error) {
-	return c.status(proto.Request{Op: proto.OpApply, Within: within.Milliseconds()}, image)
+	return c.ApplySparing(image, within, 0)
+}
+
+// ApplySparing is Apply that lets live connections go on for a time, in whole
+// milliseconds, which the image cuts.
+func (c *Client) ApplySparing(image *os.File, within, spare time.Duration) (*proto.Status, error) {
+	return c.status(proto.Request{Op: proto.OpApply, Within: within.Milliseconds(), Spare: spare.Milliseconds()}, image)
 }
 
 // Preview asks which live connections an image would cut.

@@ -296,6 +296,7 @@ type State struct {
 
 	Shadow   uint64 // word of the generation in shadow; 0 = none
 	Shadowed uint64 // until when it is asked, CLOCK_BOOTTIME, ns
+	Spared   uint64 // until when the last change kept what it would have cut, the same
 }
 
 // Floor is the highest version that was ever in force, and the SHA-256 of that image.
@@ -443,6 +444,9 @@ const (
 
 // SignalEpoch is after what time the same contact is told again.
 const SignalEpoch = 300 * time.Second
+
+// SeenMax is for how many identities signals are remembered.
+const SeenMax = 16384
 
 // CountKey is what verdicts are counted by.
 type CountKey struct {

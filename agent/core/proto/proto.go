@@ -50,6 +50,7 @@ type Request struct {
 	Identity uint32 `json:"identity,omitempty"` // OpBind, OpQuarantine, OpRelease
 	Within   int64  `json:"within,omitempty"`   // OpApply: ms until the kernel takes it back unless it is confirmed; 0 = for good
 
+	Spare     int64  `json:"spare,omitempty"`     // OpApply: ms that live connections which the image cuts go on; 0 = they do not
 	For       int64  `json:"for,omitempty"`       // OpQuarantine, OpShadow: ms
 	Reason    string `json:"reason,omitempty"`    // OpQuarantine
 	Automatic bool   `json:"automatic,omitempty"` // OpQuarantine: nobody ordered it
