@@ -2,13 +2,12 @@
 /*
  * What a few packets carry: the first bytes of a connection, the names of DNS queries,
  * the size of pings. Looked at where a workload sends them, in a program that lets
- * everything pass; all other packets cost it a look at their socket. Packets that the
+ * everything pass; all other packets cost it a look at their headers. Packets that the
  * verdict refuses are looked at like others: an attempt is told, too.
  */
 #ifndef DEMARC_PAYLOAD_H
 #define DEMARC_PAYLOAD_H
 
-#define BANNER 5 /* bytes of one: SSH-1 or SSH-2 */
 #define DNS_PORT 53
 #define DNS_NAME_MAX 255
 #define DNS_LONG 30 /* bytes of a name up to which it is not counted */
@@ -202,58 +201,43 @@ static __noinline int carries_echo(struct __sk_buff *skb)
 	return 0;
 }
 
-/* Whether a datagram may be for a DNS server. */
-static __always_inline bool for_dns(struct __sk_buff *skb)
+#define BANNER 5 /* bytes of one: SSH-1 or SSH-2 */
+#define BANNER_MOST 400 /* bytes of a packet that may carry a banner, headers and all */
+
+/* Whether enough data are in a segment. Most of those of short connections have none. */
+static __always_inline bool has_room_for_banner(struct __sk_buff *skb, __u32 header)
 {
 	__u8 *data = (void *)(long)skb->data;
-	__u32 header = skb->protocol == bpf_htons(ETH_P_IP) ? 20 : 40;
 
-	if (data + 44 > (__u8 *)(long)skb->data_end)
-		return true; /* carries_name looks closer */
-	return *(__be16 *)(data + header + 2) == bpf_htons(DNS_PORT) || (header == 40 && data[6] != PROTO_UDP);
+	return data + 53 > (__u8 *)(long)skb->data_end || skb->len >= header + (data[header + 12] >> 4) * 4 + BANNER;
 }
 
-/* Most packets: nothing in them is looked at. Told by their headers, where those lie as
- * they mostly do: each packet that a workload sends comes here. */
-static __always_inline bool carries_nothing(struct __sk_buff *skb)
+static __always_inline bool begins_connection(struct __sk_buff *skb)
 {
-	__u8 *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
-	bool ipv4 = skb->protocol == bpf_htons(ETH_P_IP);
-	__u32 header = ipv4 ? 20 : 40;
-	__u8 proto;
+	struct bpf_tcp_sock *tcp = skb->sk ? bpf_tcp_sock(skb->sk) : 0;
 
-	if (data + header + 14 > end || (ipv4 && data[0] != 0x45))
-		return false;
-	proto = data[ipv4 ? 9 : 6];
-	if (proto == PROTO_TCP)
-		return skb->len < header + (data[header + 12] >> 4) * 4 + BANNER;
-	return proto == PROTO_UDP && *(__be16 *)(data + header + 2) != bpf_htons(DNS_PORT);
+	return tcp && tcp->data_segs_out == 1 && tcp->bytes_acked <= 1;
 }
 
+/* Most packets end here after a look at their headers. */
 static __always_inline void look_at_payload(struct __sk_buff *skb)
 {
-	struct bpf_sock *sk = skb->sk;
-	struct bpf_tcp_sock *tcp;
+	bool ipv4 = skb->protocol == bpf_htons(ETH_P_IP);
+	__u8 *data = (void *)(long)skb->data;
 
-	if (!sk || carries_nothing(skb))
+	if (data + (ipv4 ? 24 : 44) > (__u8 *)(long)skb->data_end)
 		return;
-	tcp = bpf_tcp_sock(sk);
-	if (tcp) {
-		if (tcp->data_segs_out == 1 && tcp->bytes_acked <= 1)
+	switch (ipv4 ? data[9] : data[6]) {
+	case PROTO_TCP:
+		if (skb->len <= BANNER_MOST && has_room_for_banner(skb, ipv4 ? 20 : 40) && begins_connection(skb))
 			carries_banner(skb);
-		return;
-	}
-	sk = bpf_sk_fullsock(sk);
-	if (!sk)
-		return;
-	switch (sk->protocol) {
+		break;
 	case PROTO_UDP:
-		if (for_dns(skb))
+		if (*(__be16 *)(data + (ipv4 ? 22 : 42)) == bpf_htons(DNS_PORT))
 			carries_name(skb);
 		break;
 	case PROTO_ICMP:
 	case PROTO_ICMP6:
-	case 255: /* IPPROTO_RAW: the header is its sender's own */
 		carries_echo(skb);
 	}
 }
