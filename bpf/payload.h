@@ -8,6 +8,7 @@
 #ifndef DEMARC_PAYLOAD_H
 #define DEMARC_PAYLOAD_H
 
+#define BANNER 5 /* bytes of one: SSH-1 or SSH-2 */
 #define DNS_PORT 53
 #define DNS_NAME_MAX 255
 #define DNS_LONG 30 /* bytes of a name up to which it is not counted */
@@ -201,7 +202,6 @@ static __noinline int carries_echo(struct __sk_buff *skb)
 	return 0;
 }
 
-#define BANNER 5 /* bytes of one: SSH-1 or SSH-2 */
 #define BANNER_MOST 400 /* bytes of a packet that may carry a banner, headers and all */
 
 /* Whether enough data are in a segment. Most of those of short connections have none. */
