@@ -76,8 +76,8 @@ type hooks struct {
 }
 
 // Open checks what enforcement needs, adopts what a former core left in the
-// kernel, and puts the stored image in force. On an error the kernel decides as
-// it did before.
+// kernel, and puts the stored image in force. Nothing runs beside the caller until
+// Serve. On an error the kernel decides as it did before.
 func Open(config Config, log *slog.Logger) (*Core, error) { return open(config, log, hooks{}) }
 
 func open(config Config, log *slog.Logger, h hooks) (_ *Core, err error) {
@@ -157,7 +157,6 @@ func open(config Config, log *slog.Logger, h hooks) (_ *Core, err error) {
 	}
 	c.pins.saw(c.pins.abi())
 	c.looked = time.Now()
-	c.start()
 	return c, nil
 }
 
@@ -597,7 +596,7 @@ func (c *Core) Close() error {
 	if c.donated != nil {
 		c.donated.Close()
 	}
-	if c.stop != nil {
+	if !c.looked.IsZero() { // it was opened whole
 		_ = c.record("core", auditStop, c.active, "")
 	}
 	c.canary.close()

@@ -121,13 +121,14 @@ func (m *machine) log() *slog.Logger {
 	return slog.New(slog.NewTextHandler(testWriter{m.t}, &slog.HandlerOptions{Level: slog.LevelDebug}))
 }
 
-// start opens a core and closes it when the test ends.
+// start opens a core, with its upkeep, and closes it when the test ends.
 func (m *machine) start() *Core {
 	m.t.Helper()
 	c, err := m.open(hooks{})
 	if err != nil {
 		m.t.Fatal(err)
 	}
+	c.start()
 	m.t.Cleanup(func() { c.Close() })
 	return c
 }

@@ -60,10 +60,10 @@ func newKeyBench(t *testing.T, first ...ringCase) *keyBench {
 	b := &keyBench{t: t, file: m.config.Keyring, start: time.Now().Truncate(time.Second), log: &bytes.Buffer{}}
 	must(t, os.MkdirAll(m.config.StateDir, 0o700))
 	b.write(first...)
+	// The test is the upkeep.
 	c, err := open(m.config, slog.New(slog.NewJSONHandler(b.log, &slog.HandlerOptions{Level: slog.LevelDebug})), hooks{})
 	must(t, err)
 	t.Cleanup(func() { c.Close() })
-	c.stop() // the test is the upkeep
 	b.Core = c
 	b.clock, err = readBootClock()
 	must(t, err)
