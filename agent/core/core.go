@@ -363,13 +363,14 @@ func (c *Core) install(g *generation, how change) (err error) {
 	}()
 	on := abi.ActiveFlags(before.Active)&abi.ActiveOn != 0
 	ready := c.inPlace(g)
-	if !ready {
+	onDisk := ready && g.staged
+	if g.staged = false; !ready {
 		c.unprepare()
 		g.slot = c.freeSlot(before, on)
 	}
 	staged := make(chan error, 1) // the disk is slow, and nobody has to wait for it yet
 	go func() {
-		if how.durable {
+		if (how.durable || how.preview != nil) && !onDisk {
 			staged <- c.store.stage(g.came)
 		}
 		close(staged)
@@ -411,10 +412,12 @@ func (c *Core) install(g *generation, how change) (err error) {
 	if err := questions.before(); err != nil {
 		return err
 	}
-	if how.preview != nil {
-		return c.keepPrepared(g, questions.after(), how.preview)
+	if how.preview == nil {
+		err = <-staged
+	} else if err = errors.Join(questions.after(), <-staged); err == nil {
+		err = c.keepPrepared(g, how.preview)
 	}
-	if err := <-staged; err != nil {
+	if err != nil {
 		return err
 	}
 

@@ -100,12 +100,17 @@ func (s *store) load(name string) (content []byte, err error) {
 // room or of a sound disk fails here, before anything changed.
 func (s *store) stage(image []byte) error {
 	if err := s.put(nextImage, s.newest+1, image); err != nil {
-		for _, copy := range copies {
-			_ = os.Remove(s.file(nextImage, copy)) // the room is for what is in force
-		}
+		s.unstage()
 		return proto.Refuse("make room for it in "+s.dir+", or mend the disk; what is in force goes on", "store image: %w", err)
 	}
 	return nil
+}
+
+// unstage takes away what was staged: the room is for what is in force.
+func (s *store) unstage() {
+	for _, copy := range copies {
+		_ = os.Remove(s.file(nextImage, copy))
+	}
 }
 
 // put writes both copies of a record.
