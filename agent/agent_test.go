@@ -374,3 +374,35 @@ func TestBadInventoryStartsNothing(t *testing.T) {
 		t.Errorf("error %v does not say where", err)
 	}
 }
+
+// remote is a source that asks over a network.
+type remote struct {
+	partial
+	renewed int
+}
+
+func (r *remote) Renew() { r.renewed++ }
+
+// A source that asks over a network does so by another connection under each policy, and
+// by one for as long as there is no other.
+func TestPolicyRenewsConnections(t *testing.T) {
+	r := start(t, newStandIn(), nil)
+	eventually(t, "core is there", func() bool { return r.link.view().Connected })
+	from := &remote{}
+	b := newBinder(r.link, from, zap.NewNop())
+	for i, version := range []string{"", "version: 1", "version: 2"} {
+		if version != "" {
+			next := compile(t, strings.Replace(source, "version: 1", version, 1))
+			before := r.link.view().Names
+			if _, err := r.client.Apply(t.Context(), next, 0); err != nil {
+				t.Fatal(err)
+			}
+			eventually(t, "image came", func() bool { n := r.link.view().Names; return n != nil && n != before })
+		}
+		b.reconcile()
+		b.reconcile()
+		if from.renewed != i {
+			t.Errorf("policy %q: renewed %d times, want %d", version, from.renewed, i)
+		}
+	}
+}

@@ -23,6 +23,12 @@ import (
 // not have existed yet.
 const retryEvery = 2 * time.Second
 
+// renewer is a source that asks over a network, whose connections a policy may cut.
+type renewer interface {
+	// Renew has it make them anew.
+	Renew()
+}
+
 // binder is the task that claims the inventory's cgroups from the core for the
 // workloads of the active image. It works again whenever the inventory, the image
 // or the connection changes.
@@ -39,6 +45,7 @@ type binder struct {
 	since    time.Time           // of that connection
 	settled  bool                // on this connection, the core has forgotten what an agent before claimed
 	names    *flow.Names         // of the image they were made under
+	judged   *flow.Names         // of the image under which the source's connections were made
 	problems []string
 }
 
@@ -93,6 +100,12 @@ func (b *binder) reconcile() {
 		// A core that restarted has forgotten our claims, and one that did not
 		// accepts them twice.
 		b.made, b.since, b.settled = nil, v.Since, false
+	}
+	if v.Connected && v.Names != b.judged {
+		b.judged = v.Names
+		if s, ok := b.source.(renewer); ok {
+			s.Renew()
+		}
 	}
 	if !v.Connected || v.Names == nil || inv == nil {
 		return

@@ -63,6 +63,9 @@ func (s *service) routes() http.Handler {
 	mux.Handle("GET "+api.PathMetrics, http.StripPrefix(strings.TrimSuffix(api.PathMetrics, "/metrics"), exporter.Handler(s.metrics)))
 	mux.Handle("POST "+api.PathPolicy, changing(s.apply))
 	mux.Handle("POST "+api.PathPreview, changing(s.preview))
+	mux.Handle("GET "+api.PathShadow, answer(func(*http.Request) (any, error) { return s.differences() }))
+	mux.Handle("POST "+api.PathShadow, changing(s.shadow))
+	mux.Handle("POST "+api.PathUnshadow, changing(s.unshadow))
 	mux.Handle("POST "+api.PathConfirm, changing(s.confirm))
 	mux.Handle("POST "+api.PathRollback, changing(s.rollback))
 	mux.Handle("POST "+api.PathQuarantine, changing(s.quarantine))
@@ -132,6 +135,9 @@ func (s *service) status() *api.Status {
 		out.State = v.Status.State
 		out.Problems = append(out.Problems, v.Status.Problems...)
 		out.Limits, out.Unconfirmed = append(out.Limits, v.Status.Limits...), v.Status.Unconfirmed
+		if v.Status.Shadow != nil {
+			out.Shadow = s.link.differences.describe(v.Status.Shadow, nil)
+		}
 		if g := v.Status.Active; g != nil {
 			out.Policy = &api.Policy{Name: g.Name, Version: g.Version, Digest: g.Digest, Mode: g.Mode, Since: g.Since}
 			if v.Names != nil {
@@ -385,11 +391,15 @@ func (s *service) preview(w http.ResponseWriter, r *http.Request) (any, error) {
 // apply hands an image to the core. The agent checks it first only to name what is
 // wrong with a bad file; the core believes nothing of that.
 func (s *service) apply(w http.ResponseWriter, r *http.Request) (any, error) {
-	var within time.Duration
-	if text := r.URL.Query().Get("within"); text != "" {
+	var within, spare time.Duration
+	for name, d := range map[string]*time.Duration{"within": &within, "grandfather": &spare} {
+		text := r.URL.Query().Get(name)
+		if text == "" {
+			continue
+		}
 		var err error
-		if within, err = time.ParseDuration(text); err != nil || within < 0 {
-			return nil, &api.Error{Code: http.StatusBadRequest, Message: fmt.Sprintf("within: %.40q is not a time", text), Hint: "give one like 60s"}
+		if *d, err = time.ParseDuration(text); err != nil || *d < 0 {
+			return nil, &api.Error{Code: http.StatusBadRequest, Message: fmt.Sprintf("%s: %.40q is not a time", name, text), Hint: "give one like 60s"}
 		}
 	}
 	start := time.Now()
@@ -400,8 +410,8 @@ func (s *service) apply(w http.ResponseWriter, r *http.Request) (any, error) {
 	}
 	defer f.Close()
 	offered := time.Now()
-	s.log.Info("apply", zap.String("name", t.name), zap.Uint64("version", t.version), zap.Duration("within", within), zap.Uint32("uid", uid(r)))
-	err = s.link.change(func(c core) (*proto.Status, error) { return c.Apply(f, within) })
+	s.log.Info("apply", zap.String("name", t.name), zap.Uint64("version", t.version), zap.Duration("within", within), zap.Duration("grandfather", spare), zap.Uint32("uid", uid(r)))
+	err = s.link.change(func(c core) (*proto.Status, error) { return c.ApplySparing(f, within, spare) })
 	s.metrics.count(offered.Sub(start), time.Since(offered), err)
 	if err != nil {
 		s.log.Warn("apply refused", zap.Error(err))

@@ -27,8 +27,11 @@ import (
 type core interface {
 	Hello() (*proto.Hello, *proto.Descriptors, error)
 	Status() (*proto.Status, error)
-	Apply(image *os.File, within time.Duration) (*proto.Status, error)
+	ApplySparing(image *os.File, within, spare time.Duration) (*proto.Status, error)
 	Preview(image *os.File) (*proto.Preview, error)
+	Shadow(image *os.File, lasting time.Duration) (*proto.Status, error)
+	Unshadow() (*proto.Status, error)
+	Shadowed() (*os.File, error)
 	Confirm() (*proto.Status, error)
 	Rollback() (*proto.Status, error)
 	Image() (*os.File, error)
@@ -56,16 +59,17 @@ var errAway = errors.New("the core is not connected")
 // core restarts. With each connection come new descriptors, which it reads events
 // from into the store.
 type link struct {
-	dial    func(context.Context) (core, error)
-	open    func(*proto.Descriptors) (kernel, error) // takes over the descriptors
-	log     *zap.Logger
-	store   *flow.Store
-	signals *signalLog
-	book    *flow.Book
-	clock   *clock
-	rate    rate // of events
-	ready   chan struct{}
-	news    chan struct{} // receives when the connection or the active image changed; one receiver
+	dial        func(context.Context) (core, error)
+	open        func(*proto.Descriptors) (kernel, error) // takes over the descriptors
+	log         *zap.Logger
+	store       *flow.Store
+	signals     *signalLog
+	differences differences
+	book        *flow.Book
+	clock       *clock
+	rate        rate // of events
+	ready       chan struct{}
+	news        chan struct{} // receives when the connection or the active image changed; one receiver
 
 	asking sync.Mutex // held while the status is asked for and taken in
 
@@ -267,6 +271,7 @@ func (l *link) read(ring int, k kernel) error {
 		}
 		missed += l.gaps[ring].See(e.CPU, e.Seq)
 		if e.Kind == abi.EventVerdict {
+			l.differences.add(&e)
 			events = append(events, e)
 		}
 		// What is there is handed on before anything is waited for, and a loss before
@@ -356,13 +361,16 @@ func (l *link) change(request func(core) (*proto.Status, error)) error {
 
 // take accepts a status, with the names of the image that it says is active.
 func (l *link) take(c core, status *proto.Status) error {
+	if err := l.takeShadow(c, status.Shadow); err != nil {
+		return err
+	}
 	var names *flow.Names
 	changed := false
 	if status.Active != nil {
 		var digest string
 		if names, digest = l.book.Current(); digest != status.Active.Digest {
 			var err error
-			if names, err = fetchNames(c, status.Active.Digest); err != nil {
+			if names, err = fetchNames(c.Image, status.Active.Digest); err != nil {
 				return fmt.Errorf("fetch the active image: %w", err)
 			}
 			if names == nil {
@@ -388,10 +396,10 @@ func (l *link) take(c core, status *proto.Status) error {
 	return nil
 }
 
-// fetchNames asks for the active image. It returns nil if another one than the
-// digest's is active by now.
-func fetchNames(c core, digest string) (*flow.Names, error) {
-	f, err := c.Image()
+// fetchNames asks for an image. It returns nil if another one than the digest's is
+// there by now.
+func fetchNames(ask func() (*os.File, error), digest string) (*flow.Names, error) {
+	f, err := ask()
 	if err != nil {
 		return nil, err
 	}

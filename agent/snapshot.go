@@ -116,6 +116,7 @@ func coreOf(s *proto.Status) *exporter.Core {
 			c.Attached++
 		}
 	}
+	c.Shadow = s.Shadow != nil
 	if s.Unconfirmed != nil {
 		c.Unconfirmed = s.Unconfirmed.Until
 	}

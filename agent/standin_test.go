@@ -171,9 +171,21 @@ func (s *standIn) status() *proto.Status {
 
 func (c *connection) Preview(*os.File) (*proto.Preview, error) { return &proto.Preview{}, nil }
 
+func (c *connection) Shadow(*os.File, time.Duration) (*proto.Status, error) {
+	return nil, proto.Refuse("", "no policy is active")
+}
+
+func (c *connection) Unshadow() (*proto.Status, error) {
+	return nil, proto.Refuse("", "no policy is in shadow")
+}
+
+func (c *connection) Shadowed() (*os.File, error) {
+	return nil, proto.Refuse("", "no policy is in shadow")
+}
+
 func (c *connection) Confirm() (*proto.Status, error) { return nil, proto.Refuse("", "nothing waits") }
 
-func (c *connection) Apply(f *os.File, _ time.Duration) (*proto.Status, error) {
+func (c *connection) ApplySparing(f *os.File, _, _ time.Duration) (*proto.Status, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if err := c.ask(); err != nil {

@@ -35,6 +35,20 @@ static __attribute__((noinline)) long tell_cut(struct seq_file *seq, struct dema
 	return bpf_seq_write(seq, end, sizeof(*end));
 }
 
+/* Keeps a connection that is about to be cut until the time that the state says, whatever
+ * the policy says then. One that nobody judged yet has nothing but this. */
+static __always_inline void spare(struct tcp_sock *tcp, struct demarc_socket *kept)
+{
+	struct demarc_socket fresh = { .reason = DEMARC_NO_STATE };
+	__u32 zero = 0;
+	struct demarc_state *s = bpf_map_lookup_elem(&state, &zero);
+
+	if (!kept)
+		kept = bpf_sk_storage_get(&sockets, tcp, &fresh, BPF_SK_STORAGE_GET_F_CREATE);
+	if (kept && s)
+		kept->spared = s->spared;
+}
+
 /* One of a task's files. A connection is judged in the slot that the self-test has,
  * and written down if it would end. Sockets are found by who holds them, so that no
  * network namespace is left out. */
@@ -72,7 +86,10 @@ static __always_inline int would_cut(struct bpf_iter__task_file *ctx)
 	ends_of(sk, &end.tuple);
 	end.subject = q.subject;
 	end.reason = DEMARC_NO_STATE;
-	if (kept) {
+	q.now = bpf_ktime_get_boot_ns();
+	if (kept && !test->proof && q.now < kept->spared)
+		return 0;
+	if (kept && !(kept->spared && kept->reason == DEMARC_NO_STATE)) {
 		if (kept->verdict == DEMARC_DENY) /* it is cut already */
 			return 0;
 		q.proto = PROTO_TCP;
@@ -80,13 +97,14 @@ static __always_inline int would_cut(struct bpf_iter__task_file *ctx)
 		q.direction = end.direction = kept->direction;
 		q.proof = kept->proof;
 		q.peer = end.peer = kept->peer;
-		q.now = bpf_ktime_get_boot_ns();
 		__builtin_memcpy(q.address, end.tuple.daddr, sizeof(q.address));
 		decide(&q);
 		if (q.verdict != DEMARC_DENY)
 			return 0;
 		end.reason = q.reason;
 	}
+	if (test->proof)
+		spare(tcp, kept);
 	end.pid = task->tgid;
 	BPF_CORE_READ_STR_INTO(&end.comm, task, comm);
 	return tell_cut(ctx->meta->seq, &end) ? 1 : 0;

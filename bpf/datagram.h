@@ -88,6 +88,7 @@ GLOBAL int note_flow(struct packet *p, struct outcome *o)
 {
 	struct demarc_flow fresh = {};
 	struct demarc_tuple key;
+	__u32 provable;
 
 	if (!p || !o)
 		return 0;
@@ -96,9 +97,14 @@ GLOBAL int note_flow(struct packet *p, struct outcome *o)
 	fresh.epoch_out = DEMARC_ACTIVE_EPOCH(o->active);
 	fresh.verdict_out = o->query.verdict == DEMARC_PROVISIONAL ? DEMARC_PROVISIONAL : DEMARC_ALLOW;
 	fresh.sender_only = asks_no_answer(&o->query);
-	fresh.provable = o->query.proto == PROTO_UDP &&
-			 provable_crossing(o->query.slot, o->query.subject, DEMARC_EGRESS, PROTO_UDP, o->query.port,
-					   o->query.now) != DEMARC_NO_CROSSING_INDEX;
+	provable = o->query.proto != PROTO_UDP ?
+			   DEMARC_NO_CROSSING_INDEX :
+			   provable_crossing(o->query.slot, o->query.subject, DEMARC_EGRESS, PROTO_UDP, o->query.port,
+					     o->query.now);
+	if (provable != DEMARC_NO_CROSSING_INDEX) {
+		fresh.provable = 1;
+		fresh.omits = omission_of(o->query.slot, provable, false);
+	}
 	fresh.unproven = fresh.verdict_out == DEMARC_PROVISIONAL;
 	fresh.until_out = window_end(&o->query);
 	fresh.last = o->query.now;
@@ -188,8 +194,10 @@ GLOBAL int answered_in(struct demarc_flow *flow, struct outcome *o)
 	if (o->query.proof == DEMARC_PROOF_NONE && flow->sender_only && flow->epoch_out == epoch &&
 	    !over(flow->until_out))
 		goto pass;
-	if (!(flow->verdict_out == DEMARC_PROVISIONAL ? settle(o) : settle_again(o)))
+	if (!(flow->verdict_out == DEMARC_PROVISIONAL ? settle(o) : settle_again(o))) {
+		tell_refusal(o, 0);
 		return false;
+	}
 	flow->verdict_out = DEMARC_ALLOW;
 	flow->until_out = window_end(&o->query);
 	flow->epoch_out = epoch;
@@ -247,6 +255,7 @@ GLOBAL int datagram_in(struct packet *p, struct outcome *o)
 	}
 	o->query.proof = flow && flow->opener ? DEMARC_PROOF_IDENTITY : DEMARC_PROOF_NONE;
 	o->query.peer = flow ? flow->opener : DEMARC_ID_NONE;
+	o->omitted = flow && !flow->epoch_out ? flow->omits : 0; /* one that opens here has its proof from here */
 	again = flow && flow->acceptor == o->query.subject && flow->epoch_in;
 	if (!(again ? settle_again(o) : settle(o))) {
 		tell_refusal(o, 0);

@@ -27,6 +27,7 @@
 #include "limit.h"
 #include "tag.h"
 #include "replay.h"
+#include "shadow.h"
 #include "judge.h"
 #include "refusal.h"
 #include "pending.h"

@@ -20,8 +20,15 @@ struct demarc_udp_tag {
 	__u16 exid;
 	__u32 claim;
 	__u32 time;
+	__u32 nonce;
 	__u64 mac;
 } __attribute__((packed));
+
+/* Whether a claim may be in UDP at all. */
+static __always_inline bool claims_datagram(__u32 claim)
+{
+	return claim & DEMARC_TAG_DATAGRAM && (claim & TAG_OMISSIONS) != TAG_OMISSIONS;
+}
 
 /* Unix time in seconds; 0 if the core never said. */
 static __always_inline __u32 wall_seconds(__u64 now)
@@ -79,10 +86,10 @@ static __always_inline int seed_checksum(struct __sk_buff *skb, const struct pac
 	return bpf_skb_store_bytes(skb, at, &check, sizeof(check), 0);
 }
 
-/* Appends a tag to a datagram. Returns 0, or -1 where it does not fit: segmented
- * by the device, as large as the path allows, no key, no clock. The packet is
+/* Appends a tag to a datagram of a flow. Returns 0, or -1 where it does not fit:
+ * segmented by the device, as large as the path allows, no key, no clock. The packet is
  * unchanged then, or must not be sent. */
-GLOBAL int append_tag(struct __sk_buff *skb, struct packet *p, __u32 identity, __u8 flags)
+GLOBAL int append_tag(struct __sk_buff *skb, struct packet *p, __u32 identity, __u8 flags, __u32 nonce)
 {
 	__u32 pad, extra, mtu = 0, time;
 	struct demarc_udp_tag tag = {};
@@ -101,7 +108,7 @@ GLOBAL int append_tag(struct __sk_buff *skb, struct packet *p, __u32 identity, _
 	time = wall_seconds(bpf_ktime_get_boot_ns());
 	if (!time)
 		return -1;
-	tag.claim = sign(&mac, identity, flags | DEMARC_TAG_DATAGRAM, &p->tuple, time, 0);
+	tag.claim = sign(&mac, identity, flags | DEMARC_TAG_DATAGRAM, &p->tuple, time, nonce);
 	if (!tag.claim)
 		return -1;
 	tag.claim = bpf_htonl(tag.claim);
@@ -109,6 +116,7 @@ GLOBAL int append_tag(struct __sk_buff *skb, struct packet *p, __u32 identity, _
 	tag.length = DEMARC_UDP_TAG_LENGTH;
 	tag.exid = bpf_htons(DEMARC_TAG_EXID);
 	tag.time = bpf_htonl(time);
+	tag.nonce = bpf_htonl(nonce);
 	tag.mac = mac;
 	tag.ocs = option_checksum(&tag, extra);
 	if (bpf_skb_change_tail(skb, p->end + extra, 0))
@@ -184,6 +192,48 @@ static __always_inline bool frame_of_workload(struct __sk_buff *skb, struct outc
 	return o->query.subject >= DEMARC_ID_FIRST || o->query.subject == DEMARC_ID_PENDING;
 }
 
+/* The nonce of a flow that opens here. */
+static __always_inline __u32 nonce_of(struct demarc_flow *flow)
+{
+	__u32 fresh = bpf_get_prandom_u32();
+
+	if (!flow->nonce)
+		__sync_val_compare_and_swap(&flow->nonce, 0, fresh ? fresh : 1);
+	return *(volatile __u32 *)&flow->nonce;
+}
+
+/* Whether a flow is a workload's of this host, whose datagrams carry its tag, */
+static __always_inline bool opens_with_proof(const struct demarc_flow *flow)
+{
+	return flow && flow->epoch_out && flow->provable && flow->opener >= DEMARC_ID_FIRST;
+}
+
+/* and what becomes of one that cannot: it passes where the other end has proved itself
+ * before, or was admitted without. */
+static __always_inline int without_tag(const struct demarc_flow *flow, const struct packet *p, struct outcome *o)
+{
+	if (flow->acceptor || flow->verdict_out == DEMARC_ALLOW)
+		return TCX_NEXT;
+	o->query.subject = flow->opener;
+	__builtin_memcpy(&o->opener, &p->tuple, sizeof(o->opener));
+	return refused(o, DEMARC_TAG_NO_ROOM) ? TCX_DROP : TCX_NEXT;
+}
+
+/* A datagram leaves in fragments, without a tag. The first one decides: the stack sends
+ * none after one that was dropped. */
+GLOBAL int fragment_leaves(struct __sk_buff *skb, struct packet *p, struct outcome *o)
+{
+	struct demarc_flow *flow;
+	__u16 ports[2];
+
+	if (!p || !o || p->tuple.proto != PROTO_UDP || p->length || bpf_skb_load_bytes(skb, p->transport, ports, sizeof(ports)))
+		return TCX_NEXT;
+	p->tuple.sport = bpf_ntohs(ports[0]);
+	p->tuple.dport = bpf_ntohs(ports[1]);
+	flow = flow_at(&p->tuple);
+	return opens_with_proof(flow) ? without_tag(flow, p, o) : TCX_NEXT;
+}
+
 /* The identity that a datagram leaves the host with: that of the flow that a
  * socket hook of this host wrote. */
 static __always_inline int datagram_leaves(struct __sk_buff *skb, struct packet *p, struct outcome *o)
@@ -193,20 +243,16 @@ static __always_inline int datagram_leaves(struct __sk_buff *skb, struct packet 
 	struct demarc_flow *flow;
 
 	flow = flow_at(&p->tuple);
-	if (flow && flow->epoch_out && flow->provable && flow->opener >= DEMARC_ID_FIRST) {
+	if (opens_with_proof(flow)) {
 		if (flow->acceptor && now - flow->tagged < DEMARC_UDP_TAG_REFRESH) {
 			carry_on(skb, &p->tuple, DEMARC_ACTIVE_EPOCH(o->active), turns_so_far(), false);
 			return TCX_NEXT;
 		}
-		if (!append_tag(skb, p, flow->opener, 0)) {
+		if (!append_tag(skb, p, flow->opener, flow->omits & TAG_OMISSIONS, nonce_of(flow))) {
 			flow->tagged = now;
 			return TCX_NEXT;
 		}
-		if (flow->acceptor || flow->verdict_out == DEMARC_ALLOW)
-			return TCX_NEXT; /* proven before, or admitted without proof */
-		o->query.subject = flow->opener;
-		__builtin_memcpy(&o->opener, &p->tuple, sizeof(o->opener));
-		return refused(o, DEMARC_TAG_NO_ROOM) ? TCX_DROP : TCX_NEXT;
+		return without_tag(flow, p, o);
 	}
 	reverse(&other, &p->tuple);
 	flow = bpf_map_lookup_elem(&flows, &other);
@@ -215,7 +261,7 @@ static __always_inline int datagram_leaves(struct __sk_buff *skb, struct packet 
 		return TCX_NEXT;
 	}
 	if (flow->acceptor >= DEMARC_ID_FIRST && flow->verdict_in == DEMARC_ALLOW &&
-	    !append_tag(skb, p, flow->acceptor, DEMARC_TAG_ANSWER)) {
+	    !append_tag(skb, p, flow->acceptor, DEMARC_TAG_ANSWER | turned_omission(flow->omits & TAG_OMISSIONS), flow->nonce)) {
 		flow->owed = 0;
 		flow->tagged = now;
 	}
@@ -278,10 +324,10 @@ GLOBAL int tagged_before(struct __sk_buff *skb, struct packet *p, struct outcome
 		return 0;
 	claim = bpf_ntohl(tag.claim);
 	if (tag.kind != DEMARC_UDP_TAG_KIND || tag.length != DEMARC_UDP_TAG_LENGTH ||
-	    tag.exid != bpf_htons(DEMARC_TAG_EXID) || (claim & 0xf & ~DEMARC_TAG_ANSWER) != DEMARC_TAG_DATAGRAM)
+	    tag.exid != bpf_htons(DEMARC_TAG_EXID) || !claims_datagram(claim))
 		return 0;
 	o->query.peer = claim >> 8;
-	check_claim(&o->query, claim, tag.mac, &p->tuple, BINDING(bpf_ntohl(tag.time), 0));
+	check_claim(&o->query, claim, tag.mac, &p->tuple, BINDING(bpf_ntohl(tag.time), bpf_ntohl(tag.nonce)));
 	good = o->query.proof == DEMARC_PROOF_IDENTITY;
 	o->query.peer = DEMARC_ID_NONE;
 	o->query.proof = DEMARC_PROOF_NONE;
@@ -293,14 +339,16 @@ GLOBAL int frame_leaves(struct __sk_buff *skb)
 {
 	struct outcome o;
 	struct packet p;
+	int wrong;
 
 	begin(&o, active_word(), DEMARC_ID_NONE, 0, DEMARC_HOOK_DEVICE);
 	if (!(DEMARC_ACTIVE_FLAGS(o.active) & DEMARC_ACTIVE_ON))
 		return TCX_NEXT;
 	if (frame_of_workload(skb, &o) && refused_aloud(&o, DEMARC_RAW_SOCKET))
 		return TCX_DROP;
-	if (parse(skb, ETHERNET_HEADER, &p))
-		return TCX_NEXT;
+	wrong = parse(skb, ETHERNET_HEADER, &p);
+	if (wrong)
+		return wrong == DEMARC_FRAGMENT ? fragment_leaves(skb, &p, &o) : TCX_NEXT;
 	if (tagged_before(skb, &p, &o))
 		return TCX_NEXT;
 	if (foreign_tag(skb, &p, &o)) {
@@ -311,30 +359,44 @@ GLOBAL int frame_leaves(struct __sk_buff *skb)
 	return p.tuple.proto == PROTO_UDP ? datagram_leaves(skb, &p, &o) : TCX_NEXT;
 }
 
-/* Keeps what a datagram's tag proved: who opened the flow, or who answered it.
- * Returns 0, or why not. A tag that was used before proves nothing new: datagrams
- * of one second have the same one. */
-GLOBAL int keep_proof(const struct packet *p, const struct outcome *o, __u64 mac, bool answer)
+/* Keeps what the tag of an answer proved: who answers. Returns 0, or why not. */
+GLOBAL int keep_answer(const struct packet *p, const struct outcome *o, __u64 mac, __u32 nonce)
+{
+	struct demarc_tuple opener;
+	struct demarc_flow *flow;
+	int spent;
+
+	if (!p || !o)
+		return DEMARC_NO_STATE;
+	reverse(&opener, &p->tuple);
+	flow = bpf_map_lookup_elem(&flows, &opener);
+	if (!flow || !flow->epoch_out || flow->nonce != nonce) /* nobody here asked */
+		return DEMARC_NO_STATE;
+	if (o->omitted != turned_omission(flow->omits & TAG_OMISSIONS))
+		return DEMARC_TAG_UNBOUND;
+	spent = spend(mac, o->query.now);
+	if (flow->acceptor == o->query.peer)
+		return 0;
+	if (spent)
+		return spent;
+	if (flow->acceptor) /* somebody else answers now, and is to be judged */
+		flow->verdict_out = DEMARC_PROVISIONAL;
+	turn();
+	flow->acceptor = o->query.peer;
+	return 0;
+}
+
+/* Keeps what a datagram's tag proved: who opened the flow. Returns 0, or why not. A tag
+ * that was used before proves nothing new: the datagrams of a flow in one second have
+ * the same one. */
+GLOBAL int keep_proof(const struct packet *p, const struct outcome *o, __u64 mac, __u32 nonce)
 {
 	struct demarc_flow fresh = {}, *flow;
-	struct demarc_tuple opener;
 	int spent;
 
 	if (!p || !o)
 		return DEMARC_NO_STATE;
 	spent = spend(mac, o->query.now);
-	if (answer) {
-		reverse(&opener, &p->tuple);
-		flow = bpf_map_lookup_elem(&flows, &opener);
-		if (!flow || !flow->epoch_out) /* nobody here asked */
-			return DEMARC_NO_STATE;
-		if (flow->acceptor != o->query.peer && spent)
-			return spent;
-		if (flow->acceptor != o->query.peer)
-			turn();
-		flow->acceptor = o->query.peer;
-		return 0;
-	}
 	flow = flow_at(&p->tuple);
 	if (flow && flow->epoch_out) /* it is opened here: the address is not the sender's */
 		return DEMARC_NO_STATE;
@@ -348,11 +410,13 @@ GLOBAL int keep_proof(const struct packet *p, const struct outcome *o, __u64 mac
 	}
 	if (!flow)
 		return DEMARC_MAP_FULL;
-	if (flow->opener != o->query.peer) {
+	if (flow->opener != o->query.peer || flow->omits != o->omitted) {
 		turn();
 		flow->opener = o->query.peer;
-		flow->epoch_in = 0; /* another peer: judged anew */
+		flow->omits = o->omitted;
+		flow->epoch_in = 0; /* another peer, or less that is bound: judged anew */
 	}
+	flow->nonce = nonce;
 	flow->owed = 1;
 	flow->last = o->query.now;
 	return 0;
@@ -428,8 +492,9 @@ GLOBAL int frame_arrives(struct __sk_buff *skb, bool door)
 	o.query.peer = claim >> 8;
 	o.query.bad = DEMARC_TAG_MALFORMED;
 	__builtin_memcpy(&o.opener, &p.tuple, sizeof(o.opener));
-	if ((claim & 0xf & ~DEMARC_TAG_ANSWER) == DEMARC_TAG_DATAGRAM) {
-		check_claim(&o.query, claim, tag.mac, &p.tuple, BINDING(bpf_ntohl(tag.time), 0));
+	if (claims_datagram(claim)) {
+		o.omitted = claim & TAG_OMISSIONS;
+		check_claim(&o.query, claim, tag.mac, &p.tuple, BINDING(bpf_ntohl(tag.time), bpf_ntohl(tag.nonce)));
 		age = wall_seconds(o.query.now) - bpf_ntohl(tag.time);
 		if (o.query.proof == DEMARC_PROOF_IDENTITY && (age > DEMARC_UDP_TAG_WINDOW || age < -DEMARC_UDP_TAG_WINDOW)) {
 			o.query.proof = DEMARC_PROOF_BAD;
@@ -437,7 +502,8 @@ GLOBAL int frame_arrives(struct __sk_buff *skb, bool door)
 		}
 	}
 	if (o.query.proof == DEMARC_PROOF_IDENTITY) {
-		o.query.bad = keep_proof(&p, &o, tag.mac, claim & DEMARC_TAG_ANSWER);
+		o.query.bad = claim & DEMARC_TAG_ANSWER ? keep_answer(&p, &o, tag.mac, bpf_ntohl(tag.nonce)) :
+							  keep_proof(&p, &o, tag.mac, bpf_ntohl(tag.nonce));
 		if (o.query.bad)
 			o.query.proof = DEMARC_PROOF_BAD;
 	}

@@ -89,6 +89,10 @@ GLOBAL int report(struct outcome *o)
 	number = crossing_number(o->query.slot, o->query.crossing, &log);
 	count(&o->query, number);
 	o->reported = true;
+	if (o->query.verdict == DEMARC_WOULD_DENY || o->query.verdict == DEMARC_WOULD_ALLOW) {
+		tell(&denied_events, DEMARC_RING_DENIED, o, number);
+		return 0;
+	}
 	switch (o->query.reason) {
 	case DEMARC_BY_UNMANAGED:
 	case DEMARC_BY_KERNEL:

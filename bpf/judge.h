@@ -42,6 +42,14 @@ static __always_inline void ask_back(struct outcome *o, const struct packet *p, 
 	ask(o, p->tuple.proto == PROTO_ICMP ? 8 : 128, direction);
 }
 
+/* What the crossing lets a tag leave out. */
+static __always_inline __u8 omission_of(__u32 slot, __u32 index, bool answer)
+{
+	struct demarc_crossing *crossing = table_crossing(slot, index);
+
+	return crossing ? omission(crossing->nat, answer) : 0;
+}
+
 /* A tag may leave out only what the crossing it is admitted by says is translated. */
 static __always_inline bool bound_enough(const struct outcome *o)
 {
@@ -94,6 +102,7 @@ GLOBAL int settle(struct outcome *o)
 	if (!o)
 		return 0;
 	decide(&o->query);
+	ask_shadow(o);
 	if (o->query.verdict == DEMARC_DENY)
 		return !refused(o, o->query.reason);
 	if (waits_for_group(&o->query))
@@ -111,6 +120,7 @@ GLOBAL int settle_again(struct outcome *o)
 	if (!o)
 		return 0;
 	decide(&o->query);
+	ask_shadow(o);
 	if (o->query.verdict == DEMARC_DENY || waits_for_group(&o->query))
 		return !refused(o, o->query.reason == DEMARC_QUARANTINED ? DEMARC_QUARANTINED : DEMARC_REVOKED);
 	return true;

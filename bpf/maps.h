@@ -355,7 +355,7 @@ struct demarc_selftest {
 	__u32 subject;
 	__u32 slot;
 	__u32 peer;
-	__u32 proof;
+	__u32 proof; /* `cuts`: 1 = what it finds is spared */
 };
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);

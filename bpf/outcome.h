@@ -14,6 +14,14 @@ struct outcome {
 	__u8 omitted; /* what the peer's tag leaves out */
 	bool task; /* the current task is the one that acts */
 	bool reported;
+	__u8 asked; /* enum asked */
+};
+
+/* What was decided that the generation in shadow is to be asked about. */
+enum asked {
+	ASKED_NOTHING = 0,
+	ASKED_DENIED = 1,
+	ASKED_PASSES = 2,
 };
 
 static __always_inline __u32 crossing_number(__u32 slot, __u32 index, __u8 *log)

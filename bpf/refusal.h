@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR Apache-2.0) */
 /*
  * Telling a caller at once that it was refused. The packet hooks can only drop, so
- * the core sends the answer. Only callers of the fleet are told: to anybody else a
- * refusal looks like nothing.
+ * the core sends the answer. Only callers of the fleet are told, and those of a crossing
+ * that says so: to anybody else a refusal looks like nothing.
  */
 #ifndef DEMARC_REFUSAL_H
 #define DEMARC_REFUSAL_H
@@ -25,9 +25,10 @@ static __always_inline bool told(const struct demarc_query *q)
 	__u32 index = q->crossing;
 
 	switch (q->reason) {
+	case DEMARC_OVER_LIMIT: /* its crossing says, whoever it is for */
+		break;
 	case DEMARC_NO_CROSSING:
 	case DEMARC_NOT_IN_WINDOW:
-	case DEMARC_OVER_LIMIT:
 	case DEMARC_TAG_UNBOUND:
 		if (q->proof != DEMARC_PROOF_IDENTITY)
 			return false;

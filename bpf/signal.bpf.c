@@ -1,13 +1,20 @@
 // SPDX-License-Identifier: (GPL-2.0-only OR Apache-2.0)
 /*
- * What tasks and connections do, seen from tracepoints: programs of this object can
- * change no verdict, whatever they return. They run when a connection opens or fails,
- * when somebody listens, and at fork and exec; no packet of an established connection
- * meets them.
+ * What tasks and connections do. Programs of this object change no verdict: those at
+ * tracepoints and iterators cannot, and the two at cgroups return 1 in every case, which
+ * refuses nothing. They run when a connection opens, fails or ends, when somebody
+ * listens, at fork and exec, when a device is opened or a task moved, and every few
+ * seconds over all files (survey). Packets meet one of them, where workloads send them
+ * (payload); it can be left out.
  */
 #include <stdbool.h>
 #include <linux/bpf.h>
 #include <linux/in6.h>
+#include <linux/if_ether.h>
+#include <linux/ip.h>
+#include <linux/ipv6.h>
+#include <linux/tcp.h>
+#include <linux/udp.h>
 #include <stddef.h>
 #include <bpf/bpf_helpers.h>
 #include <bpf/bpf_endian.h>
@@ -20,7 +27,13 @@
 #include "tables.h"
 #include "subject.h"
 #include "outcome.h"
+#include "parse.h"
 #include "signal.h"
+#include "observe.h"
+#include "relay.h"
+#include "escape.h"
+#include "payload.h"
+#include "survey.h"
 
 char LICENSE[] SEC("license") = "GPL";
 
@@ -35,183 +48,6 @@ EMIT(demarc_port_classes);
 EMIT(demarc_path_key);
 EMIT(demarc_unit);
 EMIT(demarc_seen);
-
-#define FILES 64 /* descriptors of a process that are looked at */
-#define LOOK_AGAIN 10000000ULL /* ns; a look takes microseconds */
-
-/* Kernel: include/net/tcp_states.h */
-enum {
-	ESTABLISHED = 1,
-	SYN_SENT = 2,
-	SYN_RECV = 3,
-	CLOSE = 7,
-	LISTEN = 10,
-};
-
-/* Read as it is: a tracepoint's arguments are typed, and each helper call for a field
- * costs more than the field. */
-static __always_inline __u64 cgroup_of_sock(struct sock *sk)
-{
-	struct cgroup *cgroup = sk->sk_cgrp_data.cgroup;
-	struct kernfs_node *node = cgroup ? cgroup->kn : 0;
-
-	return node ? node->id : 0;
-}
-
-static __always_inline __u64 cgroup_of_task(struct task_struct *task) { return BPF_CORE_READ(task, cgroups, dfl_cgrp, kn, id); }
-
-/* An outcome that nobody gave: who. False: nothing to tell. */
-static __always_inline bool concerns(struct outcome *o, __u64 cgroup)
-{
-	__builtin_memset(o, 0, sizeof(*o));
-	o->active = active_word();
-	if (!(DEMARC_ACTIVE_FLAGS(o->active) & DEMARC_ACTIVE_ON))
-		return false;
-	o->cgroup = cgroup;
-	o->query.slot = DEMARC_ACTIVE_SLOT(o->active);
-	o->query.subject = identity_of(o->query.slot, cgroup);
-	o->query.crossing = DEMARC_NO_CROSSING_INDEX;
-	return o->query.subject >= DEMARC_ID_FIRST;
-}
-
-/* The same with the time. */
-static __always_inline bool about(struct outcome *o, __u64 cgroup)
-{
-	if (!concerns(o, cgroup))
-		return false;
-	o->query.now = bpf_ktime_get_boot_ns();
-	return true;
-}
-
-static __always_inline void mapped(__u8 *out, __u32 address)
-{
-	__u32 *w = (__u32 *)out;
-
-	w[0] = w[1] = 0;
-	w[2] = bpf_htonl(0xffff);
-	w[3] = address;
-}
-
-/* Both ends of a socket, this one first. */
-static __always_inline void ends(struct sock *sk, struct demarc_tuple *t)
-{
-	t->proto = PROTO_TCP;
-	t->sport = BPF_CORE_READ(sk, __sk_common.skc_num);
-	t->dport = bpf_ntohs(BPF_CORE_READ(sk, __sk_common.skc_dport));
-	if (BPF_CORE_READ(sk, __sk_common.skc_family) == AF_INET) {
-		mapped(t->saddr, BPF_CORE_READ(sk, __sk_common.skc_rcv_saddr));
-		mapped(t->daddr, BPF_CORE_READ(sk, __sk_common.skc_daddr));
-		return;
-	}
-	BPF_CORE_READ_INTO(&t->saddr, sk, __sk_common.skc_v6_rcv_saddr);
-	BPF_CORE_READ_INTO(&t->daddr, sk, __sk_common.skc_v6_daddr);
-}
-
-/* The same of a tracepoint's socket, whose fields are read as they are. */
-static __always_inline void ends_of_argument(struct sock *sk, struct demarc_tuple *t)
-{
-	t->proto = PROTO_TCP;
-	t->sport = sk->__sk_common.skc_num;
-	t->dport = bpf_ntohs(sk->__sk_common.skc_dport);
-	if (sk->__sk_common.skc_family == AF_INET) {
-		mapped(t->saddr, sk->__sk_common.skc_rcv_saddr);
-		mapped(t->daddr, sk->__sk_common.skc_daddr);
-		return;
-	}
-	BPF_CORE_READ_INTO(&t->saddr, sk, __sk_common.skc_v6_rcv_saddr);
-	BPF_CORE_READ_INTO(&t->daddr, sk, __sk_common.skc_v6_daddr);
-}
-
-static __always_inline struct demarc_mark *mark_place(__u64 cookie)
-{
-	__u32 index = cookie & (DEMARC_MARKS - 1);
-
-	return bpf_map_lookup_elem(&marks, &index);
-}
-
-static __always_inline struct demarc_mark *mark_of(__u64 cookie)
-{
-	struct demarc_mark *m = cookie ? mark_place(cookie) : 0;
-
-	return m && m->cookie == cookie ? m : 0;
-}
-
-static __always_inline __u64 hash_of(const struct demarc_tuple *t)
-{
-	return mix(address_hash(t->saddr) ^ mix(address_hash(t->daddr) ^ ((__u64)t->sport << 16 | t->dport))) | 1;
-}
-
-/* Connections that follow each other have neighbouring ports, and places. */
-static __always_inline struct demarc_hop *hop_place(const struct demarc_tuple *t)
-{
-	__u32 index = (address_hash(t->saddr) + t->sport) & (DEMARC_HOPS - 1);
-
-	return bpf_map_lookup_elem(&hops, &index);
-}
-
-/* What is at a descriptor of a task: the inet socket, or 0. */
-static __always_inline struct sock *socket_at(struct task_struct *task, __u32 fd)
-{
-	struct fdtable *table = BPF_CORE_READ(task, files, fdt);
-	struct file **files = BPF_CORE_READ(table, fd), *file = 0;
-	struct socket *socket;
-	struct sock *sk;
-	__u16 family;
-
-	if (!table || fd >= BPF_CORE_READ(table, max_fds))
-		return 0;
-	if (bpf_probe_read_kernel(&file, sizeof(file), files + fd) || !file)
-		return 0;
-	if ((BPF_CORE_READ(file, f_inode, i_mode) & 0170000) != 0140000) /* S_IFSOCK */
-		return 0;
-	socket = BPF_CORE_READ(file, private_data);
-	sk = BPF_CORE_READ(socket, sk);
-	family = BPF_CORE_READ(sk, __sk_common.skc_family);
-	return family == AF_INET || family == AF_INET6 ? sk : 0;
-}
-
-/* Looks at a process's descriptors for a connection that came in, and lets its
- * lineage go back to it. */
-static __noinline int look(struct task_struct *task, struct demarc_lineage *l)
-{
-	struct demarc_mark *m;
-	struct sock *sk;
-
-	if (!task || !l)
-		return 0;
-	for (__u32 fd = 0; fd < FILES; fd++) {
-		sk = socket_at(task, fd);
-		m = sk ? mark_of(BPF_CORE_READ(sk, __sk_common.skc_cookie.counter)) : 0;
-		if (!m || !m->inbound)
-			continue;
-		l->origin = m->origin;
-		l->hops = m->hops + 1;
-		return 1;
-	}
-	return 0;
-}
-
-/* The lineage of a workload's process, looked at again if it is time. */
-static __always_inline struct demarc_lineage *lineage_of(struct task_struct *task, __u32 subject, __u64 now)
-{
-	struct demarc_lineage fresh = { .subject = subject }, *l;
-
-	l = bpf_task_storage_get(&lineages, task, &fresh, BPF_LOCAL_STORAGE_GET_F_CREATE);
-	if (l && !l->hops && now - l->looked > LOOK_AGAIN) {
-		l->looked = now;
-		look(task, l);
-	}
-	return l;
-}
-
-/* A program by its name: what one does often is no reason not to tell of another. */
-static __always_inline __u64 program_hash(struct task_struct *task)
-{
-	__u64 name[2] = {};
-
-	bpf_probe_read_kernel(name, sizeof(name), task->comm);
-	return mix(mix(name[0]) ^ name[1]);
-}
 
 /* A connection is about to be opened by the current task. */
 static __noinline int opening(struct outcome *o, __u64 cookie)
@@ -233,13 +69,15 @@ static __noinline int opening(struct outcome *o, __u64 cookie)
 		name_task(e, task);
 		bpf_ringbuf_submit(e, 0);
 	}
-	l = lineage_of(task, o->query.subject, o->query.now);
+	l = lineage_of(task, o);
+	tell_netns(o, task, l, netns_of(task));
 	m = mark_place(cookie);
 	if (m) {
+		__builtin_memset(m, 0, sizeof(*m));
 		m->cookie = cookie;
 		m->pid = task->tgid;
+		bpf_probe_read_kernel(m->comm, sizeof(m->comm), task->comm);
 		m->subject = o->query.subject;
-		m->inbound = 0;
 		m->origin = l ? l->origin : 0;
 		m->hops = l ? l->hops : 0;
 	}
@@ -300,12 +138,12 @@ static __noinline int came_in(struct outcome *o, __u64 cookie)
 	t.dport = o->opener.sport;
 	hash = hash_of(&t);
 	hop = hop_place(&t);
+	__builtin_memset(m, 0, sizeof(*m));
 	m->cookie = cookie;
 	m->inbound = 1;
 	m->subject = o->query.subject;
 	m->origin = place && place->cookie == cookie ? place->kept.peer : 0;
 	m->hops = hop && hop->tuple == hash ? hop->hops : 0;
-	m->pid = 0;
 	return 0;
 }
 
@@ -340,9 +178,14 @@ static __noinline int listens(struct outcome *o)
 SEC("tp_btf/inet_sock_set_state")
 int BPF_PROG(sock_state, struct sock *sk, int before, int after)
 {
+	struct demarc_mark *m;
 	struct outcome o;
 	__u64 cookie;
 
+	if ((after == CLOSE && before != SYN_SENT) || after == FIN_WAIT1 || after == LAST_ACK) {
+		m = mark_of(sk->__sk_common.skc_cookie.counter);
+		return m ? ending(sk, m, after == CLOSE) : 0;
+	}
 	if (after != SYN_SENT && before != SYN_SENT && after != LISTEN && (before != SYN_RECV || after != ESTABLISHED))
 		return 0;
 	if (sk->sk_protocol != PROTO_TCP || !concerns(&o, cgroup_of_sock(sk)))
@@ -371,7 +214,8 @@ int BPF_PROG(sock_state, struct sock *sk, int before, int after)
 	return after == CLOSE ? failed(&o, cookie, sk->sk_err) : 0;
 }
 
-/* A process goes back to what its parent goes back to. */
+/* A process goes back to what its parent goes back to, and is born where it is, unless
+ * its parent put it elsewhere. */
 SEC("tp_btf/sched_process_fork")
 int BPF_PROG(forked, struct task_struct *parent, struct task_struct *child)
 {
@@ -380,12 +224,15 @@ int BPF_PROG(forked, struct task_struct *parent, struct task_struct *child)
 
 	if (child->pid != child->tgid || !about(&o, cgroup_of_task(parent)))
 		return 0;
-	l = lineage_of(parent, o.query.subject, o.query.now);
+	l = lineage_of(parent, &o);
 	if (!l)
 		return 0;
 	fresh = *l;
-	fresh.looked = 0;
-	bpf_task_storage_get(&lineages, child, &fresh, BPF_LOCAL_STORAGE_GET_F_CREATE);
+	fresh.looked = fresh.relayed = fresh.tun = 0;
+	__builtin_memset(fresh.ended, 0, sizeof(fresh.ended));
+	l = bpf_task_storage_get(&lineages, child, &fresh, BPF_LOCAL_STORAGE_GET_F_CREATE);
+	tell_netns(&o, child, l, netns_of(child));
+	tell_move(child, l, cgroup_of_task(child), parent);
 	return 0;
 }
 
@@ -396,42 +243,87 @@ int BPF_PROG(executed, struct task_struct *task, int old, struct linux_binprm *b
 {
 	struct demarc_lineage *l;
 	struct demarc_signal *e;
-	struct demarc_seen *s;
 	struct sock *sk = 0;
 	struct outcome o;
-	__u32 netns;
 
 	if (!about(&o, cgroup_of_task(task)))
 		return 0;
-	s = seen_of(o.query.subject, DEMARC_EGRESS, o.query.now);
-	l = lineage_of(task, o.query.subject, o.query.now);
+	l = lineage_of(task, &o);
 	if (l && !l->hops)
 		look(task, l);
+	tell_netns(&o, task, l, netns_of(task));
+	if (l && !l->netns)
+		l->netns = netns_of(task);
 	for (__u32 fd = 0; fd < 3 && !sk; fd++)
 		sk = socket_at(task, fd);
-	if (sk) {
-		ends(sk, &o.opener);
-		o.opener.proto = BPF_CORE_READ(sk, sk_protocol);
-		e = begin_signal(&o, s, DEMARC_SIGNAL_SHELL, 0, address_hash(o.opener.daddr) ^ task->tgid);
-		if (e) {
-			name_task(e, task);
-			bpf_probe_read_kernel_str(e->exe, sizeof(e->exe), BPF_CORE_READ(bprm, filename));
-			e->hops = l ? l->hops : 0;
-			e->origin = l ? l->origin : 0;
-			bpf_ringbuf_submit(e, 0);
-		}
+	if (!sk)
+		return 0;
+	ends(sk, &o.opener);
+	o.opener.proto = BPF_CORE_READ(sk, sk_protocol);
+	e = begin_signal(&o, seen_of(o.query.subject, DEMARC_EGRESS, o.query.now), DEMARC_SIGNAL_SHELL, 0, address_hash(o.opener.daddr) ^ task->tgid);
+	if (!e)
+		return 0;
+	name_task(e, task);
+	bpf_probe_read_kernel_str(e->exe, sizeof(e->exe), BPF_CORE_READ(bprm, filename));
+	e->hops = l ? l->hops : 0;
+	e->origin = l ? l->origin : 0;
+	bpf_ringbuf_submit(e, 0);
+	return 0;
+}
+
+/* A process was moved into a cgroup. */
+SEC("tp_btf/cgroup_attach_task")
+int BPF_PROG(moved, struct cgroup *to, const char *path, struct task_struct *task, bool threadgroup)
+{
+	struct demarc_lineage *l = known_lineage(task);
+
+	return l ? tell_move(task, l, BPF_CORE_READ(to, kn, id), bpf_get_current_task_btf()) : 0;
+}
+
+/* A process goes into another network namespace, at that moment. Many kernels refuse
+ * this program; then it is seen at its next exec, connection or round. */
+SEC("fentry/switch_task_namespaces")
+int BPF_PROG(switched, struct task_struct *task, struct nsproxy *to)
+{
+	struct demarc_lineage *l = to ? known_lineage(task) : 0;
+	struct outcome o;
+
+	return l && about(&o, cgroup_of_task(task)) ? tell_netns(&o, task, l, BPF_CORE_READ(to, net_ns, ns.inum)) : 0;
+}
+
+/* A device is opened. */
+SEC("cgroup/dev")
+int opened(struct bpf_cgroup_dev_ctx *ctx)
+{
+	struct outcome o;
+
+	if (ctx->major == 10 && ctx->minor == 200 && ctx->access_type >> 16 & (BPF_DEVCG_ACC_READ | BPF_DEVCG_ACC_WRITE) &&
+	    about(&o, bpf_get_current_cgroup_id()))
+		tell_tun(&o, bpf_get_current_task_btf());
+	return 1;
+}
+
+/* A packet leaves a socket. */
+SEC("cgroup_skb/egress")
+int payload(struct __sk_buff *skb)
+{
+	look_at_payload(skb);
+	return 1;
+}
+
+/* One file of one process, in a round over all of them. The round also finds what no
+ * other program told at its time. */
+SEC("iter/task_file")
+int surveyed(struct bpf_iter__task_file *ctx)
+{
+	struct task_struct *task = ctx->task;
+	struct file *file = ctx->file;
+
+	if (!task || task->tgid != survey.tgid) {
+		tell_survey();
+		begin_survey(task);
 	}
-	netns = BPF_CORE_READ(task, nsproxy, net_ns, ns.inum);
-	if (l && l->netns && l->netns != netns) {
-		__builtin_memset(&o.opener, 0, sizeof(o.opener));
-		e = begin_signal(&o, s, DEMARC_SIGNAL_SETNS, 0, (__u64)netns << 32 | task->tgid);
-		if (e) {
-			name_task(e, task);
-			bpf_probe_read_kernel_str(e->exe, sizeof(e->exe), BPF_CORE_READ(bprm, filename));
-			bpf_ringbuf_submit(e, 0);
-		}
-	}
-	if (l)
-		l->netns = netns;
+	if (task && file && survey.ours)
+		survey_file(task, file);
 	return 0;
 }

@@ -40,6 +40,8 @@ static __always_inline void forget(struct demarc_seen *s, __u64 now)
 	__builtin_memset(s->deeds, 0, sizeof(s->deeds));
 	__builtin_memset(s->ports, 0, sizeof(s->ports));
 	__builtin_memset(s->peers, 0, sizeof(s->peers));
+	__builtin_memset(s->names, 0, sizeof(s->names));
+	s->names_set = s->echoes = 0;
 }
 
 static const struct demarc_seen nothing_seen;
@@ -151,6 +153,7 @@ static __noinline __u32 distinct(struct demarc_distinct *all, __u32 of, __u32 va
 	return 0;
 }
 
+/* By its first thread: what others are called says less. */
 static __always_inline void name_task(struct demarc_signal *e, struct task_struct *task)
 {
 	struct task_struct *leader = BPF_CORE_READ(task, group_leader);
@@ -158,11 +161,11 @@ static __always_inline void name_task(struct demarc_signal *e, struct task_struc
 	e->pid = task->tgid;
 	e->uid = BPF_CORE_READ(task, cred, uid.val);
 	e->start = BPF_CORE_READ(leader, start_boottime);
-	bpf_probe_read_kernel(e->comm, sizeof(e->comm), task->comm);
+	bpf_core_read(e->comm, sizeof(e->comm), &leader->comm);
 }
 
 /* A record to be filled and submitted, or 0 if it is not to be told. `what` is the
- * same for what needs to be told once. */
+ * same for what needs to be told once; 0 = it is told each time. */
 static __always_inline struct demarc_signal *begin_signal(const struct outcome *o, struct demarc_seen *s, __u8 kind,
 							  __u8 cause, __u64 what)
 {
@@ -171,7 +174,7 @@ static __always_inline struct demarc_signal *begin_signal(const struct outcome *
 	struct demarc_signal *e;
 	__u64 seq;
 
-	if (s && (known_already(s, kind, what) || !within_quota(s, is_deed(kind), o->query.now)))
+	if (s && ((what && known_already(s, kind, what)) || !within_quota(s, is_deed(kind), o->query.now)))
 		return 0;
 	counter = bpf_map_lookup_elem(&ring_state, &which);
 	if (!counter)

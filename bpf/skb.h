@@ -64,6 +64,7 @@ static __always_inline bool judge_closely(struct __sk_buff *skb, struct bpf_sock
 	reason = parse(skb, 0, &p);
 	cgroup = bpf_sk_cgroup_id(sk);
 	o->reported = false;
+	o->asked = ASKED_NOTHING;
 	if (stream && !reason && (tcp_state == TCP_LISTEN || (tcp_state == TCP_SYN_SENT && outgoing))) {
 		subject = expected(skb, &p, cgroup, DEMARC_ACTIVE_EPOCH(active), outgoing);
 		if (subject == EXPECTED || (subject && speaks_as(skb, &p, subject)))
@@ -99,6 +100,8 @@ static __always_inline bool judge_closely(struct __sk_buff *skb, struct bpf_sock
 		return outgoing ? stream_out(skb, &p, o, tcp_state) : stream_in(skb, &p, o, tcp_state);
 	if (!(outgoing ? datagram_out(&p, o) : datagram_in(&p, o)))
 		return false;
+	if (o->asked)
+		contrast(o);
 	if (o->reported) {
 		remark(o); /* before the talk, which writes where the outcome is */
 		o->reported = false;
@@ -120,6 +123,8 @@ static __always_inline bool judge_packet(struct __sk_buff *skb, struct bpf_sock 
 		     goes_on(skb, sk, 0, outgoing, true, active))
 		return true;
 	pass = judge_closely(skb, sk, stream, tcp_state, outgoing, active, &o);
+	if (o.asked)
+		contrast(&o);
 	if (o.reported)
 		remark(&o);
 	return pass;

@@ -93,14 +93,6 @@ static __always_inline void read_user_address(struct bpf_sock_addr *ctx, __u8 *o
 	__builtin_memcpy(out, word, 16);
 }
 
-/* What the crossing lets a tag leave out. */
-static __always_inline __u8 omission_of(__u32 slot, __u32 index, bool answer)
-{
-	struct demarc_crossing *crossing = table_crossing(slot, index);
-
-	return crossing ? omission(crossing->nat, answer) : 0;
-}
-
 /* Whether a workload opens a connection that takes its tag: then its SYN may leave, as
  * in syn_out(), and its hooks are told who opens it. */
 static __noinline bool opens_with_tag(struct bpf_sock_addr *ctx, struct outcome *o)
@@ -164,6 +156,7 @@ static __always_inline int address_judged(struct bpf_sock_addr *ctx, __u8 hook, 
 	    !at_decoy(o) && opens_with_tag(ctx, o))
 		return 1;
 	decide(&o->query);
+	ask_shadow_if_denied(o);
 	return o->query.verdict != DEMARC_DENY || !refused(o, o->query.reason);
 }
 
@@ -173,7 +166,10 @@ static __always_inline int addressed(struct bpf_sock_addr *ctx, __u8 hook, bool 
 	int pass;
 
 	o.reported = false;
+	o.asked = ASKED_NOTHING;
 	pass = address_judged(ctx, hook, ipv6, &o);
+	if (o.asked)
+		contrast(&o);
 	if (o.reported)
 		remark(&o);
 	return pass;

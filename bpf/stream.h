@@ -183,6 +183,7 @@ GLOBAL int syn_out(struct __sk_buff *skb, struct packet *p, struct outcome *o)
 		   !quarantined(o->query.slot, o->query.subject, o->query.crossing, o->query.now) && !at_decoy(o);
 	if (!provable) {
 		decide(&o->query);
+		ask_shadow_if_denied(o);
 		if (o->query.verdict == DEMARC_DENY)
 			return !refused(o, o->query.reason);
 	}
@@ -225,8 +226,11 @@ GLOBAL int syn_in(struct __sk_buff *skb, struct packet *p, struct outcome *o)
 			pending->proof == o->query.proof && pending->peer == o->query.peer;
 		if (again && pending->epoch == DEMARC_ACTIVE_EPOCH(o->active))
 			return true;
-		if (tagged && !again)
+		if (tagged && !again) {
+			if (spent == DEMARC_TAG_REPLAYED) /* it says who was here, not who is */
+				o->query.proof = DEMARC_PROOF_BAD;
 			return !refused(o, spent);
+		}
 	}
 	if (!settle(o)) {
 		if (tagged && !spent) /* the same SYN may be within the limit when it is sent again */
@@ -359,7 +363,14 @@ GLOBAL int established(struct __sk_buff *skb, struct packet *p, struct outcome *
 		kept = bpf_sk_storage_get(&sockets, sk, 0, 0);
 	if (!kept)
 		kept = young_verdict(bpf_get_socket_cookie(skb));
-	if (!kept) {
+	if (kept && o->query.now < kept->spared &&
+	    !quarantined(o->query.slot, o->query.subject, DEMARC_NO_CROSSING_INDEX, o->query.now)) {
+		kept->verdict = DEMARC_ALLOW;
+		kept->until = kept->spared;
+		kept->epoch = DEMARC_ACTIVE_EPOCH(o->active);
+		return true;
+	}
+	if (!kept || (kept->spared && kept->reason == DEMARC_NO_STATE)) {
 		ask_forward(o, p, outgoing ? DEMARC_EGRESS : DEMARC_INGRESS);
 		if (refused(o, DEMARC_NO_STATE))
 			return false;

@@ -112,6 +112,12 @@ static __always_inline __u8 omission(__u8 nat, bool answer)
 	return 0;
 }
 
+/* What the answer to a tag leaves out: the same end, which is the other one there. */
+static __always_inline __u8 turned_omission(__u8 omitted)
+{
+	return omitted ? TAG_OMISSIONS & ~omitted : 0;
+}
+
 static __always_inline void tag_input(struct demarc_tag_input *input, __u32 claim, const struct demarc_tuple *sender,
 				      __u32 seq, __u32 acked)
 {

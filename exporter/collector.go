@@ -45,6 +45,7 @@ var (
 	drift        = series("drift_total", "Things in the kernel that the core found changed by somebody else, since it started.")
 	proved       = series("canary_timestamp_seconds", "When the canary last proved that the kernel enforces.")
 	unconfirmed  = series("change_unconfirmed", "1 while a change is in force for a time only.")
+	inShadow     = series("shadow", "1 while another policy is asked beside the one in force.")
 	deadline     = series("change_deadline_timestamp_seconds", "When the unconfirmed change is taken back; only while there is one.")
 	keyFrom      = series("tag_key_send_timestamp_seconds", "From when on a tag key is sent with; only for keys that say so.", "epoch")
 	keyUntil     = series("tag_key_expiry_timestamp_seconds", "When a tag key ends; only for keys that do.", "epoch")
@@ -61,7 +62,7 @@ var (
 	all = []*prometheus.Desc{
 		buildInfo, connected, enforcing, state, policyInfo, generation, applied, expires, grants, bindings, quarantined, verdicts, ringEvents, ringLost,
 		received, flowsLost, readErrors, faults, findings, unseen, invWorkloads, invBound, invProblems,
-		programs, attached, problems, limits, drift, proved, unconfirmed, deadline, keyFrom, keyUntil, keySending,
+		programs, attached, problems, limits, drift, proved, unconfirmed, inShadow, deadline, keyFrom, keyUntil, keySending,
 		mapEntries, mapMax, applies, applyTook, journalBytes, journalMax, journalFlows, journalLost,
 	}
 )
@@ -171,6 +172,7 @@ func (c *Core) collect(gauge func(*prometheus.Desc, float64, ...string), counter
 		gauge(proved, seconds(c.Proved))
 	}
 	gauge(unconfirmed, truth(!c.Unconfirmed.IsZero()))
+	gauge(inShadow, truth(c.Shadow))
 	if !c.Unconfirmed.IsZero() {
 		gauge(deadline, seconds(c.Unconfirmed))
 	}

@@ -33,7 +33,7 @@ var full = fixed{
 		Expires: time.Unix(2000, 0), Grants: []Grant{{"break-glass", time.Unix(1500, 0)}},
 	},
 	Core: &Core{
-		Programs: 24, Attached: 23, Problems: 1, Limits: 2, Drifts: 4, Proved: time.Unix(1700, 250e6), Unconfirmed: time.Unix(1800, 0),
+		Programs: 24, Attached: 23, Problems: 1, Limits: 2, Drifts: 4, Proved: time.Unix(1700, 250e6), Unconfirmed: time.Unix(1800, 0), Shadow: true,
 		Keys: []Key{{Epoch: 1, Until: time.Unix(3000, 0), Sending: true}, {Epoch: 2, From: time.Unix(2900, 0)}},
 	},
 	Maps:    []Map{{"counts", 12, 65536}, {"bindings", 33, 16384}},
@@ -104,6 +104,9 @@ demarc_canary_timestamp_seconds 1700.25
 # HELP demarc_change_deadline_timestamp_seconds When the unconfirmed change is taken back; only while there is one.
 # TYPE demarc_change_deadline_timestamp_seconds gauge
 demarc_change_deadline_timestamp_seconds 1800
+# HELP demarc_shadow 1 while another policy is asked beside the one in force.
+# TYPE demarc_shadow gauge
+demarc_shadow 1
 # HELP demarc_change_unconfirmed 1 while a change is in force for a time only.
 # TYPE demarc_change_unconfirmed gauge
 demarc_change_unconfirmed 1

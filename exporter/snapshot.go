@@ -50,6 +50,7 @@ type Core struct {
 	Drifts             uint64    // things found changed since it started
 	Proved             time.Time // when the canary last proved that the kernel enforces; zero = never
 	Unconfirmed        time.Time // when an unconfirmed change ends; zero = there is none
+	Shadow             bool      // another policy is asked beside the one in force
 	Keys               []Key
 }
 

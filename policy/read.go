@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"path/filepath"
 
 	"golang.org/x/sys/unix"
 )
@@ -14,7 +15,8 @@ import (
 // what is returned is what was judged, whatever happens to the path meanwhile. It
 // refuses symbolic links anywhere in the path, anything but regular files, files
 // of another owner than root or the caller, files that others may write, and
-// files larger than a policy may be.
+// files larger than a policy may be. Links are followed in a directory that is mounted
+// read-only, and no further than there: a kubelet's volumes are made of such.
 func ReadFile(path string) ([]byte, error) { return ReadFileUpTo(path, maxSource) }
 
 // ReadFileUpTo reads another file in the same way, such as an image, with its own
@@ -73,10 +75,38 @@ func openPlain(path string) (*os.File, error) {
 		}
 	}
 	if errors.Is(err, unix.ELOOP) {
+		if f, err := openInVolume(path); err == nil {
+			return f, nil
+		}
 		return nil, fmt.Errorf("open %s: a symbolic link is in the path; name the file itself", path)
 	}
 	if err != nil {
 		return nil, &os.PathError{Op: "open", Path: path, Err: err}
+	}
+	return os.NewFile(uintptr(fd), path), nil
+}
+
+// openInVolume opens a file that is a link in a directory which is mounted read-only, so
+// that nobody can turn the link by this path, and leads to a file below that directory.
+func openInVolume(path string) (*os.File, error) {
+	how := unix.OpenHow{Flags: unix.O_PATH | unix.O_DIRECTORY | unix.O_CLOEXEC, Resolve: unix.RESOLVE_NO_SYMLINKS | unix.RESOLVE_NO_MAGICLINKS}
+	dir, err := unix.Openat2(unix.AT_FDCWD, filepath.Dir(path), &how)
+	if err != nil {
+		return nil, err
+	}
+	defer unix.Close(dir)
+	var at unix.Statfs_t
+	if err := unix.Fstatfs(dir, &at); err != nil {
+		return nil, err
+	}
+	if at.Flags&unix.ST_RDONLY == 0 {
+		return nil, unix.ELOOP
+	}
+	how = unix.OpenHow{Flags: unix.O_RDONLY | unix.O_CLOEXEC | unix.O_NONBLOCK | unix.O_NOCTTY,
+		Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_MAGICLINKS | unix.RESOLVE_NO_XDEV}
+	fd, err := unix.Openat2(dir, filepath.Base(path), &how)
+	if err != nil {
+		return nil, err
 	}
 	return os.NewFile(uintptr(fd), path), nil
 }

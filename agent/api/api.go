@@ -10,6 +10,7 @@ import (
 
 	"github.com/demarc/demarc/agent/core/proto"
 	"github.com/demarc/demarc/agent/flow"
+	"github.com/demarc/demarc/bpf/abi"
 )
 
 // Paths of the API.
@@ -19,8 +20,10 @@ const (
 	PathFindings   = "/v1/findings"        // GET: lines of detect.Finding
 	PathIdentities = "/v1/identities"      // GET: []Identity
 	PathZones      = "/v1/zones"           // GET: []Zone
-	PathPolicy     = "/v1/policy"          // GET: the active image; POST: apply the image in the body, Status; ?within=60s: unless it is confirmed
+	PathPolicy     = "/v1/policy"          // GET: the active image; POST: apply the image in the body, Status; ?within=60s: unless it is confirmed; ?grandfather=10m: what it cuts goes on so long
 	PathPreview    = "/v1/policy/preview"  // POST: the image in the body is only looked at, Preview
+	PathShadow     = "/v1/policy/shadow"   // POST ?for=1h: the image in the body is asked beside the one in force, Status; GET: Shadow, with its differences
+	PathUnshadow   = "/v1/policy/unshadow" // POST: end that, Status
 	PathConfirm    = "/v1/policy/confirm"  // POST: Status
 	PathRollback   = "/v1/policy/rollback" // POST: Status
 	PathQuarantine = "/v1/quarantine"      // POST ?workload=NAME&for=1h&reason=TEXT: Status
@@ -60,11 +63,13 @@ type Status struct {
 	Policy  *Policy     `json:"policy,omitempty"`
 	// Unconfirmed is set while the policy is in force for a time only.
 	Unconfirmed *proto.Unconfirmed `json:"unconfirmed,omitempty"`
-	Rings       []Ring             `json:"rings"`
-	Inventory   *Inventory         `json:"inventory,omitempty"`
-	Journal     *Journal           `json:"journal,omitempty"`
-	Problems    []string           `json:"problems,omitempty"`
-	Limits      []string           `json:"limits,omitempty"` // what this host's kernel cannot do; no problem by itself
+	// Shadow is set while another policy is asked beside it; without its differences.
+	Shadow    *Shadow    `json:"shadow,omitempty"`
+	Rings     []Ring     `json:"rings"`
+	Inventory *Inventory `json:"inventory,omitempty"`
+	Journal   *Journal   `json:"journal,omitempty"`
+	Problems  []string   `json:"problems,omitempty"`
+	Limits    []string   `json:"limits,omitempty"` // what this host's kernel cannot do; no problem by itself
 }
 
 // StateUnknown is the state while the core does not answer.
@@ -88,6 +93,34 @@ type Policy struct {
 	Since     time.Time `json:"since"`
 	Workloads int       `json:"workloads"`
 	Crossings int       `json:"crossings"`
+}
+
+// Shadow is a policy that live traffic is judged by beside the one in force, and what
+// it would have decided otherwise since it came there or the agent was started.
+type Shadow struct {
+	Name        string       `json:"name"`
+	Version     uint64       `json:"version"`
+	Digest      string       `json:"digest"`
+	Since       time.Time    `json:"since"`
+	Until       time.Time    `json:"until"`
+	WouldDeny   uint64       `json:"would_deny"`  // verdicts on what passes
+	WouldAllow  uint64       `json:"would_allow"` // verdicts on what is denied
+	Differences []Difference `json:"differences,omitempty"`
+	Unlisted    uint64       `json:"unlisted,omitempty"` // verdicts of kinds beyond those that are told apart
+}
+
+// Difference is a kind of flow that a policy in shadow would decide otherwise.
+type Difference struct {
+	Verdict   abi.Verdict   `json:"verdict"` // would-deny, would-allow
+	Reason    abi.Reason    `json:"reason"`
+	Direction abi.Direction `json:"direction"` // the side that was judged: egress = From
+	From      string        `json:"from"`
+	To        string        `json:"to"`
+	Port      string        `json:"port"`
+	Crossing  string        `json:"crossing,omitempty"`
+	Flows     uint64        `json:"flows"`
+	First     time.Time     `json:"first"`
+	Last      time.Time     `json:"last"`
 }
 
 // Ring is one event ring: Made = Received + Lost + what is on its way, counted

@@ -97,9 +97,21 @@ func (c *Client) Zones(ctx context.Context) ([]Zone, error) {
 // Apply puts an encoded image, or an envelope around one, in force. Unless it is confirmed within a time, the
 // kernel takes it back; 0 = it is for good.
 func (c *Client) Apply(ctx context.Context, img []byte, within time.Duration) (*Status, error) {
+	return c.ApplySparing(ctx, img, within, 0)
+}
+
+// ApplySparing is Apply that lets live connections go on for a time which the image
+// cuts.
+func (c *Client) ApplySparing(ctx context.Context, img []byte, within, spare time.Duration) (*Status, error) {
+	query := url.Values{}
+	for name, d := range map[string]time.Duration{"within": within, "grandfather": spare} {
+		if d != 0 {
+			query.Set(name, d.String())
+		}
+	}
 	path := PathPolicy
-	if within != 0 {
-		path += "?" + url.Values{"within": {within.String()}}.Encode()
+	if len(query) > 0 {
+		path += "?" + query.Encode()
 	}
 	return doJSON[*Status](ctx, c, http.MethodPost, path, bytes.NewReader(img))
 }
@@ -107,6 +119,23 @@ func (c *Client) Apply(ctx context.Context, img []byte, within time.Duration) (*
 // Preview asks which live connections an encoded image would cut.
 func (c *Client) Preview(ctx context.Context, img []byte) (*proto.Preview, error) {
 	return doJSON[*proto.Preview](ctx, c, http.MethodPost, PathPreview, bytes.NewReader(img))
+}
+
+// Shadow has live traffic judged by an encoded image beside the one in force, for a
+// time.
+func (c *Client) Shadow(ctx context.Context, img []byte, lasting time.Duration) (*Status, error) {
+	path := PathShadow + "?" + url.Values{"for": {lasting.String()}}.Encode()
+	return doJSON[*Status](ctx, c, http.MethodPost, path, bytes.NewReader(img))
+}
+
+// Unshadow ends that.
+func (c *Client) Unshadow(ctx context.Context) (*Status, error) {
+	return doJSON[*Status](ctx, c, http.MethodPost, PathUnshadow, nil)
+}
+
+// Differences asks what the policy in shadow would have decided otherwise.
+func (c *Client) Differences(ctx context.Context) (*Shadow, error) {
+	return doJSON[*Shadow](ctx, c, http.MethodGet, PathShadow, nil)
 }
 
 // Confirm keeps the change that waits for it.

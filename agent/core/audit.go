@@ -27,6 +27,8 @@ const (
 	auditConnected  = "connected" // somebody said hello on the socket
 	auditApply      = "apply"     // an image is about to be put in force
 	auditRollback   = "rollback"  // the same, the previous one
+	auditShadow     = "shadow"    // an image is about to be asked beside the one in force
+	auditShadowEnd  = "unshadow"  // it is not any more
 	auditConfirm    = "confirm"   // a change is about to be kept
 	auditFallback   = "fallback"  // one was taken back; the policy is what decides now
 	auditApplied    = "applied"   // it is in force
@@ -284,11 +286,16 @@ func (c *Core) peerRecord(by, what string, g *generation, format string, args ..
 	}
 }
 
-func untilConfirmed(within time.Duration) string {
-	if within == 0 {
-		return ""
+// String says what comes with a change.
+func (how change) String() string {
+	var parts []string
+	if how.within > 0 {
+		parts = append(parts, fmt.Sprintf("unless it is confirmed within %v, it is taken back", how.within))
 	}
-	return fmt.Sprintf("unless it is confirmed within %v, it is taken back", within)
+	if how.spare > 0 {
+		parts = append(parts, fmt.Sprintf("live connections that it cuts go on for %v", how.spare))
+	}
+	return strings.Join(parts, "; ")
 }
 
 // outcome notes how a change ended that was recorded before it began.

@@ -254,7 +254,7 @@ func TestAuditFlood(t *testing.T) {
 	c := still(m.start())
 	before := len(journalOf(t, c))
 	for range 2 * auditSpare {
-		if _, err := c.apply([]byte("nonsense"), 0, "user 7"); err == nil {
+		if _, err := c.apply([]byte("nonsense"), change{}, "user 7"); err == nil {
 			t.Fatal("nonsense was applied")
 		}
 	}
@@ -262,7 +262,7 @@ func TestAuditFlood(t *testing.T) {
 		t.Errorf("%d of %d are recorded, want %d", n, 2*auditSpare, auditSpare)
 	}
 	c.upkeep()
-	_, _ = c.apply([]byte("nonsense"), 0, "user 7")
+	_, _ = c.apply([]byte("nonsense"), change{}, "user 7")
 	all := told(journalOf(t, c))
 	if got := all[len(all)-1]; !strings.HasSuffix(got, fmt.Sprintf("; %d more before this one were not recorded", auditSpare)) {
 		t.Errorf("the last says %q", got)

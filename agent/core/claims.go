@@ -36,9 +36,12 @@ func (c *Core) Bind(path string, id uint32) error {
 	if err := g.bind(key, id); err != nil {
 		return proto.Refuse("", "bind %s: %w", path, err)
 	}
-	// What an unconfirmed change would return to knows the path too, if its image
-	// leaves it to the agent.
-	if f := c.fallback; f != nil && f != g && f.checkClaim(path, id) == nil {
+	// What an unconfirmed change would return to, and what is in shadow, know the path
+	// too, if their image leaves it to the agent.
+	for _, f := range c.decisive()[1:] {
+		if f.checkClaim(path, id) != nil {
+			continue
+		}
 		if err := f.bind(key, id); err != nil {
 			return proto.Refuse("", "bind %s: %w", path, err)
 		}
@@ -138,12 +141,16 @@ func (c *Core) renew(s *abi.State) {
 }
 
 // decisive are the generations that packets are judged by, or will be when nobody
-// confirms the one in force.
+// confirms the one in force, or that are asked beside it. The first is in force.
 func (c *Core) decisive() []*generation {
-	if c.fallback == nil || c.fallback == c.active {
-		return []*generation{c.active}
+	all := []*generation{c.active}
+	if c.fallback != nil && c.fallback != c.active {
+		all = append(all, c.fallback)
 	}
-	return []*generation{c.active, c.fallback}
+	if c.shadow != nil {
+		all = append(all, c.shadow)
+	}
+	return all
 }
 
 // checkClaim says whether the agent may say so.

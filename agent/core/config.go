@@ -33,6 +33,7 @@ type Config struct {
 	LogLevel   slog.Level // least severe line that is written
 	LogJSON    bool       // one JSON object a line instead of text
 	Unguarded  bool       // others are not kept from what enforces, though the kernel could
+	Sealed     bool       // observers look into no packet
 }
 
 // Socket is where the agent finds the core.
@@ -53,7 +54,7 @@ func ParseConfig(file string, src []byte) (Config, error) {
 	r := strict.New(file, src)
 	c := Config{BPFFS: "/sys/fs/bpf/demarc", RunDir: "/run/demarc", StateDir: "/var/lib/demarc", Devices: Devices{Auto: true}, Blast: defaultBlast}
 	if err := r.Object(func(key string) error { return c.set(r, key) }, "cgroup_root", "bpffs", "run_dir", "state_dir", "trust_dir", "keyring",
-		"devices", "agent_user", "quarantine_automatic", "guard", "log_level", "log_format"); err != nil {
+		"devices", "agent_user", "quarantine_automatic", "guard", "observe_packets", "log_level", "log_format"); err != nil {
 		return Config{}, err
 	}
 	if err := r.End(); err != nil {
@@ -102,6 +103,10 @@ func (c *Config) set(r *strict.Reader, key string) (err error) {
 		on := true
 		err = r.Value(&on)
 		c.Unguarded = !on
+	case "observe_packets":
+		on := true
+		err = r.Value(&on)
+		c.Sealed = !on
 	case "log_format":
 		var format string
 		if err = r.Value(&format); err == nil && format != "text" && format != "json" {

@@ -84,10 +84,14 @@ func (c *Core) keep(former *generation) {
 // settle makes this core agree with the kernel when a deadline has passed.
 // Everything that looks at what is in force begins with it.
 func (c *Core) settle() {
-	if c.fallback == nil {
+	if c.fallback == nil && c.shadow == nil {
 		return
 	}
 	state, err := readState(c.objects)
+	if err == nil && c.shadow != nil && c.active.clock.now() >= state.Shadowed {
+		c.endShadow("kernel", "its time is over")
+		return // nothing waits to be confirmed beside it
+	}
 	if err == nil && state.Deadline != 0 && c.active.clock.now() >= state.Deadline {
 		err = c.fallBack("kernel", "nobody confirmed it in time")
 	}
@@ -124,6 +128,12 @@ func (c *Core) fallBack(by, why string) error {
 // that core; the safe answer to not knowing is to go back now.
 func (c *Core) abandon() error {
 	state, err := readState(c.objects)
+	if err == nil && state.Shadow != 0 {
+		slot, flags, epoch := abi.ActiveSlot(state.Active), abi.ActiveFlags(state.Active), abi.ActiveEpoch(state.Active)
+		state.Active, state.Shadow, state.Shadowed = abi.MakeActive(slot, flags&^abi.ActiveShadow, epoch), 0, 0
+		_ = c.record("core", auditShadowEnd, nil, "the core was started anew")
+		err = writeState(c.objects, state)
+	}
 	if err != nil || state.Deadline == 0 {
 		return err
 	}

@@ -51,6 +51,7 @@ type Core struct {
 	active      *generation       // what this core put in force; nil = nothing
 	fallback    *generation       // what comes back unless active is confirmed; active itself if nothing was before; nil = confirmed
 	previous    *proto.Generation // what rollback returns to; nil = nothing
+	shadow      *generation       // what live traffic is judged by beside active; nil = nothing
 	prepared    *generation       // what was previewed last: filled, tested, and in no use; nil = nothing
 	retired     int               // slot that packets may still be judged in; -1 = none
 	standing    []string          // problems that last until the core is started again
@@ -125,7 +126,7 @@ func open(config Config, log *slog.Logger, h hooks) (_ *Core, err error) {
 	if c.donated, err = c.donate(); err != nil {
 		return nil, err
 	}
-	c.observers = observe(c.objects)
+	c.observers = observe(c.objects, c.tree.dir, !config.Sealed)
 	if err := c.useKeys(); err != nil {
 		return nil, err
 	}
@@ -243,11 +244,14 @@ func (c *Core) stand(format string, args ...any) {
 // tested there, and takes over in one step. On an error nothing has changed.
 // Unless it is confirmed within a time, the kernel takes it back; 0 = it is for good.
 func (c *Core) Apply(b []byte, within time.Duration) (*proto.Status, error) {
-	return c.apply(b, within, "core")
+	return c.apply(b, change{within: within}, "core")
 }
 
-func (c *Core) apply(b []byte, within time.Duration, by string) (_ *proto.Status, err error) {
-	if err := checkTrial(within); err != nil {
+// maxSpare bounds the time that live connections go on that a change cuts.
+const maxSpare = 24 * time.Hour
+
+func (c *Core) apply(b []byte, how change, by string) (_ *proto.Status, err error) {
+	if err := checkTrial(how.within); err != nil {
 		return nil, err
 	}
 	g, err := c.offered(b)
@@ -263,16 +267,18 @@ func (c *Core) apply(b []byte, within time.Duration, by string) (_ *proto.Status
 		return nil, err
 	}
 	c.settle()
-	if c.active == nil || c.active.digest != g.digest || c.active.signer != g.signer || c.active.flags != activeFlags(c.active.image) || c.fallback != nil {
+	if c.active == nil || c.active.digest != g.digest || c.active.signer != g.signer || c.active.flags&^abi.ActiveShadow != activeFlags(c.active.image) || c.fallback != nil {
 		if err := c.mayChange(g); err != nil {
 			return nil, err
 		}
-		if err := c.record(by, auditApply, g, "%s", untilConfirmed(within)); err != nil {
+		if err := c.record(by, auditApply, g, "%s", how); err != nil {
 			return nil, err
 		}
 		begun = true
+		c.endShadow(by, "a policy is applied")
 		c.keepClaims(g)
-		err := c.install(g, change{durable: true, within: within})
+		how.durable = true
+		err := c.install(g, how)
 		c.outcome(by, g, err)
 		if err != nil {
 			return nil, err
@@ -331,6 +337,7 @@ func (c *Core) rollback(by string) (*proto.Status, error) {
 	if err := c.record(by, auditRollback, g, ""); err != nil {
 		return nil, err
 	}
+	c.endShadow(by, "a policy is rolled back to")
 	c.keepClaims(g)
 	err = c.install(g, change{durable: true})
 	c.outcome(by, g, err)
@@ -345,6 +352,8 @@ type change struct {
 	durable bool          // on disk, too: it is not from there
 	within  time.Duration // somebody has to confirm it; 0 = it is for good
 	preview func() error  // runs when everything is ready, and ends it with an error; nil = none
+	spare   time.Duration // live connections that it cuts go on; 0 = they do not
+	shadow  time.Duration // it does not: it is asked beside what is; 0 = it does
 }
 
 // install puts a verified generation in force. Each step is undone if a later one fails; what was in force stays in its
@@ -395,6 +404,9 @@ func (c *Core) install(g *generation, how change) (err error) {
 	if on {
 		state.Filling |= 1 << abi.ActiveSlot(before.Active)
 	}
+	if c.shadow != nil {
+		state.Filling |= 1 << c.shadow.slot
+	}
 	undo = append(undo, func() { c.restore(before) })
 	if err := writeState(c.objects, state); err != nil {
 		return err
@@ -412,15 +424,31 @@ func (c *Core) install(g *generation, how change) (err error) {
 	if err := questions.before(); err != nil {
 		return err
 	}
-	if how.preview == nil {
-		err = <-staged
-	} else if err = errors.Join(questions.after(), <-staged); err == nil {
-		err = c.keepPrepared(g, how.preview)
+	switch {
+	case how.preview != nil:
+		if err = errors.Join(questions.after(), <-staged); err == nil {
+			err = c.keepPrepared(g, how.preview)
+		}
+		return err
+	case how.shadow > 0:
+		if err := questions.after(); err != nil {
+			return err
+		}
+		return c.cast(g, state, how.shadow)
 	}
-	if err != nil {
+	if err := <-staged; err != nil {
 		return err
 	}
 
+	if state.Spared = 0; how.spare > 0 {
+		state.Spared = g.clock.now() + uint64(how.spare)
+		if err := writeState(c.objects, state); err != nil {
+			return err
+		}
+		if _, err := findCuts(c.objects, g.slot, 1); err != nil {
+			return err
+		}
+	}
 	g.epoch, g.flags = before.NextEpoch(), activeFlags(g.image)
 	state.Active, state.Filling, state.Deadline = g.word(), 1<<g.slot, 0
 	if how.within > 0 {
@@ -481,7 +509,7 @@ func (c *Core) fill(g *generation, s *scanner) (questions *selftest, err error) 
 // freeSlot is a slot that no packet is judged in.
 func (c *Core) freeSlot(s abi.State, on bool) uint32 {
 	slot := uint32(0)
-	for on && slot == abi.ActiveSlot(s.Active) || int(slot) == c.retired {
+	for on && slot == abi.ActiveSlot(s.Active) || int(slot) == c.retired || c.shadow != nil && slot == c.shadow.slot {
 		slot++
 	}
 	return slot
@@ -564,6 +592,8 @@ func (c *Core) status() *proto.Status {
 			s.Problems = append(s.Problems, fmt.Sprintf("the kernel's state is %#x, not %#x: somebody else wrote it", state.Active, c.active.word()))
 		case c.fallback != nil:
 			s.Unconfirmed = c.unconfirmed(state)
+		case c.shadow != nil:
+			s.Shadow = c.shadowed(state)
 		}
 		if len(s.Links) != len(attachOrder) {
 			s.Problems = append(s.Problems, fmt.Sprintf("%d of %d programs are attached", len(s.Links), len(attachOrder)))
@@ -617,7 +647,7 @@ func (c *Core) Close() error {
 		c.devices.close()
 		c.answers.close()
 		c.guard.close()
-		for _, g := range []*generation{c.active, c.fallback} {
+		for _, g := range []*generation{c.active, c.fallback, c.shadow} {
 			if g != nil {
 				g.close()
 			}

@@ -72,7 +72,9 @@ type demarcDemarcFlow struct {
 	UntilIn    uint64
 	Tagged     uint64
 	Owed       uint8
-	Zero       [7]uint8
+	Omits      uint8
+	Zero       [2]uint8
+	Nonce      uint32
 }
 
 type demarcDemarcHop struct {
@@ -98,23 +100,34 @@ type demarcDemarcLineage struct {
 	Origin  uint32
 	Netns   uint32
 	Hops    uint8
-	Raw     uint8
+	Tun     uint8
 	Zero    [2]uint8
 	Looked  uint64
+	Cgroup  uint64
+	Relayed uint64
+	Ending  [2]uint64
+	Ended   [4]uint64
+	On      demarcDemarcTuple
 }
 
 type demarcDemarcMark struct {
-	_       structs.HostLayout
-	Cookie  uint64
-	Pair    uint64
-	Bytes   uint64
-	Back    uint64
-	Subject uint32
-	Origin  uint32
-	Pid     uint32
-	Inbound uint8
-	Hops    uint8
-	Zero    [2]uint8
+	_         structs.HostLayout
+	Cookie    uint64
+	Bytes     uint64
+	Back      uint64
+	Fresh     uint64
+	FreshBack uint64
+	Told      uint64
+	ToldBack  uint64
+	Round     uint32
+	Subject   uint32
+	Origin    uint32
+	Pid       uint32
+	Inbound   uint8
+	Hops      uint8
+	Closed    uint8
+	Zero      [5]uint8
+	Comm      [16]int8
 }
 
 type demarcDemarcPendingBucket struct {
@@ -195,7 +208,8 @@ type demarcDemarcSeen struct {
 	Began    uint64
 	Due      [2]uint64
 	Missed   uint32
-	Zero     uint32
+	NamesSet uint16
+	Echoes   uint16
 	Contacts [32]uint32
 	Deeds    [8]uint32
 	Ports    [3]struct {
@@ -212,6 +226,7 @@ type demarcDemarcSeen struct {
 		Told uint16
 		Bits [8]uint32
 	}
+	Names [4]uint32
 }
 
 type demarcDemarcSelftest struct {
@@ -234,6 +249,7 @@ type demarcDemarcSocket struct {
 	Direction uint8
 	Zero      [6]uint8
 	Until     uint64
+	Spared    uint64
 }
 
 type demarcDemarcState struct {
@@ -245,6 +261,9 @@ type demarcDemarcState struct {
 	Fallback    uint64
 	Deadline    uint64
 	Quarantines uint64
+	Shadow      uint64
+	Shadowed    uint64
+	Spared      uint64
 }
 
 type demarcDemarcTuple struct {

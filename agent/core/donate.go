@@ -79,18 +79,25 @@ func (t *trial) donation() error {
 
 // Image returns the image in force in a file that nobody can change. The caller
 // closes it.
-func (c *Core) Image() (*os.File, error) {
+func (c *Core) Image() (*os.File, error) { return c.imageOf(false) }
+
+// imageOf is Image, or the same of the one in shadow.
+func (c *Core) imageOf(shadow bool) (*os.File, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.active == nil {
-		return nil, proto.Refuse("apply a policy", "no policy is in force")
+	g := c.active
+	if shadow {
+		g = c.shadow
+	}
+	if g == nil {
+		return nil, proto.Refuse("apply a policy", "no policy is in %s", map[bool]string{false: "force", true: "shadow"}[shadow])
 	}
 	fd, err := unix.MemfdCreate("image", unix.MFD_CLOEXEC|unix.MFD_ALLOW_SEALING)
 	if err != nil {
 		return nil, fmt.Errorf("make image file: %w", err)
 	}
 	f := os.NewFile(uintptr(fd), "image")
-	if _, err = f.Write(c.active.bytes); err == nil {
+	if _, err = f.Write(g.bytes); err == nil {
 		_, err = f.Seek(0, io.SeekStart)
 	}
 	if err == nil {

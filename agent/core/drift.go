@@ -425,7 +425,7 @@ func (c *Core) others() (all []string, err error) {
 			return nil, fmt.Errorf("look for programs at %s: %w", name, err)
 		}
 		for _, p := range found.Programs {
-			if p.ID != c.links.running[name] {
+			if p.ID != c.links.running[name] && !c.observers.owns(p.ID) {
 				all = append(all, foreign(p.ID, name))
 			}
 		}

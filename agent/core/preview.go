@@ -40,7 +40,7 @@ func (c *Core) Preview(b []byte) (*proto.Preview, error) {
 	var cuts []abi.Cut
 	c.keepClaims(g)
 	err = c.install(g, change{preview: func() (err error) {
-		cuts, err = findCuts(c.objects, g.slot)
+		cuts, err = findCuts(c.objects, g.slot, 0)
 		return err
 	}})
 	if !errors.Is(err, errPreview) {
@@ -105,9 +105,9 @@ func (c *Core) unprepare() {
 }
 
 // findCuts walks over the files of all processes. A connection of which both ends
-// are here is named once.
-func findCuts(o *objects, slot uint32) ([]abi.Cut, error) {
-	if err := o.Maps["selftest"].Put(uint32(0), [4]uint32{1: slot}); err != nil {
+// are here is named once. Spare is 1 if they are to be spared, too, as the state says.
+func findCuts(o *objects, slot, spare uint32) ([]abi.Cut, error) {
+	if err := o.Maps["selftest"].Put(uint32(0), [4]uint32{1: slot, 3: spare}); err != nil {
 		return nil, fmt.Errorf("look for connections: %w", err)
 	}
 	seen := map[abi.Tuple]bool{}
@@ -139,10 +139,14 @@ func readIterator(p *ebpf.Program) ([]byte, error) {
 		return nil, err
 	}
 	defer iter.Close()
-	walk, err := iter.Open()
+	return walk(iter)
+}
+
+func walk(iter *link.Iter) ([]byte, error) {
+	all, err := iter.Open()
 	if err != nil {
 		return nil, err
 	}
-	defer walk.Close()
-	return io.ReadAll(walk)
+	defer all.Close()
+	return io.ReadAll(all)
 }

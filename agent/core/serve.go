@@ -260,11 +260,17 @@ func wellFormed(q proto.Request, files int) bool {
 		want.Path = q.Path
 	case proto.OpApply:
 		// What does not fit a time.Duration would come out as another time.
-		if want.Within = q.Within; q.Within < 0 || q.Within > maxTrial.Milliseconds() {
+		want.Within, want.Spare = q.Within, q.Spare
+		if q.Within < 0 || q.Within > maxTrial.Milliseconds() || q.Spare < 0 || q.Spare > maxSpare.Milliseconds() {
 			return false
 		}
 		wantFiles = 1
 	case proto.OpPreview:
+		wantFiles = 1
+	case proto.OpShadow:
+		if want.For = q.For; q.For < 0 || q.For > maxShadow.Milliseconds() {
+			return false
+		}
 		wantFiles = 1
 	case proto.OpQuarantine:
 		want.Identity, want.For, want.Reason, want.Automatic = q.Identity, q.For, q.Reason, q.Automatic
@@ -273,7 +279,7 @@ func wellFormed(q proto.Request, files int) bool {
 		}
 	case proto.OpRelease:
 		want.Identity = q.Identity
-	case proto.OpStatus, proto.OpConfirm, proto.OpRollback, proto.OpImage, proto.OpForget, proto.OpAudit:
+	case proto.OpStatus, proto.OpConfirm, proto.OpRollback, proto.OpUnshadow, proto.OpImage, proto.OpShadowed, proto.OpForget, proto.OpAudit:
 	default:
 		return false
 	}
@@ -296,13 +302,20 @@ func (c *Core) answer(q proto.Request, files []*os.File, by string) (r proto.Res
 	case proto.OpApply:
 		var image []byte
 		if image, err = readImage(files[0]); err == nil {
-			r.Status, err = c.apply(image, time.Duration(q.Within)*time.Millisecond, by)
+			r.Status, err = c.apply(image, change{within: time.Duration(q.Within) * time.Millisecond, spare: time.Duration(q.Spare) * time.Millisecond}, by)
 		}
 	case proto.OpPreview:
 		var image []byte
 		if image, err = readImage(files[0]); err == nil {
 			r.Preview, err = c.Preview(image)
 		}
+	case proto.OpShadow:
+		var image []byte
+		if image, err = readImage(files[0]); err == nil {
+			r.Status, err = c.beginShadow(image, time.Duration(q.For)*time.Millisecond, by)
+		}
+	case proto.OpUnshadow:
+		r.Status, err = c.stopShadow(by)
 	case proto.OpConfirm:
 		r.Status, err = c.confirm(by)
 	case proto.OpRollback:
@@ -311,9 +324,9 @@ func (c *Core) answer(q proto.Request, files []*os.File, by string) (r proto.Res
 		r.Status, err = c.quarantine(q.Identity, time.Duration(q.For)*time.Millisecond, q.Reason, q.Automatic, by)
 	case proto.OpRelease:
 		r.Status, err = c.release(q.Identity, by)
-	case proto.OpImage:
+	case proto.OpImage, proto.OpShadowed:
 		var f *os.File
-		if f, err = c.Image(); err == nil {
+		if f, err = c.imageOf(q.Op == proto.OpShadowed); err == nil {
 			return r, []*os.File{f}, true, nil
 		}
 	case proto.OpAudit:

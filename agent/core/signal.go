@@ -2,36 +2,44 @@ package core
 
 import (
 	"fmt"
+	"slices"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
 )
 
-// observers are the programs that only observe: at tracepoints, so that none of them
-// can change a verdict. They are not pinned and end with the core.
+// observers are the programs that only observe: none of them can change a verdict,
+// by its kind or because it returns 1 in every case. They are not pinned and end with
+// the core.
 type observers struct {
-	links []link.Link
-	blind []string // what cannot be seen here, and why
+	links  map[string]link.Link
+	survey *link.Iter // over all files; nil = it cannot be had
+	blind  []string   // what cannot be seen here, and why
 }
 
 // observed says what each program is for, where it cannot be had.
 var observed = map[string]string{
-	"sock_state": "contacts, failures, chains and listeners of TCP",
+	"sock_state": "contacts, failures, chains, listeners and transfers of TCP",
 	"forked":     "which process goes back to which connection, over fork",
-	"executed":   "programs with a connection as standard input, and changes of network namespace",
+	"executed":   "programs with a connection as standard input, and changes of network namespace at exec",
+	"moved":      "moves between cgroups",
+	"switched":   "changes of network namespace when they are made; they are seen at exec, at the next connection and every 5 s",
+	"opened":     "tun devices that are opened; they are seen every 5 s",
+	"payload":    "SSH banners, DNS names and ICMP payloads",
+	"surveyed":   "relays that last, and transfers that go on",
 }
 
 // neverSeen are signals that this version has no source for.
 var neverSeen = []string{
-	"relay, transfer, banner, dns, icmp, tun, migrate: no source in this version",
 	"packet sockets are seen by their frames, not when they are made",
 	"a chain is counted over the connections of this kernel only",
 }
 
-// observe loads and attaches what this kernel takes. What it does not is a limit of
-// detection, and no error.
-func observe(o *objects) *observers {
-	all := &observers{blind: append([]string(nil), neverSeen...)}
+// observe loads and attaches what this kernel takes, at tracepoints and at the managed
+// root. What it does not is a limit of detection, and no error. Without packets no
+// packet is looked at.
+func observe(o *objects, dir string, packets bool) *observers {
+	all := &observers{links: map[string]link.Link{}, blind: slices.Clone(neverSeen)}
 	spec, err := loadSignal()
 	if err != nil {
 		all.blind = append(all.blind, fmt.Sprintf("read observers: %v", err))
@@ -40,17 +48,23 @@ func observe(o *objects) *observers {
 	programs := spec.Programs
 	for _, name := range sortedKeys(programs) {
 		spec.Programs = map[string]*ebpf.ProgramSpec{name: programs[name]}
-		if err := all.attach(spec, name, o.Maps); err != nil {
+		err := errPackets
+		if packets || name != "payload" {
+			err = all.attach(spec, name, o.Maps, dir)
+		}
+		if err != nil {
 			all.blind = append(all.blind, fmt.Sprintf("%s: %v", observed[name], err))
 		}
 	}
 	return all
 }
 
-func (a *observers) attach(spec *ebpf.CollectionSpec, name string, maps map[string]*ebpf.Map) error {
+var errPackets = fmt.Errorf(`the configuration says "observe_packets": false`)
+
+func (a *observers) attach(spec *ebpf.CollectionSpec, name string, maps map[string]*ebpf.Map, dir string) error {
 	shared := map[string]*ebpf.Map{}
 	for m := range spec.Maps {
-		if kept(m) {
+		if maps[m] != nil && kept(m) {
 			shared[m] = maps[m]
 		}
 	}
@@ -59,20 +73,48 @@ func (a *observers) attach(spec *ebpf.CollectionSpec, name string, maps map[stri
 		return fmt.Errorf("load %w", err)
 	}
 	defer c.Close()
-	l, err := link.AttachTracing(link.TracingOptions{Program: c.Programs[name], AttachType: spec.Programs[name].AttachType})
+	var l link.Link
+	if p := spec.Programs[name]; p.AttachType == ebpf.AttachTraceIter {
+		a.survey, err = link.AttachIter(link.IterOptions{Program: c.Programs[name]})
+	} else if l, err = attachProgram(c.Programs[name], p, dir); err == nil {
+		a.links[name] = l
+	}
 	if err != nil {
 		return fmt.Errorf("attach: %w", err)
 	}
-	a.links = append(a.links, l)
 	return nil
+}
+
+// surveyEvery is after how many looks of the upkeep a round is made.
+const surveyEvery = 5
+
+// look makes a round over all files, in which what lasts is seen. It takes a fraction
+// of a microsecond for each.
+func (a *observers) look() error {
+	if a.survey == nil {
+		return nil
+	}
+	_, err := walk(a.survey)
+	return err
+}
+
+// owns says whether a program at a hook is one of these.
+func (a *observers) owns(id ebpf.ProgramID) bool {
+	for _, l := range a.links {
+		if info, err := l.Info(); err == nil && info.Program == id {
+			return true
+		}
+	}
+	return false
 }
 
 func (a *observers) close() {
 	if a == nil {
 		return
 	}
-	for _, l := range a.links {
-		_ = l.Close()
+	closeAll(a.links)
+	if a.survey != nil {
+		_ = a.survey.Close()
 	}
 }
 

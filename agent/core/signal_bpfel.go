@@ -72,7 +72,9 @@ type signalDemarcFlow struct {
 	UntilIn    uint64
 	Tagged     uint64
 	Owed       uint8
-	Zero       [7]uint8
+	Omits      uint8
+	Zero       [2]uint8
+	Nonce      uint32
 }
 
 type signalDemarcHop struct {
@@ -98,23 +100,34 @@ type signalDemarcLineage struct {
 	Origin  uint32
 	Netns   uint32
 	Hops    uint8
-	Raw     uint8
+	Tun     uint8
 	Zero    [2]uint8
 	Looked  uint64
+	Cgroup  uint64
+	Relayed uint64
+	Ending  [2]uint64
+	Ended   [4]uint64
+	On      signalDemarcTuple
 }
 
 type signalDemarcMark struct {
-	_       structs.HostLayout
-	Cookie  uint64
-	Pair    uint64
-	Bytes   uint64
-	Back    uint64
-	Subject uint32
-	Origin  uint32
-	Pid     uint32
-	Inbound uint8
-	Hops    uint8
-	Zero    [2]uint8
+	_         structs.HostLayout
+	Cookie    uint64
+	Bytes     uint64
+	Back      uint64
+	Fresh     uint64
+	FreshBack uint64
+	Told      uint64
+	ToldBack  uint64
+	Round     uint32
+	Subject   uint32
+	Origin    uint32
+	Pid       uint32
+	Inbound   uint8
+	Hops      uint8
+	Closed    uint8
+	Zero      [5]uint8
+	Comm      [16]int8
 }
 
 type signalDemarcPendingBucket struct {
@@ -195,7 +208,8 @@ type signalDemarcSeen struct {
 	Began    uint64
 	Due      [2]uint64
 	Missed   uint32
-	Zero     uint32
+	NamesSet uint16
+	Echoes   uint16
 	Contacts [32]uint32
 	Deeds    [8]uint32
 	Ports    [3]struct {
@@ -212,6 +226,7 @@ type signalDemarcSeen struct {
 		Told uint16
 		Bits [8]uint32
 	}
+	Names [4]uint32
 }
 
 type signalDemarcSelftest struct {
@@ -234,6 +249,7 @@ type signalDemarcSocket struct {
 	Direction uint8
 	Zero      [6]uint8
 	Until     uint64
+	Spared    uint64
 }
 
 type signalDemarcState struct {
@@ -245,6 +261,9 @@ type signalDemarcState struct {
 	Fallback    uint64
 	Deadline    uint64
 	Quarantines uint64
+	Shadow      uint64
+	Shadowed    uint64
+	Spared      uint64
 }
 
 type signalDemarcTuple struct {
@@ -267,6 +286,16 @@ type signalDemarcYoung struct {
 	Fins    uint8
 	Omitted uint8
 	Zero    [6]uint8
+}
+
+type signalDnsName struct {
+	_       structs.HostLayout
+	Text    [256]uint8
+	Length  uint32
+	Labels  uint32
+	Longest uint32
+	Left    uint32
+	Hash    uint32
 }
 
 // Names of all BPF objects in the ELF.
@@ -310,13 +339,19 @@ const (
 	signalMapSockets               = "sockets"
 	signalMapState                 = "state"
 	signalMapSubjects              = "subjects"
+	signalMapTakenApart            = "taken_apart"
 	signalMapTurns                 = "turns"
 	signalMapUnits                 = "units"
 	signalMapVersionFloor          = "version_floor"
 	signalMapYoung                 = "young"
 	signalProgExecuted             = "executed"
 	signalProgForked               = "forked"
+	signalProgMoved                = "moved"
+	signalProgOpened               = "opened"
+	signalProgPayload              = "payload"
 	signalProgSockState            = "sock_state"
+	signalProgSurveyed             = "surveyed"
+	signalProgSwitched             = "switched"
 	signalVarEmitDemarcCrossing    = "emit_demarc_crossing"
 	signalVarEmitDemarcPathKey     = "emit_demarc_path_key"
 	signalVarEmitDemarcPortClasses = "emit_demarc_port_classes"
@@ -328,6 +363,7 @@ const (
 	signalVarEmitDemarcUnit        = "emit_demarc_unit"
 	signalVarManagedRoot           = "managed_root"
 	signalVarRootPathLength        = "root_path_length"
+	signalVarSurvey                = "survey"
 )
 
 // loadSignal returns the embedded CollectionSpec for signal.
@@ -374,7 +410,12 @@ type signalSpecs struct {
 type signalProgramSpecs struct {
 	Executed  *ebpf.ProgramSpec `ebpf:"executed"`
 	Forked    *ebpf.ProgramSpec `ebpf:"forked"`
+	Moved     *ebpf.ProgramSpec `ebpf:"moved"`
+	Opened    *ebpf.ProgramSpec `ebpf:"opened"`
+	Payload   *ebpf.ProgramSpec `ebpf:"payload"`
 	SockState *ebpf.ProgramSpec `ebpf:"sock_state"`
+	Surveyed  *ebpf.ProgramSpec `ebpf:"surveyed"`
+	Switched  *ebpf.ProgramSpec `ebpf:"switched"`
 }
 
 // signalMapSpecs contains maps before they are loaded into the kernel.
@@ -418,6 +459,7 @@ type signalMapSpecs struct {
 	Sockets       *ebpf.MapSpec `ebpf:"sockets"`
 	State         *ebpf.MapSpec `ebpf:"state"`
 	Subjects      *ebpf.MapSpec `ebpf:"subjects"`
+	TakenApart    *ebpf.MapSpec `ebpf:"taken_apart"`
 	Turns         *ebpf.MapSpec `ebpf:"turns"`
 	Units         *ebpf.MapSpec `ebpf:"units"`
 	VersionFloor  *ebpf.MapSpec `ebpf:"version_floor"`
@@ -439,6 +481,7 @@ type signalVariableSpecs struct {
 	EmitDemarcUnit        *ebpf.VariableSpec `ebpf:"emit_demarc_unit"`
 	ManagedRoot           *ebpf.VariableSpec `ebpf:"managed_root"`
 	RootPathLength        *ebpf.VariableSpec `ebpf:"root_path_length"`
+	Survey                *ebpf.VariableSpec `ebpf:"survey"`
 }
 
 // signalObjects contains all objects after they have been loaded into the kernel.
@@ -498,6 +541,7 @@ type signalMaps struct {
 	Sockets       *ebpf.Map `ebpf:"sockets"`
 	State         *ebpf.Map `ebpf:"state"`
 	Subjects      *ebpf.Map `ebpf:"subjects"`
+	TakenApart    *ebpf.Map `ebpf:"taken_apart"`
 	Turns         *ebpf.Map `ebpf:"turns"`
 	Units         *ebpf.Map `ebpf:"units"`
 	VersionFloor  *ebpf.Map `ebpf:"version_floor"`
@@ -543,6 +587,7 @@ func (m *signalMaps) Close() error {
 		m.Sockets,
 		m.State,
 		m.Subjects,
+		m.TakenApart,
 		m.Turns,
 		m.Units,
 		m.VersionFloor,
@@ -565,6 +610,7 @@ type signalVariables struct {
 	EmitDemarcUnit        *ebpf.Variable `ebpf:"emit_demarc_unit"`
 	ManagedRoot           *ebpf.Variable `ebpf:"managed_root"`
 	RootPathLength        *ebpf.Variable `ebpf:"root_path_length"`
+	Survey                *ebpf.Variable `ebpf:"survey"`
 }
 
 // signalPrograms contains all programs after they have been loaded into the kernel.
@@ -573,14 +619,24 @@ type signalVariables struct {
 type signalPrograms struct {
 	Executed  *ebpf.Program `ebpf:"executed"`
 	Forked    *ebpf.Program `ebpf:"forked"`
+	Moved     *ebpf.Program `ebpf:"moved"`
+	Opened    *ebpf.Program `ebpf:"opened"`
+	Payload   *ebpf.Program `ebpf:"payload"`
 	SockState *ebpf.Program `ebpf:"sock_state"`
+	Surveyed  *ebpf.Program `ebpf:"surveyed"`
+	Switched  *ebpf.Program `ebpf:"switched"`
 }
 
 func (p *signalPrograms) Close() error {
 	return _SignalClose(
 		p.Executed,
 		p.Forked,
+		p.Moved,
+		p.Opened,
+		p.Payload,
 		p.SockState,
+		p.Surveyed,
+		p.Switched,
 	)
 }
 

@@ -41,7 +41,11 @@ func (c *Core) run(ctx context.Context) {
 			return
 		case <-ticker.C:
 			c.upkeep()
-			c.looks.Add(1)
+			if c.looks.Add(1)%surveyEvery == 0 {
+				if err := c.observers.look(); err != nil {
+					c.log.Warn("a round of the observers failed", "error", err)
+				}
+			}
 		}
 	}
 }

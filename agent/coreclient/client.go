@@ -65,7 +65,13 @@ func (c *Client) Status() (*proto.Status, error) {
 // confirmed within a time, in whole milliseconds, the kernel takes it back; 0 = it
 // is for good.
 func (c *Client) Apply(image *os.File, within time.Duration) (*proto.Status, error) {
-	return c.status(proto.Request{Op: proto.OpApply, Within: within.Milliseconds()}, image)
+	return c.ApplySparing(image, within, 0)
+}
+
+// ApplySparing is Apply that lets live connections go on for a time, in whole
+// milliseconds, which the image cuts.
+func (c *Client) ApplySparing(image *os.File, within, spare time.Duration) (*proto.Status, error) {
+	return c.status(proto.Request{Op: proto.OpApply, Within: within.Milliseconds(), Spare: spare.Milliseconds()}, image)
 }
 
 // Preview asks which live connections an image would cut.
@@ -81,6 +87,17 @@ func (c *Client) Preview(image *os.File) (*proto.Preview, error) {
 	return r.Preview, nil
 }
 
+// Shadow has live traffic judged by an image beside the one in force, for a time in
+// whole milliseconds.
+func (c *Client) Shadow(image *os.File, lasting time.Duration) (*proto.Status, error) {
+	return c.status(proto.Request{Op: proto.OpShadow, For: lasting.Milliseconds()}, image)
+}
+
+// Unshadow ends that.
+func (c *Client) Unshadow() (*proto.Status, error) {
+	return c.status(proto.Request{Op: proto.OpUnshadow}, nil)
+}
+
 // Confirm keeps the change that waits for it.
 func (c *Client) Confirm() (*proto.Status, error) {
 	return c.status(proto.Request{Op: proto.OpConfirm}, nil)
@@ -92,14 +109,19 @@ func (c *Client) Rollback() (*proto.Status, error) {
 }
 
 // Image returns the active image. The caller closes it.
-func (c *Client) Image() (*os.File, error) {
-	_, files, err := c.ask(proto.Request{Op: proto.OpImage}, nil)
+func (c *Client) Image() (*os.File, error) { return c.file(proto.OpImage) }
+
+// Shadowed returns the image in shadow. The caller closes it.
+func (c *Client) Shadowed() (*os.File, error) { return c.file(proto.OpShadowed) }
+
+func (c *Client) file(op proto.Op) (*os.File, error) {
+	_, files, err := c.ask(proto.Request{Op: op}, nil)
 	if err != nil {
 		return nil, err
 	}
 	if len(files) != 1 {
 		proto.CloseFiles(files)
-		return nil, fmt.Errorf("image: the core sent %d descriptors", len(files))
+		return nil, fmt.Errorf("%s: the core sent %d descriptors", op, len(files))
 	}
 	return files[0], nil
 }

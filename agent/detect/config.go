@@ -38,6 +38,7 @@ type Config struct {
 	Forgery    Scan           `yaml:"forgery"`  // stale proofs; any other bad proof is certain
 	Metadata   MetadataConfig `yaml:"metadata"` // dial-outs to the cloud's metadata service
 	Chain      ChainConfig    `yaml:"chain"`
+	Relay      RelayConfig    `yaml:"relay"`
 	Transfer   TransferConfig `yaml:"transfer"`
 	DNS        DNSConfig      `yaml:"dns"`
 	ICMP       ICMPConfig     `yaml:"icmp"`
@@ -103,6 +104,15 @@ type ChainConfig struct {
 	Alert int `yaml:"alert"` // hops that are an alert
 }
 
+// RelayConfig is a process that hands on what it receives.
+type RelayConfig struct {
+	Bytes  uint64        `yaml:"bytes"`  // that it sent on and got back, at least
+	Unlike float64       `yaml:"unlike"` // share of all bytes that one side alone may have
+	Times  int           `yaml:"times"`  // so often within; a time is some seconds, or a process's life
+	Exact  float64       `yaml:"exact"`  // share up to which once is enough
+	Within time.Duration `yaml:"within"`
+}
+
 // TransferConfig is a file on an edge for administration.
 type TransferConfig struct {
 	Bytes  uint64  `yaml:"bytes"`  // in one direction, at least
@@ -141,6 +151,7 @@ func DefaultConfig() *Config {
 		BruteForce: BruteForce{Count: 10, Total: 30, Within: 15 * time.Second, Services: []uint16{21, 22, 23, 3389, 5900}},
 		Forgery:    Scan{3, 5 * time.Minute},
 		Chain:      ChainConfig{Note: 2, Alert: 3},
+		Relay:      RelayConfig{Bytes: 4096, Unlike: 0.05, Times: 3, Exact: 0.01, Within: 10 * time.Minute},
 		Transfer:   TransferConfig{Bytes: 8 << 20, OneWay: 0.9, Factor: 8},
 		DNS:        DNSConfig{Name: 52, Label: 30, Count: 100, Within: 5 * time.Minute},
 		ICMP:       ICMPConfig{Payload: 64, Count: 10, Within: time.Minute},
@@ -186,7 +197,7 @@ func (c *Config) Check() *Problem {
 		{"fanOut.count", c.FanOut.Count}, {"newEdge.drift", c.NewEdge.Drift}, {"upward.count", c.Upward.Count},
 		{"bruteForce.count", c.BruteForce.Count}, {"bruteForce.total", c.BruteForce.Total}, {"forgery.count", c.Forgery.Count},
 		{"chain.note", c.Chain.Note}, {"chain.alert", c.Chain.Alert}, {"dns.name", c.DNS.Name}, {"dns.label", c.DNS.Label},
-		{"dns.count", c.DNS.Count}, {"icmp.count", c.ICMP.Count},
+		{"dns.count", c.DNS.Count}, {"icmp.count", c.ICMP.Count}, {"relay.times", c.Relay.Times},
 	}
 	for _, n := range counts {
 		if n.value < 1 || n.value > mostCounted {
@@ -201,12 +212,17 @@ func (c *Config) Check() *Problem {
 		{"hostSweep.within", c.HostSweep.Within}, {"slowScan.within", c.SlowScan.Within}, {"spread.within", c.Spread.Within},
 		{"fanOut.within", c.FanOut.Within}, {"newEdge.learn", c.NewEdge.Learn}, {"upward.within", c.Upward.Within},
 		{"bruteForce.within", c.BruteForce.Within}, {"forgery.within", c.Forgery.Within}, {"dns.within", c.DNS.Within}, {"icmp.within", c.ICMP.Within},
+		{"relay.within", c.Relay.Within},
 	} {
 		if d.value <= 0 || d.value > 30*24*time.Hour {
 			return &Problem{d.path, "use a duration such as 5m, at most 720h", fmt.Sprintf("%s is out of bounds", d.value)}
 		}
 	}
 	switch {
+	case c.Relay.Unlike <= 0 || c.Relay.Unlike > 0.5:
+		return &Problem{"relay.unlike", "use more than 0, at most 0.5", fmt.Sprintf("%g is out of bounds", c.Relay.Unlike)}
+	case c.Relay.Exact < 0 || c.Relay.Exact > c.Relay.Unlike:
+		return &Problem{"relay.exact", "use at least 0, at most relay.unlike", fmt.Sprintf("%g is out of bounds", c.Relay.Exact)}
 	case c.Transfer.OneWay <= 0.5 || c.Transfer.OneWay > 1:
 		return &Problem{"transfer.oneWay", "use more than 0.5, at most 1", fmt.Sprintf("%g is out of bounds", c.Transfer.OneWay)}
 	case c.Transfer.Factor < 1:

@@ -229,11 +229,37 @@ func TestDetectors(t *testing.T) {
 			r.signal("web", Signal{Kind: Chain, Hops: 3, Protocol: "tcp", Peer: peer("10.1.0.1:5432")})
 		}, []string{}},
 		{"relay", func(r *trace) {
-			r.signal("web", Signal{Kind: Relay, Protocol: "tcp", Peer: peer("10.1.0.1:5432"), Comm: "socat", PID: 7, Values: Values{Bytes: 10000}})
+			r.signal("web", Signal{Kind: Relay, Protocol: "tcp", Peer: peer("10.1.0.1:5432"), Comm: "socat", PID: 7,
+				Values: Values{Received: 10001, Bytes: 10001, Answered: 80000, Back: 80000}})
 		}, []string{"T1090.001 relay medium edge/web socat[7]"}},
-		{"relay by ssh", func(r *trace) {
-			r.signal("web", Signal{Kind: Relay, Protocol: "tcp", Peer: peer("10.1.0.1:5432"), Comm: "ssh", PID: 7})
-		}, []string{"T1572 relay medium edge/web ssh[7]"}},
+		{"relay by ssh, whose side is a little longer", func(r *trace) {
+			for range 3 {
+				r.signal("web", Signal{Kind: Relay, Protocol: "tcp", Peer: peer("10.1.0.1:5432"), Comm: "sshd", PID: 7,
+					Values: Values{Received: 10300, Bytes: 10000, Answered: 20500, Back: 20000}}).wait(5 * time.Second)
+			}
+		}, []string{"T1572 relay medium edge/web sshd[7]"}},
+		{"relay of little at a time", func(r *trace) {
+			for range 20 {
+				r.signal("web", Signal{Kind: Relay, Protocol: "tcp", Peer: peer("10.1.0.1:5432"), Comm: "socat", PID: 7,
+					Values: Values{Received: 101, Bytes: 100, Answered: 200, Back: 200}}).wait(20 * time.Second)
+			}
+		}, []string{"T1090.001 relay medium edge/web socat[7]"}},
+		{"OK a server that answers what its database says, with more around it", func(r *trace) {
+			for range 50 {
+				r.signal("web", Signal{Kind: Relay, Protocol: "tcp", Peer: peer("10.1.0.1:5432"), Comm: "api", PID: 7,
+					Values: Values{Received: 1000, Bytes: 900, Answered: 12000, Back: 10000}}).wait(5 * time.Second)
+			}
+		}, []string{}},
+		{"OK twice about the same", func(r *trace) {
+			for range 2 {
+				r.signal("web", Signal{Kind: Relay, Protocol: "tcp", Peer: peer("10.1.0.1:5432"), Comm: "api", PID: 7,
+					Values: Values{Received: 1000, Bytes: 1000, Answered: 10300, Back: 10000}}).wait(5 * time.Second)
+			}
+		}, []string{}},
+		{"relay of a proxy", func(r *trace) {
+			r.signal("jump", Signal{Kind: Relay, Protocol: "tcp", Peer: peer("10.1.0.1:5432"), Comm: "ssh", PID: 7,
+				Values: Values{Received: 10000, Bytes: 10000, Answered: 20000, Back: 20000}})
+		}, []string{"T1572 relay medium app/jump ssh[7] role bastion"}},
 		{"reverse shell", func(r *trace) {
 			r.signal("web", Signal{Kind: Shell, Exe: "/usr/bin/dash", Comm: "sh", PID: 8, Peer: peer("10.9.0.1:443")})
 		}, []string{"T1059.004 shell critical edge/web sh[8]"}},
@@ -241,9 +267,27 @@ func TestDetectors(t *testing.T) {
 			r.signal("web", Signal{Kind: Shell, Exe: "/usr/sbin/in.ftpd", Comm: "in.ftpd", PID: 8})
 		},
 			[]string{"T1059.004 shell low edge/web in.ftpd[8]"}},
+		{"OK inetd behind a crossing", func(r *trace) {
+			r.signal("api", Signal{Kind: Shell, Exe: "/usr/sbin/sshd", Comm: "sshd", PID: 8, Local: flow.Endpoint{Port: 8080}})
+		}, []string{}},
+		{"inetd beside a crossing", func(r *trace) {
+			r.signal("api", Signal{Kind: Shell, Exe: "/usr/sbin/sshd", Comm: "sshd", PID: 8, Local: flow.Endpoint{Port: 8081}})
+		}, []string{"T1059.004 shell low app/api sshd[8]"}},
+		{"shell behind a crossing", func(r *trace) {
+			r.signal("api", Signal{Kind: Shell, Exe: "/bin/sh", Comm: "sh", PID: 8, Local: flow.Endpoint{Port: 8080}})
+		}, []string{"T1059.004 shell critical app/api sh[8]"}},
 		{"cgroup of another", func(r *trace) {
 			r.signal("web", Signal{Kind: Migrate, Peer: flow.Endpoint{Identity: 5, Workload: "api", Zone: "app"}})
 		}, []string{"T1611 cgroup-move high edge/web tool[4242]"}},
+		{"cgroup of another, by the manager", func(r *trace) {
+			r.signal("web", Signal{Kind: Migrate, Cause: "manager", Peer: flow.Endpoint{Identity: 5, Workload: "api", Zone: "app"}})
+		}, []string{"T1611 cgroup-move low edge/web tool[4242]"}},
+		{"out of every workload", func(r *trace) {
+			r.signal("web", Signal{Kind: Migrate, Peer: flow.Endpoint{Identity: 1, Reserved: "unmanaged"}})
+		}, []string{"T1611 cgroup-move high edge/web tool[4242]"}},
+		{"OK a session that the manager gives a scope", func(r *trace) {
+			r.signal("web", Signal{Kind: Migrate, Cause: "manager", Peer: flow.Endpoint{Identity: 1, Reserved: "unmanaged"}})
+		}, []string{}},
 		{"network namespace", func(r *trace) { r.signal("web", Signal{Kind: Setns}) }, []string{"T1611 namespace high edge/web tool[4242]"}},
 		{"tun", func(r *trace) { r.signal("web", Signal{Kind: Tun}) }, []string{"T1572 tun medium edge/web tool[4242]"}},
 		{"listener", func(r *trace) {

@@ -20,6 +20,7 @@ type actor struct {
 	stale    burst           // proofs
 	edges    edges           // that were used
 	volumes  volumes         // bytes that edges usually carry
+	relayed  relayed         // from its callers to others
 	names    burst           // long DNS names
 	echoes   burst           // large ICMP payloads
 	failures trail           // events of contacts that failed,

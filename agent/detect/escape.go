@@ -11,8 +11,11 @@ func cgroupMove(_ *Engine, m *moment) []Finding {
 	to := flow.Endpoint{Identity: m.peer.Identity, Workload: m.peer.Workload, Zone: m.peer.Zone, Reserved: m.peer.Reserved}
 	f := m.finding("cgroup-move", escape, High, 80, "", "has a process that moved into a cgroup of %s", to.Label())
 	f.Certain = m.actor.Workload != ""
-	if m.actor.Workload == "" { // the manager that starts workloads moves its children so
-		f.Severity, f.Confidence = Info, 20
+	switch manager := m.event.Signal.Cause == "manager"; {
+	case manager && to.Workload == "":
+		return nil // logind and its like move sessions into scopes of their own
+	case m.actor.Workload == "", manager: // who starts workloads moves its children so
+		f.Severity, f.Confidence, f.Certain = Low, 20, false
 	}
 	f.Advice = "Only the service manager or the container runtime moves processes. Look for who may write to cgroup.procs."
 	return []Finding{f}

@@ -17,6 +17,7 @@ type Policy struct {
 	decoys   map[string]bool         // crossings
 	exact    map[string]bool         // networks of single addresses
 	networks map[string][]string     // networks that a crossing leads to, by crossing
+	ports    map[string][]image.Span // that crossings lead to, by "workload/web", "zone/edge", "any"
 }
 
 // PolicyOf takes from an image what detectors need.
@@ -24,6 +25,7 @@ func PolicyOf(img *image.Image) *Policy {
 	p := &Policy{
 		roles: map[string][]image.Role{}, trust: map[string]uint16{}, zones: map[string]string{},
 		decoys: map[string]bool{}, exact: map[string]bool{}, networks: map[string][]string{},
+		ports: map[string][]image.Span{},
 	}
 	for _, z := range img.Zones {
 		p.trust[z.Name] = z.Trust
@@ -39,9 +41,19 @@ func PolicyOf(img *image.Image) *Policy {
 	for _, c := range img.Crossings {
 		p.decoys[c.Name] = c.Decoy
 		for _, t := range c.To {
-			if t.Kind == image.TermNetwork {
+			to := ""
+			switch t.Kind {
+			case image.TermNetwork:
 				p.networks[c.Name] = append(p.networks[c.Name], img.Networks[t.Index].Name)
+				continue
+			case image.TermWorkload:
+				to = "workload/" + img.Workloads[t.Index].Name
+			case image.TermZone:
+				to = "zone/" + img.Zones[t.Index].Name
+			case image.TermAny:
+				to = "any"
 			}
+			p.ports[to] = append(p.ports[to], c.Ports...)
 		}
 	}
 	return p
@@ -62,6 +74,19 @@ func (p *Policy) role(workload string, at time.Time, of []string) string {
 func (p *Policy) leadsToOneAddress(crossing string) bool {
 	to := p.networks[crossing]
 	return len(to) > 0 && !slices.ContainsFunc(to, func(n string) bool { return !p.exact[n] })
+}
+
+// serves says whether some crossing leads to a workload on a TCP port.
+func (p *Policy) serves(workload, zone string, port uint16) bool {
+	if port == 0 || workload == "" {
+		return false
+	}
+	for _, to := range []string{"workload/" + workload, "zone/" + zone, "any"} {
+		if slices.ContainsFunc(p.ports[to], func(s image.Span) bool { return s.Proto == image.TCP && s.Low <= port && port <= s.High }) {
+			return true
+		}
+	}
+	return false
 }
 
 // zoneOf is the zone of a party: its own, or the least trusted one of the networks

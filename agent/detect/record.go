@@ -38,7 +38,7 @@ func SignalOf(r *flow.Resolver, s *abi.Signal) *Signal {
 		PID: s.PID, StartTime: s.Start, Comm: f.Comm, Exe: flow.Escape(text(s.Exe[:])), Cgroup: local.Cgroup, UID: s.UID,
 		Peer: peer, Protocol: f.Protocol, Crossing: f.Crossing,
 		Hops: s.Hops, Origin: s.Origin, Cause: causeOf(s.Cause),
-		Values: Values{Count: max(s.Count, 1), Bytes: s.Bytes, Back: s.Back, Length: uint32(s.Length), Labels: uint32(s.Labels)},
+		Values: Values{Count: max(s.Count, 1), Bytes: s.Bytes, Back: s.Back, Received: s.Received, Answered: s.Answered, Length: uint32(s.Length), Labels: uint32(s.Labels)},
 	}
 	out.Local = flow.Endpoint{Address: local.Address, Port: local.Port}
 	if s.Direction == abi.Ingress {
@@ -53,9 +53,12 @@ func SignalOf(r *flow.Resolver, s *abi.Signal) *Signal {
 	}
 	switch out.Kind {
 	case Ports, Peers:
-		out.Distinct, out.Window, out.Count = estimate(s.Distinct), abi.SignalEpoch, 0
+		out.Distinct, out.Window, out.Count = estimate(256, s.Distinct), abi.SignalEpoch, 0
 	case Contact, Failed, Edge:
 		out.Window = abi.SignalEpoch
+	case DNS:
+		out.Name, out.Exe = out.Exe, ""
+		out.Count = uint64(estimate(nameBits, s.Distinct) - estimate(nameBits, s.Distinct-nameStep))
 	case Migrate:
 		out.Peer = flow.Endpoint{Identity: s.Peer}
 		out.Peer.Workload, out.Peer.Zone, _ = r.Book.Workload(s.Epoch, s.Peer)
@@ -74,16 +77,20 @@ func (s *Signal) Identify(r *flow.Resolver, epoch, id uint32) {
 	}
 }
 
-// estimate is how many distinct values most likely set so many of 256 bits (linear
+// Long names are counted by a bitmap of so many bits, and told whenever so many more
+// are set (bpf/payload.h).
+const nameBits, nameStep = 128, 8
+
+// estimate is how many distinct values most likely set so many bits of a bitmap (linear
 // counting).
-func estimate(set uint16) uint32 {
-	if set >= 256 {
+func estimate(bits, set uint16) uint32 {
+	if set >= bits {
 		return math.MaxUint16
 	}
-	return uint32(math.Round(-256 * math.Log(1-float64(set)/256)))
+	return uint32(math.Round(-float64(bits) * math.Log(1-float64(set)/float64(bits))))
 }
 
-var causes = [...]string{abi.CauseRefused: "refused", abi.CauseTimeout: "timeout", abi.CauseReset: "reset", abi.CauseAbandoned: "abandoned", abi.CauseUnreachable: "unreachable"}
+var causes = [...]string{abi.CauseRefused: "refused", abi.CauseTimeout: "timeout", abi.CauseReset: "reset", abi.CauseAbandoned: "abandoned", abi.CauseUnreachable: "unreachable", abi.CauseManager: "manager"}
 
 // causeOf says why; a denial by its reason.
 func causeOf(c uint8) string {

@@ -31,8 +31,9 @@ const (
 	// Chain is a connection opened by a task that goes back to an accepted one: Hops
 	// of them that this kernel knows of, the last from Origin.
 	Chain SignalKind = 6
-	// Relay is a process whose accepted and opened connections carry the same bytes.
-	// Peer is where it relays to, Origin who is relayed, Bytes what passed.
+	// Relay is a process whose accepted and opened connections carried about the same,
+	// in a few seconds: Received from who is relayed (Origin) and Answered to him, Bytes
+	// sent on to Peer and Back from there. The kernel tells it up to a difference of half.
 	Relay SignalKind = 7
 	// Raw is a raw or packet socket; Cause "refused" if it was not made.
 	Raw SignalKind = 8
@@ -41,7 +42,8 @@ const (
 	// Setns is a process that is in another network namespace than before.
 	Setns SignalKind = 10
 	// Migrate is a process that came into another identity's cgroup. Subject is the
-	// identity that it left, Peer.Identity the new one.
+	// identity that it left, Peer.Identity the new one. Cause "manager": a process of no
+	// workload moved it.
 	Migrate SignalKind = 11
 	// Shell is a program that was started with a connection as its standard input,
 	// output or error: Exe, and Peer the other end. It may be an interpreter or not.
@@ -56,11 +58,13 @@ const (
 	// Transfer is a connection that ended after many bytes: Bytes from the opener,
 	// Back to it.
 	Transfer SignalKind = 16
-	// DNS and ICMP are what a datagram carried: Bytes of its payload; DNS: Length of
-	// the name, Labels in it.
+	// DNS is a query for a name of more than 30 bytes, after Count of them, all different,
+	// since the last: Name or its end, its Length and Labels. ICMP is a ping of Bytes,
+	// more than ping sends by itself, after Count of them since the last.
 	DNS  SignalKind = 17
 	ICMP SignalKind = 18
-	// Banner is a connection that begins as SSH does.
+	// Banner is a connection whose first bytes from here are SSH's. Peer is the server;
+	// where the workload itself serves, that is this end.
 	Banner SignalKind = 19
 	// Decoy is a touch of a decoy crossing. Crossing names it.
 	Decoy SignalKind = 20
@@ -114,6 +118,7 @@ type Signal struct {
 	StartTime uint64 `json:"start,omitempty"` // of the process, ns of CLOCK_BOOTTIME
 	Comm      string `json:"comm,omitempty"`
 	Exe       string `json:"exe,omitempty"`
+	Name      string `json:"name,omitempty"`   // DNS
 	Cgroup    string `json:"cgroup,omitempty"` // path below the managed root
 	UID       uint32 `json:"uid,omitempty"`
 
@@ -139,6 +144,8 @@ type Values struct {
 	Distinct uint32        `json:"distinct,omitempty"` // about; a bitmap of 256 bits counts them
 	Bytes    uint64        `json:"bytes,omitempty"`    // sent by the side that opened
 	Back     uint64        `json:"back,omitempty"`     // received by it
+	Received uint64        `json:"received,omitempty"` // from who is relayed
+	Answered uint64        `json:"answered,omitempty"` // to who is relayed
 	Length   uint32        `json:"length,omitempty"`   // of a name
 	Labels   uint32        `json:"labels,omitempty"`   // of a name
 	Window   time.Duration `json:"window,omitempty"`   // that Count and Distinct are of

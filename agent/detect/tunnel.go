@@ -14,7 +14,11 @@ func dnsNames(g *Engine, m *moment) []Finding {
 	if n < c.Count {
 		return nil
 	}
-	f := m.finding("dns-tunnel", dnsTunnel, Medium, 70, "", "asked for %d names of more than %d bytes within %s", n, c.Name, c.Within)
+	such := ""
+	if s.Name != "" {
+		such = ", such as ..." + s.Name
+	}
+	f := m.finding("dns-tunnel", dnsTunnel, Medium, 70, "", "asked for %d long names within %s%s", n, c.Within, such)
 	f.Advice = "Look at the names at the resolver. Let workloads ask your own resolver only, and count what it forwards."
 	return []Finding{f}
 }
@@ -29,7 +33,7 @@ func icmpEcho(g *Engine, m *moment) []Finding {
 	if n < c.Count {
 		return nil
 	}
-	f := m.finding("icmp-tunnel", nonApplication, Medium, 70, "", "exchanged %d ICMP packets of more than %d bytes with %s within %s", n, c.Payload, m.peer.Address, c.Within)
+	f := m.finding("icmp-tunnel", nonApplication, Medium, 70, "", "sent %d pings of more than %d bytes to %s within %s", n, c.Payload, m.peer.Address, c.Within)
 	f.Advice = "ping sends 56 bytes unless told otherwise. Look at the process, and declare icmp/echo only where it is needed."
 	return []Finding{f}
 }

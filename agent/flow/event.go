@@ -83,9 +83,10 @@ func (g *Gaps) See(cpu uint32, seq uint64) int64 {
 }
 
 // Ring is the ring that the kernel tells a verdict in: denials, and what would be one
-// if the mode were not observe, have a ring of their own.
+// if the mode were not observe or if the policy in shadow were in force, have a ring of
+// their own.
 func Ring(v abi.Verdict) int {
-	if v == abi.Deny || v == abi.Audit {
+	if v == abi.Deny || v == abi.Audit || v.OfShadow() {
 		return abi.RingDenied
 	}
 	return abi.RingAllowed

@@ -40,7 +40,7 @@ type Field struct {
 // Fields lists what a Filter can filter by. What is said of one side may be said with
 // from-, with to-, and without, for either.
 var Fields = slices.Concat([]Field{
-	{"verdict", "deny, allow, provisional or audit; or as Hubble has it: DROPPED, FORWARDED, TRACED, AUDIT", []string{"deny", "allow", "provisional", "audit", "DROPPED", "FORWARDED", "TRACED", "AUDIT"}, parseVerdict},
+	{"verdict", "deny, allow, provisional, audit, would-deny or would-allow; or as Hubble has it: DROPPED, FORWARDED, TRACED, AUDIT", []string{"deny", "allow", "provisional", "audit", "would-deny", "would-allow", "DROPPED", "FORWARDED", "TRACED", "AUDIT"}, parseVerdict},
 	{"reason", "reason of the verdict", reasons(), parseReason},
 	{"direction", "egress or ingress, the side that was judged", []string{"egress", "ingress"}, parseDirection},
 	{"protocol", "tcp, udp, icmp, icmp6, sctp or proto-N", []string{"tcp", "udp", "icmp", "icmp6", "sctp"}, parseProtocol},
@@ -250,7 +250,7 @@ func parseType(s string) (func(*Flow) bool, error) {
 	case "trace":
 		return func(f *Flow) bool { return f.Verdict == abi.Provisional }, nil
 	case "policy-verdict":
-		return func(f *Flow) bool { return f.Verdict == abi.Allow || f.Verdict == abi.Audit }, nil
+		return func(f *Flow) bool { return f.Verdict == abi.Allow || f.Verdict == abi.Audit || f.Verdict.OfShadow() }, nil
 	case "l7", "capture", "trace-sock":
 		return func(*Flow) bool { return false }, nil
 	}

@@ -186,13 +186,17 @@ func (r *Resolver) Resolve(e *abi.Event, f *Flow) {
 		Protocol: ProtocolName(e.Tuple.Proto),
 		PID:      e.PID, Comm: printable(e.Comm[:]), CPU: e.CPU, Seq: e.Seq, Epoch: e.Epoch,
 	}
+	epoch := e.Epoch
+	if e.Verdict.OfShadow() {
+		epoch = ofShadow
+	}
 	f.Source = Endpoint{Address: address(e.Tuple.Source), Port: e.Tuple.SourcePort}
 	f.Destination = Endpoint{Address: address(e.Tuple.Destination), Port: e.Tuple.DestinationPort}
 	subject, peer := &f.Source, &f.Destination
 	if e.Direction == abi.Ingress {
 		subject, peer = peer, subject
 	}
-	r.identify(subject, e.Epoch, e.Subject)
+	r.identify(subject, epoch, e.Subject)
 	if r.Cgroup != nil && e.Cgroup != 0 {
 		path := r.Cgroup(e.Cgroup)
 		subject.Cgroup = Escape(path)
@@ -203,15 +207,15 @@ func (r *Resolver) Resolve(e *abi.Event, f *Flow) {
 	}
 	switch e.Proof {
 	case abi.ProofIdentity:
-		r.identify(peer, e.Epoch, e.Peer)
+		r.identify(peer, epoch, e.Peer)
 	case abi.ProofBad:
-		r.identify(peer, e.Epoch, e.Peer)
+		r.identify(peer, epoch, e.Peer)
 		peer.Claimed = e.Peer != 0
 	}
 	if e.Proof != abi.ProofIdentity {
-		peer.Networks = r.Book.Networks(e.Epoch, peer.Address)
+		peer.Networks = r.Book.Networks(epoch, peer.Address)
 	}
-	if c, ok := r.Book.Crossing(e.Epoch, e.Crossing); ok && e.Crossing != 0 {
+	if c, ok := r.Book.Crossing(epoch, e.Crossing); ok && e.Crossing != 0 {
 		f.Crossing, f.Line = c.Name, c.Line
 	} else if e.Crossing != 0 {
 		f.Crossing = "crossing-" + strconv.FormatUint(uint64(e.Crossing), 10)

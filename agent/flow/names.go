@@ -86,9 +86,13 @@ const imagesKept = 8
 // an event judged under one of those still finds its words. The zero value is an
 // empty book. It is safe for concurrent use.
 type Book struct {
-	mu    sync.RWMutex
-	pages []page // oldest first
+	mu     sync.RWMutex
+	pages  []page // oldest first
+	shadow *Names // of the image that was in shadow last; nil = none was
 }
+
+// ofShadow stands for an epoch: the image in shadow comes first.
+const ofShadow = ^uint32(0) - 1
 
 type page struct {
 	epoch  uint32 // from which on these names hold
@@ -104,6 +108,13 @@ func (b *Book) Add(epoch uint32, digest string, names *Names) {
 	if over := len(b.pages) - imagesKept; over > 0 {
 		b.pages = slices.Delete(b.pages, 0, over)
 	}
+}
+
+// Shadow makes names those that verdicts of a shadow are told with.
+func (b *Book) Shadow(names *Names) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.shadow = names
 }
 
 // Current returns the names of the active image and its digest, or nil.
@@ -123,6 +134,11 @@ func (b *Book) Current() (*Names, string) {
 func find[T any](b *Book, epoch uint32, look func(*Names) (T, bool)) (T, *Names, bool) {
 	b.mu.RLock()
 	defer b.mu.RUnlock()
+	if epoch == ofShadow && b.shadow != nil {
+		if v, ok := look(b.shadow); ok {
+			return v, b.shadow, true
+		}
+	}
 	for _, p := range slices.Backward(b.pages) {
 		if p.epoch <= epoch {
 			if v, ok := look(p.names); ok {
@@ -134,6 +150,11 @@ func find[T any](b *Book, epoch uint32, look func(*Names) (T, bool)) (T, *Names,
 	for _, p := range slices.Backward(b.pages) {
 		if v, ok := look(p.names); ok {
 			return v, p.names, true
+		}
+	}
+	if b.shadow != nil { // a number that only it knows
+		if v, ok := look(b.shadow); ok {
+			return v, b.shadow, true
 		}
 	}
 	var none T

@@ -67,7 +67,7 @@ func Flow(f *flow.Flow) *flowpb.Flow {
 	if f.Crossing != "" {
 		by = []*flowpb.Policy{{Name: f.Crossing, Kind: "Crossing"}}
 	}
-	denied := f.Verdict == abi.Deny || f.Verdict == abi.Audit
+	denied := f.Verdict == abi.Deny || f.Verdict == abi.Audit || f.Verdict == abi.WouldDeny
 	out.TrafficDirection = flowpb.TrafficDirection_EGRESS
 	switch {
 	case f.Direction == abi.Ingress && denied:
@@ -135,7 +135,7 @@ func verdict(v abi.Verdict) flowpb.Verdict {
 		return flowpb.Verdict_FORWARDED
 	case abi.Provisional:
 		return flowpb.Verdict_TRACED
-	case abi.Audit:
+	case abi.Audit, abi.WouldDeny, abi.WouldAllow:
 		return flowpb.Verdict_AUDIT
 	}
 	return flowpb.Verdict_DROPPED

@@ -13,7 +13,7 @@ import (
 )
 
 // Version of the layouts. Pinned maps of another version are not adopted.
-const Version = 3
+const Version = 4
 
 // Sizes shared with abi.h.
 const (
@@ -42,9 +42,15 @@ const (
 	Allow       Verdict = 1
 	Provisional Verdict = 2 // may open; decided when the peer's proof is known
 	Audit       Verdict = 3 // would be denied, let pass by mode observe
+	WouldDeny   Verdict = 4 // passes, and the generation in shadow denies it
+	WouldAllow  Verdict = 5 // is denied, and the generation in shadow lets it pass
 )
 
-var verdictNames = names{"deny", "allow", "provisional", "audit"}
+var verdictNames = names{"deny", "allow", "provisional", "audit", "would-deny", "would-allow"}
+
+// OfShadow says whether it is none of the policy in force, but what the one in shadow
+// would have decided otherwise. Nothing came of it.
+func (v Verdict) OfShadow() bool { return v == WouldDeny || v == WouldAllow }
 
 func (v Verdict) String() string                { return verdictNames.name("verdict", int(v)) }
 func (v Verdict) MarshalText() ([]byte, error)  { return []byte(v.String()), nil }
@@ -287,6 +293,10 @@ type State struct {
 	Deadline uint64 // CLOCK_BOOTTIME, ns; 0 = Active is confirmed
 
 	Quarantines uint64 // entries of the map of that name
+
+	Shadow   uint64 // word of the generation in shadow; 0 = none
+	Shadowed uint64 // until when it is asked, CLOCK_BOOTTIME, ns
+	Spared   uint64 // until when the last change kept what it would have cut, the same
 }
 
 // Floor is the highest version that was ever in force, and the SHA-256 of that image.
@@ -311,6 +321,7 @@ const (
 	ActiveObserve   = 2
 	ActiveUnmanaged = 4
 	ActiveDecoy     = 8
+	ActiveShadow    = 16
 )
 
 // MakeActive joins slot, flags and epoch into the word that programs read.
@@ -395,6 +406,8 @@ type Signal struct {
 	Count     uint64
 	Bytes     uint64
 	Back      uint64
+	Received  uint64
+	Answered  uint64
 	CPU       uint32
 	PID       uint32
 	UID       uint32
@@ -425,6 +438,7 @@ const (
 	CauseReset       = 3
 	CauseAbandoned   = 4
 	CauseUnreachable = 5
+	CauseManager     = 6
 	CauseDenied      = 64
 )
 

@@ -15,10 +15,10 @@
 #include <linux/types.h>
 #endif
 
-#define DEMARC_ABI_VERSION 3
+#define DEMARC_ABI_VERSION 4
 
-/* Generations that can be loaded at once: active, candidate, fallback and one
- * being emptied. A generation lives in one slot of every outer map. */
+/* Generations that can be loaded at once: active, fallback, one in shadow and a
+ * candidate. A generation lives in one slot of every outer map. */
 #define DEMARC_SLOTS 4
 
 /* Identities (24 bits). Below DEMARC_ID_FIRST are reserved. */
@@ -36,6 +36,8 @@ enum demarc_verdict {
 	DEMARC_ALLOW = 1,
 	DEMARC_PROVISIONAL = 2, /* may open; decided when the peer's proof is known */
 	DEMARC_AUDIT = 3,	/* events and counters only: would be denied, mode observe */
+	DEMARC_WOULD_DENY = 4,	/* the same: passes, and the generation in shadow denies it */
+	DEMARC_WOULD_ALLOW = 5, /* the same: denied, and the generation in shadow lets it pass */
 };
 
 /* Why. Travels with every verdict. */
@@ -236,6 +238,9 @@ struct demarc_state {
 	__u64 fallback;	 /* DEMARC_ACTIVE(): takes the place of `active` at `deadline`; its epoch is the later one */
 	__u64 deadline;	 /* CLOCK_BOOTTIME, ns; 0 = `active` is confirmed */
 	__u64 quarantines; /* entries of the map of that name: without any, nobody looks */
+	__u64 shadow;	/* DEMARC_ACTIVE() of the generation in shadow; 0 = none */
+	__u64 shadowed; /* until when it is asked, CLOCK_BOOTTIME, ns */
+	__u64 spared;	/* until when the last change kept what it would have cut, the same */
 };
 
 /* The highest version that was ever in force, and the SHA-256 of that image. */
@@ -255,6 +260,7 @@ enum demarc_active_flags {
 	DEMARC_ACTIVE_OBSERVE = 2, /* report what would be denied, and let it pass */
 	DEMARC_ACTIVE_DECOY = 8, /* some crossing is a decoy */
 	DEMARC_ACTIVE_UNMANAGED = 4, /* some crossing names `unmanaged`: record its flows */
+	DEMARC_ACTIVE_SHADOW = 16, /* another generation is asked beside this one */
 };
 
 /* A tag key. key[0], key[1]: SipHash key as two little-endian words. */
@@ -287,7 +293,7 @@ enum demarc_tag_flags {
 	DEMARC_TAG_ANSWER = 1,	       /* a SYN-ACK, or a datagram that answers */
 	DEMARC_TAG_NO_SOURCE = 2,      /* source address and port are left out (as zero) */
 	DEMARC_TAG_NO_DESTINATION = 4, /* the destination's are */
-	DEMARC_TAG_DATAGRAM = 8,
+	DEMARC_TAG_DATAGRAM = 8,       /* in UDP */
 };
 
 /*
@@ -295,14 +301,15 @@ enum demarc_tag_flags {
  * own data, at an even offset from the UDP header (one zero byte of padding where
  * needed):
  *
- *	OCS (2 bytes), kind=127, length=20, ExID=0xD3AC, claim, time, mac
+ *	OCS (2 bytes), kind=127, length=24, ExID=0xD3AC, claim, time, nonce, mac
  *
- * time: Unix seconds, big endian. mac: as for TCP, with time in the place of the
- * sequence number.
+ * time: Unix seconds, big endian. nonce: a number of chance that the opener gives a
+ * flow; an answer repeats it, and so belongs to that flow alone. mac: as for TCP, with
+ * time in the place of the sequence number and nonce in that of what is acknowledged.
  */
 #define DEMARC_UDP_TAG_KIND 127
-#define DEMARC_UDP_TAG_LENGTH 20
-#define DEMARC_UDP_TAG_SURPLUS 22 /* with the OCS, without padding */
+#define DEMARC_UDP_TAG_LENGTH 24
+#define DEMARC_UDP_TAG_SURPLUS 26 /* with the OCS, without padding */
 #define DEMARC_UDP_TAG_WINDOW 30  /* seconds that clocks may differ */
 #define DEMARC_UDP_TAG_REFRESH (60ULL * 1000000000ULL)
 
@@ -310,7 +317,7 @@ enum demarc_tag_flags {
 struct demarc_tag_input {
 	__u32 claim;
 	__u32 seq;	/* sender's initial sequence number; datagram: time */
-	__u32 acked;	/* SYN-ACK: the acknowledgement number; SYN: the time slot; datagram: 0 */
+	__u32 acked;	/* SYN-ACK: the acknowledgement number; SYN: the time slot; datagram: the nonce */
 	__u16 sport;
 	__u16 dport;
 	__u8 saddr[16];
@@ -361,6 +368,7 @@ struct demarc_socket {
 	__u8 direction;
 	__u8 zero[6];
 	__u64 until;
+	__u64 spared; /* it passes until then although a change cut it; 0 = it does not */
 };
 
 /* A conversation without handshake (everything but TCP), and local proof: what
@@ -380,7 +388,9 @@ struct demarc_flow {
 	__u64 until_in;
 	__u64 tagged; /* when a tag of ours last left in it */
 	__u8 owed;    /* the opener proved itself from another host: the next answer carries our tag */
-	__u8 zero[7];
+	__u8 omits;   /* what the opener's tags leave out: DEMARC_TAG_NO_SOURCE, ..._NO_DESTINATION */
+	__u8 zero[2];
+	__u32 nonce;  /* of the tags in this flow; 0 = none has left yet, or come */
 };
 #define DEMARC_UNPROVEN_MAX 16
 #define DEMARC_FLOW_IDLE (180ULL * 1000000000ULL)
@@ -525,6 +535,7 @@ enum demarc_cause {
 	DEMARC_CAUSE_RESET = 3,     /* after it was established */
 	DEMARC_CAUSE_ABANDONED = 4, /* the caller gave up */
 	DEMARC_CAUSE_UNREACHABLE = 5,
+	DEMARC_CAUSE_MANAGER = 6,   /* migrate: moved by a process of no workload */
 	DEMARC_CAUSE_DENIED = 64,
 };
 
@@ -536,6 +547,8 @@ struct demarc_signal {
 	__u64 count;  /* of the same since it was last told; 0 = 1 */
 	__u64 bytes;
 	__u64 back;
+	__u64 received; /* relay: bytes from who is relayed */
+	__u64 answered; /* and to him */
 	__u32 cpu;
 	__u32 pid;    /* of the process; 0 = not known */
 	__u32 uid;
@@ -556,7 +569,7 @@ struct demarc_signal {
 	__u8 zero;
 	struct demarc_tuple tuple; /* opener first */
 	char comm[16];
-	char exe[48]; /* what was executed, from its start; "" = not known */
+	char exe[48]; /* what was executed, from its start; "" = not known. DNS: the end of the name */
 };
 
 /*
@@ -578,11 +591,13 @@ struct demarc_seen {
 	__u64 began;
 	__u64 due[2];     /* when the next signal of a lane may be told */
 	__u32 missed;
-	__u32 zero;
+	__u16 names_set; /* bits of names */
+	__u16 echoes;    /* pings with much in them */
 	__u32 contacts[32];
 	__u32 deeds[8];
 	struct demarc_distinct ports[DEMARC_SEEN_SLOTS];
 	struct demarc_distinct peers[DEMARC_SEEN_SLOTS];
+	__u32 names[4]; /* bitmap of distinct long DNS names */
 };
 /* Lanes: a flood of contacts does not cost a deed its place. */
 enum demarc_lane {
@@ -592,18 +607,24 @@ enum demarc_lane {
 #define DEMARC_LANE_INTERVAL (50ULL * 1000000ULL) /* ns between two signals in the long run */
 #define DEMARC_LANE_SLACK (128 * DEMARC_LANE_INTERVAL)
 
-/* A connection that came in, or that a stamped task opens, by its socket's cookie. */
+/* A connection that came in or is opened, by its socket's cookie. */
 struct demarc_mark {
 	__u64 cookie;
-	__u64 pair;   /* cookie of the other one of the same process; 0 = none */
-	__u64 bytes;  /* this way and back, at its end or when they were last looked at */
+	__u64 bytes;      /* from this end, and back to it, when they were last looked at */
 	__u64 back;
+	__u64 fresh;      /* of those, what was new in the round below */
+	__u64 fresh_back;
+	__u64 told;       /* of those, what was told as transfers */
+	__u64 told_back;
+	__u32 round;
 	__u32 subject;
 	__u32 origin; /* identity that opened it, or what it goes back to */
-	__u32 pid;
+	__u32 pid;    /* of who holds it; 0 = not known yet */
 	__u8 inbound;
 	__u8 hops;
-	__u8 zero[2];
+	__u8 closed; /* what was new by then is put down to nobody yet */
+	__u8 zero[5];
+	char comm[16];
 };
 #define DEMARC_MARKS 16384
 
@@ -616,15 +637,29 @@ struct demarc_hop {
 };
 #define DEMARC_HOPS 4096
 
-/* What is known of a task. */
+/* What is known of a process. */
 struct demarc_lineage {
 	__u32 subject; /* identity that it had when it was last looked at */
 	__u32 origin;  /* identity behind the connection that it goes back to */
-	__u32 netns;   /* inode of its network namespace then */
+	__u32 netns;   /* inode of its network namespace then; 0 = not looked at yet */
 	__u8 hops;     /* 0 = it goes back to no connection */
-	__u8 raw;      /* a raw or packet socket of it was told */
+	__u8 tun;      /* that it holds a tun device was told */
 	__u8 zero[2];
 	__u64 looked;  /* when its files were last looked at */
+	__u64 cgroup;  /* that it was in then */
+	__u64 relayed; /* when it was last told as a relay */
+	__u64 ending[2]; /* cookies of what it ended last: accepted, opened */
+	__u64 ended[4]; /* bytes of connections that ended since the last round: enum demarc_way */
+	struct demarc_tuple on; /* the last of them that it had opened */
+};
+
+/* What passes through a process. */
+enum demarc_way {
+	DEMARC_CAME_IN = 0,   /* on connections that it accepted */
+	DEMARC_WENT_BACK = 1,
+	DEMARC_WENT_ON = 2,   /* on connections that it opened */
+	DEMARC_CAME_BACK = 3,
+	DEMARC_WAYS = 4,
 };
 
 /* One question to the verdict function, and its answer: the self-test and the

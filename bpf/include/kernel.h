@@ -66,6 +66,10 @@ struct inet_connection_sock {
 struct tcp_sock {
 	struct inet_connection_sock inet_conn;
 	__u8 bpf_sock_ops_cb_flags;
+	__u32 write_seq;
+	__u32 snd_una;
+	__u64 bytes_acked;
+	__u64 bytes_received;
 };
 
 struct seq_file;
@@ -81,6 +85,7 @@ struct bpf_iter__tcp {
 
 struct inode {
 	unsigned short i_mode;
+	__u32 i_rdev;
 };
 
 struct file {

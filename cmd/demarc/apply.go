@@ -25,6 +25,10 @@ type applyOptions struct {
 	within time.Duration
 	now    bool
 	dryRun bool
+
+	spare   time.Duration // live connections that it would cut go on
+	shadow  bool
+	lasting time.Duration // of the shadow
 }
 
 // trialDefault is how long a change waits for its confirmation when a person makes
@@ -47,9 +51,18 @@ applies for good. In scripts a change is for good unless --confirm-within is giv
 
 First it names the live TCP connections that the change would cut, those through
 which this very command was called before all others. A change that would cut one
-of these is refused unless it is confirmed later, or --now says that it is meant.`,
+of these is refused unless it is confirmed later, or --now says that it is meant.
+
+With --grandfather these connections go on for a time and are cut then, by the kernel
+itself; new ones of the same kind are refused at once.
+
+With --shadow nothing comes into force: live traffic is judged by the policy beside
+the one in force, for a time, and what it would decide otherwise is told: by demarc
+shadow show, demarc flows and demarc_verdicts_total. To apply it ends that.`,
 		Example: `  demarc apply shop.yaml
   demarc apply shop.yaml --dry-run
+  demarc apply shop.yaml --grandfather 30m
+  demarc apply shop.yaml --shadow --for 24h
   demarc apply shop.img --confirm-within 5m && ./smoke-test && demarc confirm`,
 		Args: oneArgument("file"),
 		RunE: func(c *cobra.Command, args []string) error {
@@ -60,12 +73,25 @@ of these is refused unless it is confirmed later, or --now says that it is meant
 			if c.Flags().Changed("confirm-within") && o.within <= 0 {
 				return usagef("--confirm-within: %v is no time to confirm anything in; use --now to apply for good", o.within)
 			}
+			switch trial := o.now || o.dryRun || o.spare != 0 || c.Flags().Changed("confirm-within"); {
+			case o.shadow && trial:
+				return usagef("--shadow puts nothing in force: leave out --now, --confirm-within, --grandfather and --dry-run")
+			case !o.shadow && c.Flags().Changed("for"):
+				return usagef("--for says how long --shadow lasts; --confirm-within 60s takes a change back")
+			case c.Flags().Changed("grandfather") && o.spare <= 0:
+				return usagef("--grandfather: %v is no time for anything to go on", o.spare)
+			case o.lasting <= 0:
+				return usagef("--for: %v is no time to see anything in", o.lasting)
+			}
 			return applyRun(c.Context(), env, o)
 		},
 	}
 	c.Flags().DurationVar(&o.within, "confirm-within", 0, "take the change back after this time unless it is confirmed")
 	c.Flags().BoolVar(&o.now, "now", false, "apply for good, without a question")
 	c.Flags().BoolVar(&o.dryRun, "dry-run", false, "only name the connections that the change would cut")
+	c.Flags().DurationVar(&o.spare, "grandfather", 0, "let live connections that the change cuts go on for this time")
+	c.Flags().BoolVar(&o.shadow, "shadow", false, "put nothing in force, but tell what would be decided otherwise")
+	c.Flags().DurationVar(&o.lasting, "for", shadowDefault, "how long --shadow lasts")
 	outputFlag(c, &o.output, "text", "json")
 	return c
 }
@@ -80,6 +106,9 @@ func applyRun(ctx context.Context, env *environment, o applyOptions) error {
 	if err != nil {
 		return err
 	}
+	if o.shadow {
+		return applyShadow(ctx, env, client, img, o)
+	}
 	asks := env.Interactive && o.output == "text" && o.file != "-" && !o.now
 	if asks && o.within == 0 {
 		o.within = trialDefault
@@ -91,13 +120,16 @@ func applyRun(ctx context.Context, env *environment, o applyOptions) error {
 	switch {
 	case o.dryRun:
 		return cuts.print(env, o.output)
-	case cuts.own() && o.within == 0 && !o.now:
+	case cuts.own() && o.within == 0 && o.spare == 0 && !o.now:
 		cuts.printText(env.Stderr)
 		return hintError{fmt.Errorf("apply %s: it would cut the session that this command runs in", o.file),
 			"--confirm-within 60s takes it back unless you confirm it; --now applies it all the same"}
 	}
 	cuts.printText(env.Stderr)
-	s, err := client.Apply(ctx, img, o.within)
+	if o.spare > 0 && cuts.Total > 0 {
+		fmt.Fprintf(env.Stderr, "they go on until %s\n", time.Now().Add(o.spare).Local().Format(time.TimeOnly))
+	}
+	s, err := client.ApplySparing(ctx, img, o.within, o.spare)
 	if err != nil {
 		return fmt.Errorf("apply %s: %w", o.file, err)
 	}

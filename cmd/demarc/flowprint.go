@@ -212,6 +212,8 @@ var verdictWords = map[abi.Verdict]struct{ word, color string }{
 	abi.Allow:       {"ALLOWED", "32"},
 	abi.Provisional: {"OPENING", "33"},
 	abi.Audit:       {"AUDIT", "33"},
+	abi.WouldDeny:   {"WOULD DENY", "33"},
+	abi.WouldAllow:  {"WOULD ALLOW", "33"},
 }
 
 // verdict is the word, padded, in its colour: the padding must not count the

@@ -33,7 +33,7 @@ Exit codes: 0 good, 1 failed or refused, 2 usage, 3 agent not running,
 	server := cmp.Or(env.Getenv("DEMARC_SERVER"), api.DefaultServer)
 	root.PersistentFlags().StringVar(&env.server, "server", server, "agent's `socket` (or DEMARC_SERVER)")
 	root.AddCommand(
-		newApplyCommand(env), newConfirmCommand(env), newRollbackCommand(env), newQuarantineCommand(env), newReleaseCommand(env), newStatusCommand(env), newFlowsCommand(env), newTopCommand(env), newFindingsCommand(env),
+		newApplyCommand(env), newConfirmCommand(env), newRollbackCommand(env), newShadowCommand(env), newQuarantineCommand(env), newReleaseCommand(env), newStatusCommand(env), newFlowsCommand(env), newTopCommand(env), newFindingsCommand(env),
 		newIdentitiesCommand(env), newZonesCommand(env), newImageCommand(env), newPolicyCommand(env),
 		newKeysCommand(env), newPreflightCommand(env), newAuditCommand(env), newProbeCommand(env), newProbeCallerCommand(env),
 		newVersionCommand(env), newBugreportCommand(env), newDocsCommand(env), newEnterCommand(env),

@@ -120,6 +120,9 @@ func printStatus(w io.Writer, s *api.Status) error {
 	if s.Unconfirmed != nil {
 		p.row("Unconfirmed", "%s, unless `demarc confirm` comes before", comesBack(s.Unconfirmed))
 	}
+	if s.Shadow != nil {
+		p.row("Shadow", "%s", shadowText(s.Shadow))
+	}
 	if st := s.Core.Status; st != nil && st.Previous != nil {
 		p.row("Rollback", "to %s version %d", st.Previous.Name, st.Previous.Version)
 	}

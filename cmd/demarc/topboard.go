@@ -54,6 +54,9 @@ type board struct {
 func newBoard() *board { return &board{edges: map[string]*edge{}} }
 
 func (b *board) add(f *flow.Flow) {
+	if f.Verdict.OfShadow() { // nothing came of it
+		return
+	}
 	port := f.Protocol
 	if f.Destination.Port != 0 {
 		port = fmt.Sprintf("%s/%d", f.Protocol, f.Destination.Port)

@@ -14,6 +14,7 @@ import (
 	"math/rand/v2"
 	"reflect"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/demarc/demarc/identity"
@@ -39,7 +40,8 @@ type Provider struct {
 	changed chan struct{}
 	ready   chan struct{}
 	seen    chan struct{} // something new is in pods
-	version string        // that the watch goes on from; "" = list first
+	renew   chan struct{}
+	version string // that the watch goes on from; "" = list first
 
 	mu      sync.Mutex
 	pods    map[string]pod // by UID
@@ -54,7 +56,7 @@ type Provider struct {
 // is not known.
 func New(o Options, root func() string) *Provider {
 	return &Provider{api: newClient(o), tree: &tree{root: root}, own: o.Pod, retry: firstRetry, pods: map[string]pod{},
-		changed: make(chan struct{}, 1), ready: make(chan struct{}), seen: make(chan struct{}, 1)}
+		changed: make(chan struct{}, 1), ready: make(chan struct{}), seen: make(chan struct{}, 1), renew: make(chan struct{}, 1)}
 }
 
 // Ready is closed as soon as the API server is followed.
@@ -66,6 +68,16 @@ func (p *Provider) String() string {
 
 // Path is where the API server is.
 func (p *Provider) Path() string { return p.api.options.Server }
+
+// Renew has the API server asked by another connection, and soon. The policy may have
+// changed: a connection that is older than the first one, or not declared any more, is
+// cut without a word, and would be taken for one on which nothing happens.
+func (p *Provider) Renew() {
+	select {
+	case p.renew <- struct{}{}:
+	default:
+	}
+}
 
 // Changed receives when something else runs, or the API server is away or back. There
 // is one receiver.
@@ -114,9 +126,13 @@ func (p *Provider) follow(ctx context.Context) {
 	wait := p.retry
 	for ctx.Err() == nil {
 		began := time.Now()
-		err := p.hear(ctx)
+		renewed, err := p.hearUntilRenewed(ctx)
 		if ctx.Err() != nil {
 			return
+		}
+		if renewed {
+			p.api.close()
+			wait = p.retry
 		}
 		if anew(err) {
 			p.version = "" // a list says what was missed meanwhile
@@ -135,6 +151,10 @@ func (p *Provider) follow(ctx context.Context) {
 		select {
 		case <-ctx.Done():
 			return
+		case <-p.renew:
+			p.api.close()
+			wait = p.retry
+			continue
 		case <-time.After(wait/2 + rand.N(wait/2+1)):
 		}
 		if err == nil {
@@ -144,6 +164,30 @@ func (p *Provider) follow(ctx context.Context) {
 		}
 	}
 }
+
+// hearUntilRenewed hears until that ends or the connection is to be another one.
+func (p *Provider) hearUntilRenewed(ctx context.Context) (renewed bool, err error) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	done := make(chan struct{})
+	var group sync.WaitGroup
+	defer group.Wait()
+	defer close(done)
+	group.Go(func() {
+		select {
+		case <-p.renew:
+			cancel(errRenewed)
+		case <-done:
+		}
+	})
+	err = p.hear(ctx)
+	if errors.Is(context.Cause(ctx), errRenewed) {
+		return true, nil
+	}
+	return false, err
+}
+
+var errRenewed = errors.New("the connection is renewed")
 
 // hear lists if it must, and watches until that ends.
 func (p *Provider) hear(ctx context.Context) error {
@@ -219,7 +263,7 @@ func (p *Provider) name() (missing bool) {
 		p.mu.Unlock()
 		return true // the first list came meanwhile
 	}
-	problem := errors.Join(append([]error{p.away}, strange...)...)
+	problem := errors.Join(append([]error{explained(p.away)}, strange...)...)
 	news := fmt.Sprint(problem) != fmt.Sprint(p.problem) || !reflect.DeepEqual(inv, p.current)
 	p.current, p.problem = inv, problem
 	p.mu.Unlock()
@@ -230,6 +274,14 @@ func (p *Provider) name() (missing bool) {
 		}
 	}
 	return missing
+}
+
+// explained says what to do where the policy keeps the agent from the API server.
+func explained(err error) error {
+	if errors.Is(err, syscall.EPERM) {
+		return fmt.Errorf("%w\nhint: the policy in force does not let the agent's processes reach it; declare a crossing for them", err)
+	}
+	return err
 }
 
 // itself is the agent's own pod, before anything else is known. Its containers are

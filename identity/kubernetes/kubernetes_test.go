@@ -12,6 +12,7 @@ import (
 	"io"
 	"log"
 	"math/big"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"net/url"
@@ -19,6 +20,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -39,6 +41,7 @@ type server struct {
 	mu     sync.Mutex
 	asked  []url.Values
 	tokens []string
+	peers  []string // who asked
 	list   func(w http.ResponseWriter, r *http.Request)
 	lines  chan string // events of watches; "" = the end of one
 	reply  int         // to watches, if not 200
@@ -68,6 +71,7 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	q := r.URL.Query()
 	s.asked = append(s.asked, q)
 	s.tokens = append(s.tokens, r.Header.Get("Authorization"))
+	s.peers = append(s.peers, r.RemoteAddr)
 	list, reply := s.list, s.reply
 	s.mu.Unlock()
 	switch {
@@ -329,6 +333,40 @@ func TestNoGap(t *testing.T) {
 			untilNamed(t, p, append(one, named(2, "db", id("b"), b)...))
 			until(t, "no problem", func() bool { _, _, err := p.Current(); return err == nil })
 		})
+	}
+}
+
+// A renewed connection is another one, that goes on where the first one was.
+func TestRenew(t *testing.T) {
+	s := serve(t)
+	a, b := s.group(t, 1, id("a")), s.group(t, 2, id("b"))
+	s.answer("10", podText(1, "api", "n1", id("a")))
+	p := s.follow(t, nil)
+	one := named(1, "api", id("a"), a)
+	untilNamed(t, p, one)
+	until(t, "a watch", func() bool { return s.count("1") == 1 })
+	p.Renew()
+	until(t, "another watch", func() bool { return s.count("1") == 2 })
+	s.mu.Lock()
+	if first, second := s.peers[len(s.peers)-2], s.peers[len(s.peers)-1]; first == second {
+		t.Errorf("both watches are on the connection of %s", first)
+	}
+	s.mu.Unlock()
+	s.lines <- `{"type":"ADDED","object":` + podText(2, "db", "n1", id("b")) + `}`
+	untilNamed(t, p, append(one, named(2, "db", id("b"), b)...))
+	if _, _, err := p.Current(); err != nil || s.count("") != 1 || s.last("1").Get("resourceVersion") != "10" {
+		t.Errorf("%v; %d lists, watch from %s", err, s.count(""), s.last("1").Get("resourceVersion"))
+	}
+}
+
+// Who may not connect is told why.
+func TestExplained(t *testing.T) {
+	err := explained(fmt.Errorf("watch pods: %w", &net.OpError{Op: "dial", Err: os.NewSyscallError("connect", syscall.EPERM)}))
+	if want := "watch pods: dial: connect: operation not permitted\nhint: the policy in force does not let the agent's processes reach it; declare a crossing for them"; err.Error() != want {
+		t.Errorf("%q, want %q", err, want)
+	}
+	if err := explained(io.ErrUnexpectedEOF); err != io.ErrUnexpectedEOF {
+		t.Error(err)
 	}
 }
 

@@ -170,6 +170,9 @@ func (l *Learner) Lost(n uint64) { l.lost += n }
 
 // Add takes in a flow.
 func (l *Learner) Add(f *flow.Flow) {
+	if f.Verdict.OfShadow() { // nothing came of it
+		return
+	}
 	l.seen.add(f.Time)
 	subject, peer := &f.Source, &f.Destination
 	if f.Direction == abi.Ingress {

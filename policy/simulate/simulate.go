@@ -88,6 +88,9 @@ type talk struct {
 
 // Add takes a flow.
 func (s *Simulator) Add(f *flow.Flow) {
+	if f.Verdict.OfShadow() { // nothing came of it
+		return
+	}
 	if why := undecided(f); why != "" {
 		s.result.NotJudged[why]++
 		return

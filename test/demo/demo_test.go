@@ -9,6 +9,8 @@ import (
 	"os/exec"
 	"os/user"
 	"path/filepath"
+	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -35,6 +37,7 @@ type shop struct {
 	outside, unmanaged   *netlab.Cgroup
 	dir                  string
 	postgres             string // directory of PostgreSQL's programs
+	shown                []string
 }
 
 func TestDemo(t *testing.T) {
@@ -65,6 +68,9 @@ func TestDemo(t *testing.T) {
 	s.psql("on the client", s.client, s.outside, "timeout expired")
 	s.demarc("flows", "--verdict", "denied", "--to", "postgres", "--last", "1")
 
+	s.title("nginx looks around: nmap, in nginx.service")
+	s.scan(wire)
+
 	s.title("The policy changes, and comes back")
 	s.writePolicy(func(text string) string {
 		text = strings.Replace(text, "version: 1", "version: 2", 1)
@@ -79,6 +85,7 @@ func TestDemo(t *testing.T) {
 
 	s.title("What was counted")
 	s.demarc("status")
+	s.readme()
 }
 
 // build starts everything.
@@ -242,6 +249,38 @@ func (s *shop) psql(where string, ns *netlab.Namespace, c *netlab.Cgroup, want s
 	}
 }
 
+// scan tries a hundred ports of the database from nginx's unit. None is reached, nothing
+// is on the wire, and the scan is found.
+func (s *shop) scan(wire *netlab.Wire) {
+	s.t.Helper()
+	wire.Forget()
+	p := s.web.Start(s.webUnit, netlab.Command{Path: program(s.t, "nmap"), Args: []string{"-n", "-Pn", "-sT", "--max-retries", "0", "-p", "1-100", s.db.IP4.String()}})
+	status := p.Wait(time.Minute)
+	// It says for each port that connect(2) was not permitted, which it did not expect.
+	lines := slices.DeleteFunc(strings.Split(strings.TrimSpace(p.Output()), "\n"), func(line string) bool {
+		return strings.HasPrefix(line, "Strange read error") && strings.HasSuffix(line, "'Operation not permitted')")
+	})
+	s.say("\nin nginx.service$ nmap -n -Pn -sT --max-retries 0 -p 1-100 db\n%s", strings.Join(lines, "\n"))
+	if status != 0 || strings.Contains(p.Output(), "/tcp open") {
+		s.t.Errorf("nmap: status %d", status)
+	}
+	found := func() bool {
+		out, _, _ := s.node.Demarc("findings", "--technique", "T1046", "-o", "jsonl")
+		return strings.Contains(out, `"nmap"`)
+	}
+	for end := time.Now().Add(30 * time.Second); !found(); time.Sleep(100 * time.Millisecond) {
+		if time.Now().After(end) {
+			s.t.Fatal("the scan was not found")
+		}
+	}
+	s.demarc("findings", "--technique", "T1046")
+	sent := wire.Count(netlab.ToAddress(s.db.IP4))
+	s.say("\npackets of the scan on nginx's wire: %d", sent)
+	if sent != 0 {
+		s.t.Errorf("%d packets of the scan reached the wire", sent)
+	}
+}
+
 // errorLog is what nginx wrote last about a port, without its preamble.
 func (s *shop) errorLog(port string) string {
 	s.t.Helper()
@@ -302,7 +341,35 @@ func (s *shop) title(text string) { s.say("\n== %s", text) }
 // say prints at once: `make demo` is watched.
 func (s *shop) say(format string, args ...any) {
 	text := strings.TrimRight(fmt.Sprintf(format, args...), "\n")
-	fmt.Println(strings.ReplaceAll(text, s.dir+"/", ""))
+	text = strings.ReplaceAll(text, s.dir+"/", "")
+	s.shown = append(s.shown, strings.Split(text, "\n")...)
+	fmt.Println(text)
+}
+
+// varies is what is another one each time: numbers, times, ids.
+var varies = regexp.MustCompile(`\b[0-9a-f]{10}\b|[0-9]+`)
+
+// readme shows that the README shows what was shown, line by line, in this order.
+func (s *shop) readme() {
+	s.t.Helper()
+	text, err := os.ReadFile("../../README.md")
+	must(s.t, err)
+	_, block, _ := strings.Cut(string(text), "```text\n")
+	block, _, found := strings.Cut(block, "```")
+	if !found {
+		s.t.Fatal("README.md shows nothing of the demo")
+	}
+	plain := func(line string) string { return strings.Join(strings.Fields(varies.ReplaceAllString(line, "N")), " ") }
+	at := 0
+	for line := range strings.Lines(block) {
+		if want := plain(line); want != "" && want != "..." {
+			for ; at < len(s.shown) && plain(s.shown[at]) != want; at++ {
+			}
+			if at++; at > len(s.shown) {
+				s.t.Fatalf("README.md shows what the demo does not, or not there: %s", line)
+			}
+		}
+	}
 }
 
 func program(t *testing.T, name string) string {

@@ -31,7 +31,7 @@ type tagVector struct {
 	identity    uint32
 	epoch       uint32
 	flags       uint32
-	seq, acked  uint32 // a datagram's time is its seq, a SYN's slot is what it acknowledges
+	seq, acked  uint32 // a datagram's time is its seq, its nonce, or a SYN's slot, what it acknowledges
 	source      string
 	destination string
 	payload     string // of a datagram
@@ -45,8 +45,10 @@ var tagVectors = []tagVector{
 	{"SYN-ACK, `nat: source`", 0xb1638c, 3, answer | noDestination, 0x55667788, 0x11223345, "10.0.2.2:8080", "192.0.2.1:61000", ""},
 	{"SYN, `nat: destination`", 0x434589, 3, noDestination, 0x11223344, slot, "10.0.1.2:40000", "10.96.0.10:80", ""},
 	{"SYN-ACK, `nat: destination`", 0xb1638c, 3, answer | noSource, 0x55667788, 0x11223345, "10.0.2.2:8080", "10.0.1.2:40000", ""},
-	{"UDP, IPv4, odd length", 0x434589, 3, datagram, 1767225600, 0, "10.0.1.2:40000", "10.0.2.2:53", "demarc!"},
-	{"UDP answer, IPv6, even length", 0xb1638c, 15, answer | datagram, 1767225601, 0, "[2001:db8:2::2]:53", "[2001:db8:1::2]:40000", "demarc"},
+	{"UDP, IPv4, odd length", 0x434589, 3, datagram, 1767225600, 0xc0ffee01, "10.0.1.2:40000", "10.0.2.2:53", "demarc!"},
+	{"UDP answer, IPv6, even length", 0xb1638c, 15, answer | datagram, 1767225601, 0xc0ffee02, "[2001:db8:2::2]:53", "[2001:db8:1::2]:40000", "demarc"},
+	{"UDP, `nat: source`", 0x434589, 3, datagram | noSource, 1767225600, 0xc0ffee03, "10.0.1.2:40000", "10.0.2.2:53", "demarc"},
+	{"UDP answer, `nat: source`", 0xb1638c, 3, answer | datagram | noDestination, 1767225600, 0xc0ffee03, "10.0.2.2:53", "192.0.2.1:61000", "demarc"},
 }
 
 // words writes bytes as groups of four.
@@ -93,7 +95,7 @@ func (v tagVector) show() string {
 		fmt.Fprintf(&b, "%-8s%s\n", "option", words(append(option, mac...)))
 		return b.String()
 	}
-	option := append([]byte{127, 20, 0xd3, 0xac}, input[:8]...)
+	option := append([]byte{127, 24, 0xd3, 0xac}, input[:12]...)
 	option = append(option, mac...)
 	// Behind the datagram, at an even offset from its header of 8 bytes.
 	pad := make([]byte, (8+len(v.payload))%2)
@@ -137,7 +139,7 @@ func TestIdentityNumbers(t *testing.T) {
 	header := read(t, "../../bpf/abi/abi.h")
 	for name, value := range map[string]string{
 		"DEMARC_TAG_KIND": "253", "DEMARC_TAG_LENGTH": "16", "DEMARC_TAG_EXID": "0xD3AC",
-		"DEMARC_UDP_TAG_KIND": "127", "DEMARC_UDP_TAG_LENGTH": "20", "DEMARC_UDP_TAG_SURPLUS": "22",
+		"DEMARC_UDP_TAG_KIND": "127", "DEMARC_UDP_TAG_LENGTH": "24", "DEMARC_UDP_TAG_SURPLUS": "26",
 		"DEMARC_UDP_TAG_WINDOW": "30", "DEMARC_UDP_TAG_REFRESH": "(60ULL * 1000000000ULL)",
 	} {
 		if !strings.Contains(header, "#define "+name+" "+value) {

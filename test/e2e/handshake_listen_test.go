@@ -1,6 +1,7 @@
 package e2e_test
 
 import (
+	"bytes"
 	"encoding/json"
 	"fmt"
 	"net/netip"
@@ -72,8 +73,8 @@ func TestSharedListeners(t *testing.T) {
 	}
 }
 
-// Options in front of TCP (IPv6 hop-by-hop and destination options) hide nothing
-// of it: tags are written, found and demanded behind them.
+// Options in front of TCP and UDP (IPv6 hop-by-hop and destination options) hide
+// nothing of it: tags are written, found and demanded behind them.
 func TestExtensionHeadersBeforeTCP(t *testing.T) {
 	w := newWired(t).enforce()
 	server := startActor(t, w.db, w.listener.Cgroup("/lab/db"))
@@ -125,6 +126,34 @@ func TestExtensionHeadersBeforeTCP(t *testing.T) {
 				t.Error("a visitor without a proof is refused for something else")
 			}
 			w.listener.AwaitDenied(abi.TagMissing, tcp, netlab.Place{Address: w.db.IP6, Port: 7000})
+
+			ask := func(p *netlab.Probe) string {
+				p.Socket("u", "udp6")
+				p.Must(probe.Call{Op: "settext", Socket: "u", Level: unix.IPPROTO_IPV6, Option: header.option, Data: padding})
+				p.Connect("u", w.both(7000)[1].String())
+				p.Must(probe.Call{Op: "send", Socket: "u", Data: []byte("behind a header")})
+				patience := 10_000
+				if p == visitor {
+					patience = 300
+				}
+				return p.Do(probe.Call{Op: "recv", Socket: "u", Timeout: patience}).Error
+			}
+			tagged := 0
+			if problem := ask(web); problem != "" {
+				t.Errorf("a proven datagram: %s", problem)
+			}
+			for _, b := range w.tap.frames() {
+				if b[12] == 0x86 && b[13] == 0xdd && (b[14+6] == 0 || b[14+6] == 60) && b[14+40] == udp && bytes.Contains(b[14+40:], []byte{127, 24, 0xd3, 0xac}) {
+					tagged++
+				}
+			}
+			if tagged == 0 {
+				t.Error("no datagram with a tag behind a header: this test shows nothing")
+			}
+			if problem := ask(visitor); problem == "" {
+				t.Error("a datagram without a proof is answered")
+			}
+			w.listener.AwaitDenied(abi.TagMissing, udp, netlab.Place{Address: w.db.IP6, Port: 7000})
 		})
 	}
 	if got := server.served("tcp", 7000); got.Count != 2 {

@@ -64,6 +64,12 @@ var (
 // enforcement can be made.
 func newWired(t *testing.T) *wired {
 	t.Helper()
+	return newWiredWith(t, netlab.NodeOptions{CoreOnly: true})
+}
+
+// newWiredWith has another kind of node at the listener's host.
+func newWiredWith(t *testing.T, listener netlab.NodeOptions) *wired {
+	t.Helper()
 	w := &wired{t: t, lab: netlab.New(t), id: map[string]uint32{}}
 	w.web, w.db, w.outside = w.lab.Namespace("web"), w.lab.Namespace("db"), w.lab.Namespace("outside")
 	for _, ns := range []*netlab.Namespace{w.web, w.db} {
@@ -76,7 +82,8 @@ func newWired(t *testing.T) *wired {
 	}
 	w.mac.db, w.mac.outside = hardware(t, w.db), hardware(t, w.outside)
 	w.caller = w.lab.Node("", netlab.NodeOptions{CoreOnly: true, Home: w.web})
-	w.listener = w.lab.Node("", netlab.NodeOptions{CoreOnly: true, Home: w.db})
+	listener.Home = w.db
+	w.listener = w.lab.Node("", listener)
 	w.counts = pinned(t, w.listener, "counts")
 	w.key, w.epoch = tagKey(t, w.lab)
 	for _, workload := range decoded(t, w.caller, document(1, wiredPolicy)).Workloads {

@@ -282,15 +282,16 @@ func (f *forger) syn(k oldKey) tcpFrame {
 
 // datagram is a datagram to the same place with a tag by a key.
 func (f *forger) datagram(k oldKey) tcpFrame {
-	// The MAC has the time in the place of the sequence number, and nothing that is
-	// acknowledged.
-	u := tcpFrame{flags: flagACK, seq: uint32(time.Now().Unix()), src: netip.AddrPortFrom(f.model.src.Addr(), f.port), dst: f.model.dst}
+	// The MAC has the time in the place of the sequence number, and the nonce in that of
+	// what is acknowledged.
+	u := tcpFrame{flags: flagACK, seq: uint32(time.Now().Unix()), ack: 0x5eed, src: netip.AddrPortFrom(f.model.src.Addr(), f.port), dst: f.model.dst}
 	claim := f.web<<8 | uint32(k.epoch)<<4 | tagDatagram
-	option := binary.BigEndian.AppendUint32([]byte{127, 20, 0xd3, 0xac}, claim)
+	option := binary.BigEndian.AppendUint32([]byte{127, 24, 0xd3, 0xac}, claim)
 	option = binary.BigEndian.AppendUint32(option, u.seq)
+	option = binary.BigEndian.AppendUint32(option, u.ack)
 	mac := u.macOf(k.secret, claim)
 	option = append(option, mac[:]...)
-	surplus := append(binary.BigEndian.AppendUint16(nil, internetSum(option, 22)), option...)
+	surplus := append(binary.BigEndian.AppendUint16(nil, internetSum(option, 26)), option...)
 	b := append(datagram(f.port, u.dst.Port()), surplus...)
 	packet := ipv4(u.src.Addr(), u.dst.Addr(), udp, 0, b)
 	binary.BigEndian.PutUint16(packet[10:], internetSum(packet[:20], 0))

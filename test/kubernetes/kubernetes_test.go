@@ -1,5 +1,3 @@
-// Package kubernetes_test builds what deploy/kubernetes means, by Helm and by kustomize,
-// without a cluster. It is a module of its own: Helm is large.
 package kubernetes_test
 
 import (
@@ -16,17 +14,13 @@ import (
 	"testing"
 
 	monitoring "github.com/prometheus-operator/prometheus-operator/pkg/apis/monitoring/v1"
-	"helm.sh/helm/v4/pkg/chart/common"
-	"helm.sh/helm/v4/pkg/chart/common/util"
-	"helm.sh/helm/v4/pkg/chart/v2/loader"
-	"helm.sh/helm/v4/pkg/engine"
 	apps "k8s.io/api/apps/v1"
 	kube "k8s.io/api/core/v1"
 	rbac "k8s.io/api/rbac/v1"
 	yamlreader "k8s.io/apimachinery/pkg/util/yaml"
-	"sigs.k8s.io/kustomize/api/krusty"
-	"sigs.k8s.io/kustomize/kyaml/filesys"
 	"sigs.k8s.io/yaml"
+
+	"github.com/demarc/demarc/test/kubernetes"
 )
 
 const deploy = "../../deploy/kubernetes/"
@@ -101,47 +95,16 @@ func kustomized(t *testing.T) map[string]any {
 
 func kustomizedAt(t *testing.T, dir string) map[string]any {
 	t.Helper()
-	built, err := krusty.MakeKustomizer(krusty.MakeDefaultOptions()).Run(filesys.MakeFsOnDisk(), deploy+dir)
-	if err != nil {
-		t.Fatal(err)
-	}
-	text, err := built.AsYaml()
+	text, err := kubernetes.Kustomize(deploy + dir)
 	if err != nil {
 		t.Fatal(err)
 	}
 	return objects(t, text)
 }
 
-// render is `helm template demarc --namespace demarc` with values.
-func render(values string) ([]byte, error) {
-	chart, err := loader.Load(deploy + "chart")
-	if err != nil {
-		return nil, err
-	}
-	var set map[string]any
-	if err := yaml.Unmarshal([]byte(values), &set); err != nil {
-		return nil, err
-	}
-	all, err := util.ToRenderValues(chart, set, common.ReleaseOptions{Name: "demarc", Namespace: "demarc", IsInstall: true}, common.DefaultCapabilities)
-	if err != nil {
-		return nil, err
-	}
-	files, err := engine.Engine{Strict: true}.Render(chart, all)
-	if err != nil {
-		return nil, err
-	}
-	var b bytes.Buffer
-	for _, name := range slices.Sorted(maps.Keys(files)) {
-		if strings.HasSuffix(name, ".yaml") {
-			b.WriteString("\n---\n" + files[name])
-		}
-	}
-	return b.Bytes(), nil
-}
-
 func rendered(t *testing.T, values string) map[string]any {
 	t.Helper()
-	text, err := render(values)
+	text, err := kubernetes.Chart(deploy+"chart", values)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -308,7 +271,7 @@ func TestRefusedValues(t *testing.T) {
 		{"bad scrape of loopback", "podMonitor: {enabled: true}", "set metrics.host"},
 		{"bad no key", "trust: {keys: []}", "name at least one file"},
 	} {
-		if _, err := render(tt.values); err == nil || !strings.Contains(err.Error(), tt.want) {
+		if _, err := kubernetes.Chart(deploy+"chart", tt.values); err == nil || !strings.Contains(err.Error(), tt.want) {
 			t.Errorf("%s: %v, want %q", tt.name, err, tt.want)
 		}
 	}

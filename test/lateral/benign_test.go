@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"net/netip"
@@ -27,6 +28,7 @@ import (
 //	checker asks web, which is a proxy for api, which keeps a pool to db
 //	ops (bastion) goes to twelve machines by ssh, as Ansible does
 //	backup (management) copies a large file by ssh
+//	somebody logs in to the host by ssh, and looks around
 //	everybody asks DNS; updates come from a mirror; deploys replace every workload
 //	api still calls a service that was taken away
 type day struct {
@@ -44,12 +46,13 @@ const dayCrossings = `  - {name: scrape, from: [workload/prometheus], to: [netwo
   - {name: web-api, from: [workload/web], to: [workload/api], ports: [tcp/8081], log: all}
   - {name: api-db, from: [workload/api], to: [workload/db], ports: [tcp/5432], log: all, limit: {connections: 1000/s}}
   - {name: ssh, from: [workload/ops, workload/backup], to: [network/machines], ports: [tcp/22], identity: none, log: all}
+  - {name: login, from: [network/target], to: [workload/login], ports: [tcp/22], identity: none, limit: {connections: 10/s}, log: all}
   - {name: dns, from: [zone/edge], to: [network/target], ports: [udp/53], identity: none, log: all}
   - {name: mirror, from: [zone/edge], to: [network/everything], ports: [tcp/443], identity: none, log: all}
 `
 
 var dayWorkloads = []string{
-	"prometheus monitor", "checker", "web proxy", "api", "ops bastion", "backup management",
+	"prometheus monitor", "checker", "web proxy", "api", "ops bastion", "backup management", "login",
 }
 
 func newDay(t *testing.T) *day {
@@ -69,6 +72,7 @@ func newDay(t *testing.T) *day {
 	d.dial()
 	d.keys = newKeys(t, d.dir)
 	d.keys.sshd(t, d.targets[0], d.lab.lab.Cgroup("target"), netip.MustParseAddrPort("0.0.0.0:22"))
+	d.keys.sshdOf(t, d.host, d.node.Cgroup("/lab/login"), netip.AddrPortFrom(d.host.IP4, 22))
 	return d
 }
 
@@ -82,8 +86,13 @@ func serveHTTP(t *testing.T, ns *netlab.Namespace, port uint16) {
 	serveHTTPAt(t, ns, netip.AddrPortFrom(netip.IPv4Unspecified(), port))
 }
 
-// serveHTTPAt answers everything with a few lines, in a namespace.
 func serveHTTPAt(t *testing.T, ns *netlab.Namespace, at netip.AddrPort) {
+	t.Helper()
+	serveTextAt(t, ns, at, "node_load1 0.21\nnode_load5 0.19\n")
+}
+
+// serveTextAt answers everything with a text, in a namespace.
+func serveTextAt(t *testing.T, ns *netlab.Namespace, at netip.AddrPort, text string) {
 	t.Helper()
 	var l net.Listener
 	if err := ns.Do(func() (err error) {
@@ -93,7 +102,7 @@ func serveHTTPAt(t *testing.T, ns *netlab.Namespace, at netip.AddrPort) {
 		t.Fatal(err)
 	}
 	s := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
-		fmt.Fprintln(w, "node_load1 0.21\nnode_load5 0.19")
+		io.WriteString(w, text)
 	})}
 	go s.Serve(l)
 	t.Cleanup(func() { s.Close() })
@@ -195,6 +204,11 @@ func TestBenignDay(t *testing.T) {
 				t.Fatal(err)
 			}
 			d.within("backup", "sh", append([]string{"-c", `file=$1; shift; exec ssh "$@" <"$file"`, "sh", file}, d.keys.ssh("user", netip.AddrPortFrom(d.address(0), 22), "cat >/dev/null")...)...)
+			p := d.targets[0].Start(d.lab.lab.Cgroup("target"), netlab.Command{Path: lookPath(t, "ssh"),
+				Args: d.keys.ssh("user", netip.AddrPortFrom(d.host.IP4, 22), "uptime; ls /; ps ax | wc -l; curl -s -m 2 http://"+d.targets[0].IP4.String()+":443/packages >/dev/null; echo looked around")})
+			if status := p.Wait(time.Minute); status != 0 || !strings.Contains(p.Output(), "looked around") {
+				t.Errorf("ssh: %d: %s", status, p.Output())
+			}
 		case 1:
 			var group sync.WaitGroup
 			for i := range machines {

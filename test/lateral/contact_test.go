@@ -3,6 +3,7 @@ package lateral_test
 import (
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -88,7 +89,7 @@ func TestAutomaticContainment(t *testing.T) {
 	live.Echoed("beat", "before")
 	for _, step := range []struct{ workload, action string }{
 		{"boss", "advised: a workload with the role management is never quarantined by itself"},
-		{"s00", "quarantined until "}, {"s01", "quarantined until "},
+		{"s00", quarantinedUntil}, {"s01", quarantinedUntil},
 		{"s02", "advised: 2 workloads were quarantined within 1h0m0s, which is the limit"},
 	} {
 		l.start(step.workload, "nmap", "-n", "-Pn", "-sS", "--send-ip", "-p", "80", l.targets[0].IP4.String())
@@ -127,3 +128,61 @@ func TestAutomaticContainment(t *testing.T) {
 		t.Errorf("audit show: %d, says nothing of the finding:\n%s", status, log)
 	}
 }
+
+// What is not certain quarantines a workload only if two signals speak against it that
+// do not rest on each other: two kinds of scan are one signal, a scan and a row of
+// logins are two. A workload that manages the host stays.
+func TestIndependentSignals(t *testing.T) {
+	l := newLab(t, 1, []string{"s00", "boss management"}, dials, netlab.NodeOptions{AgentLines: `detect:
+  mode: automatic
+  quarantine: {for: 10m, limit: 2, within: 1h, signals: 2}
+`})
+	l.targets[0].Echo(9)
+	k := newKeys(t, l.lab.Dir())
+	k.sshd(t, l.targets[0], l.lab.Cgroup("target"), netip.AddrPortFrom(l.targets[0].IP4, 22))
+	live := l.host.Probe(l.node.Cgroup("/lab/s00"))
+	live.Socket("beat", "tcp4")
+	live.Connect("beat", l.targets[0].At4(9).String())
+	live.Echoed("beat", "before")
+	target := l.targets[0].IP4.String()
+	scan := func(workload string) { l.start(workload, "nmap", "-n", "-Pn", "-sT", "-p", "100-200", target) }
+	for _, step := range []struct {
+		do                         func()
+		workload, detector, action string
+		quarantined                int
+	}{
+		{func() { scan("boss") }, "boss", "port-scan", "advised: 1 of 2 independent signals", 0},
+		{func() { l.start("boss", "curl", "-s", "-m", "2", "http://169.254.169.254/") }, "boss", "metadata",
+			"advised: a workload with the role management is never quarantined by itself", 0},
+		{func() { scan("s00") }, "s00", "port-scan", "advised: 1 of 2 independent signals", 0},
+		{func() { l.start("s00", "nmap", "-n", "-Pn", "-sT", "-p", "8081", "10.66.0.0/25") }, "s00", "host-sweep", "advised: 1 of 2 independent signals", 0},
+		{func() {
+			for range 12 {
+				l.start("s00", "ssh", k.ssh("stranger", netip.AddrPortFrom(l.targets[0].IP4, 22), "true")...)
+			}
+		}, "s00", "brute-force", quarantinedUntil, 1},
+	} {
+		step.do()
+		var found []detect.Finding
+		await(t, fmt.Sprintf("%s of %s is judged", step.detector, step.workload), func() bool {
+			found = slices.DeleteFunc(l.findings(detect.Filter{Workload: step.workload}), func(f detect.Finding) bool { return f.Detector != step.detector })
+			return len(found) > 0 && found[0].Action != ""
+		})
+		if !strings.HasPrefix(found[0].Action, step.action) {
+			t.Errorf("%s of %s: action %q, want %q", step.detector, step.workload, found[0].Action, step.action)
+		}
+		if q := l.node.Status().Quarantines; len(q) != step.quarantined || len(q) > 0 && (q[0].Workload != "s00" || !q[0].Automatic) {
+			t.Errorf("after %s of %s: quarantined are %+v, want %d", step.detector, step.workload, q, step.quarantined)
+		}
+	}
+	if r := live.Do(probe.Call{Op: "send", Socket: "beat", Data: []byte("after")}); r.Error == "" {
+		if r = live.Do(probe.Call{Op: "recv", Socket: "beat", Timeout: 1000}); r.Error == "" {
+			t.Errorf("a live connection of a quarantined workload goes on: %+v", r)
+		}
+	}
+	if log, _, status := l.node.Demarc("audit", "show"); status != 0 || !strings.Contains(log, "T1110 by brute-force") {
+		t.Errorf("audit show: %d, says nothing of the finding:\n%s", status, log)
+	}
+}
+
+const quarantinedUntil = "quarantined until "

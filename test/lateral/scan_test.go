@@ -2,6 +2,7 @@ package lateral_test
 
 import (
 	"fmt"
+	"net/netip"
 	"strings"
 	"testing"
 	"time"
@@ -80,11 +81,20 @@ func TestScansFromOutside(t *testing.T) {
 		{"nmap -sS -f from outside", nmap("-sS -f HOST"), "T1046", "port-scan", detect.Medium, "", prompt, false},
 		{"nmap -sS -D from outside", nmap("-sS -D 10.66.0.200,10.66.0.201 HOST"), "T1046", "port-scan", detect.Medium, "", prompt, true},
 		{"nmap -sS -T2 from outside", nmap("-sS -T2 HOST"), "T1046", "port-scan", detect.Medium, "", 45 * time.Second, true},
+		{"nmap -sS -T3 from outside", nmap("-sS -T3 HOST"), "T1046", "port-scan", detect.Medium, "", prompt, true},
 		{"nmap -sS -T4 from outside", nmap("-sS -T4 HOST"), "T1046", "port-scan", detect.Medium, "", prompt, true},
 		{"nmap -sS --scan-delay 1s from outside", nmap("-sS --scan-delay 1s HOST"), "T1046", "port-scan", detect.Medium, "", 45 * time.Second, true},
+		{"nmap -sT -6 from outside", nmap("-6 -sT HOST6"), "T1046", "port-scan", detect.Medium, "", prompt, true},
+		{"nmap -sU -6 from outside", nmap("-6 -sU HOST6"), "T1046", "port-scan", detect.Medium, "", 45 * time.Second, true},
+		{"nmap -sS, one port of many hosts, from outside", func(r *run) {
+			r.tool("nmap", "-n", "-Pn", "-sS", "-p", "7000", "--max-retries", "1", "10.66.7.1-40")
+		}, "T1018", "host-sweep", detect.Medium, "", prompt, true},
 		{"nmap -sS -6 from outside", nmap("-6 -sS HOST6"), "T1046", "port-scan", detect.Medium, "", prompt, false},
 	})
 	l := newLab(t, 1, nil, "", netlab.NodeOptions{})
+	for i := range 40 {
+		l.host.Address(netip.PrefixFrom(l.address(i), 16))
+	}
 	server := l.host.Probe(l.node.Cgroup("/lab/vault"))
 	for port := range ports {
 		server.Must(probe.Call{Op: "serve", Address: fmt.Sprintf(":%d", 7000+port)})

@@ -113,10 +113,10 @@ func TestSipHash(t *testing.T) {
 		if len(tagged) != len(question)+udpSurplus {
 			t.Fatalf("%d bytes became %d", len(question), len(tagged))
 		}
-		option := tagged[len(tagged)-16:] // claim, time, MAC
-		b := covered(binary.BigEndian.Uint32(option), binary.BigEndian.Uint32(option[4:]), 0, tuple)
-		if want := sum(key, b); string(option[8:]) != string(want) {
-			t.Fatalf("key %x, input %x: the program makes %x, want %x", key, b, option[8:], want)
+		option := tagged[len(tagged)-20:] // claim, time, nonce, MAC
+		b := covered(binary.BigEndian.Uint32(option), binary.BigEndian.Uint32(option[4:]), binary.BigEndian.Uint32(option[8:]), tuple)
+		if want := sum(key, b); string(option[12:]) != string(want) {
+			t.Fatalf("key %x, input %x: the program makes %x, want %x", key, b, option[12:], want)
 		}
 		look(b)
 	}

@@ -107,6 +107,20 @@ func busyboxImage(t *testing.T) []byte {
 	return pack(map[string][]byte{"config.json": config, "layer.tar": layer, "manifest.json": manifest}, "config.json", "layer.tar", "manifest.json")
 }
 
+// installContainerd configures the distribution's containerd, and gives it an image.
+func (h *host) installContainerd() {
+	h.t.Helper()
+	h.Write("/etc/containerd/config.toml", containerdConfig, 0o644)
+	h.Write("/usr/local/bin/runc-without-cpu", runcWithoutCPU, 0o755)
+	h.Write("/root/busybox.tar", string(busyboxImage(h.t)), 0o644)
+}
+
+func (h *host) startContainerd() {
+	h.t.Helper()
+	h.Run("systemctl", "start", "containerd")
+	h.Run("ctr", "-n", "k8s.io", "images", "import", "/root/busybox.tar")
+}
+
 // kubelet does what a kubelet would: it makes pods, by CRI.
 type kubelet struct {
 	t *testing.T
@@ -127,32 +141,38 @@ func newKubelet(h *host) *kubelet {
 // pod starts a pod with one container, in the node's own network.
 func (k *kubelet) pod(namespace, name, container string, labels map[string]string) (sandbox string, started time.Time) {
 	k.t.Helper()
+	sandbox, _, started = k.start(&runtime.PodSandboxConfig{
+		Metadata: &runtime.PodSandboxMetadata{Namespace: namespace, Name: name, Uid: "0f3b2c1d-1111-2222-3333-" + fmt.Sprintf("%012x", len(name))},
+		Labels:   labels, Linux: &runtime.LinuxPodSandboxConfig{CgroupParent: "kubepods-besteffort.slice"},
+	}, container, fmt.Sprintf(dialing, k.peer))
+	return sandbox, started
+}
+
+// start starts a pod with one container that runs a script, in the node's own network.
+func (k *kubelet) start(config *runtime.PodSandboxConfig, name, script string) (sandbox, container string, started time.Time) {
+	k.t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
 	defer cancel()
 	node := &runtime.NamespaceOption{Network: runtime.NamespaceMode_NODE, Pid: runtime.NamespaceMode_CONTAINER}
-	config := &runtime.PodSandboxConfig{
-		Metadata: &runtime.PodSandboxMetadata{Namespace: namespace, Name: name, Uid: "0f3b2c1d-1111-2222-3333-" + fmt.Sprintf("%012x", len(name))},
-		Labels:   labels, LogDirectory: "/tmp",
-		Linux: &runtime.LinuxPodSandboxConfig{CgroupParent: "kubepods-besteffort.slice",
-			SecurityContext: &runtime.LinuxSandboxSecurityContext{NamespaceOptions: node}},
-	}
+	config.LogDirectory = "/tmp"
+	config.Linux.SecurityContext = &runtime.LinuxSandboxSecurityContext{NamespaceOptions: node}
 	s, err := k.RunPodSandbox(ctx, &runtime.RunPodSandboxRequest{Config: config})
 	if err != nil {
-		k.t.Fatalf("run pod %s: %v", name, err)
+		k.t.Fatalf("run pod %s: %v", config.Metadata.Name, err)
 	}
 	c, err := k.CreateContainer(ctx, &runtime.CreateContainerRequest{PodSandboxId: s.PodSandboxId, SandboxConfig: config, Config: &runtime.ContainerConfig{
-		Metadata: &runtime.ContainerMetadata{Name: container}, Image: &runtime.ImageSpec{Image: "demarc.dev/busybox:1"},
-		Command: []string{"/bin/sh", "-c", fmt.Sprintf(dialing, k.peer)}, LogPath: container + ".log",
+		Metadata: &runtime.ContainerMetadata{Name: name}, Image: &runtime.ImageSpec{Image: "demarc.dev/busybox:1"},
+		Command: []string{"/bin/sh", "-c", script}, LogPath: name + ".log",
 		Linux: &runtime.LinuxContainerConfig{SecurityContext: &runtime.LinuxContainerSecurityContext{NamespaceOptions: node}},
 	}})
 	if err != nil {
-		k.t.Fatalf("make container %s: %v", container, err)
+		k.t.Fatalf("make container %s: %v", name, err)
 	}
 	started = time.Now()
 	if _, err := k.StartContainer(ctx, &runtime.StartContainerRequest{ContainerId: c.ContainerId}); err != nil {
-		k.t.Fatalf("start container %s: %v", container, err)
+		k.t.Fatalf("start container %s: %v", name, err)
 	}
-	return s.PodSandboxId, started
+	return s.PodSandboxId, c.ContainerId, started
 }
 
 // stop ends a pod.
@@ -170,15 +190,12 @@ func (k *kubelet) stop(sandbox string) {
 func TestContainers(t *testing.T) {
 	lab := netlab.New(t)
 	h := newHost(t, lab)
-	h.Write("/etc/containerd/config.toml", containerdConfig, 0o644)
-	h.Write("/usr/local/bin/runc-without-cpu", runcWithoutCPU, 0o755)
-	h.Write("/root/busybox.tar", string(busyboxImage(t)), 0o644)
+	h.installContainerd()
 	h.Write("/etc/demarc/agent.yaml", "metrics: {listen: \"127.0.0.1:9477\"}\nidentity: {providers: [cri]}\n", 0o644)
 	// The runtime's socket is root's: the agent gets it by its group.
 	h.Write("/etc/systemd/system/demarc-agent.service.d/runtime.conf", "[Service]\nSupplementaryGroups=root\n", 0o644)
 	h.Boot()
-	h.Run("systemctl", "start", "containerd")
-	h.Run("ctr", "-n", "k8s.io", "images", "import", "/root/busybox.tar")
+	h.startContainerd()
 	h.apply(fmt.Sprintf(containersPolicy, h.peer.IP4))
 	wire := h.Wire()
 	k := newKubelet(h)

@@ -14,7 +14,7 @@ import (
 )
 
 // Version of the protocol. Both sides must speak the same one.
-const Version = 2
+const Version = 3
 
 // MaxFrame bounds a frame's JSON, in bytes. Images travel as descriptors.
 const MaxFrame = 1 << 20
@@ -27,9 +27,12 @@ const (
 	OpStatus   Op = "status"   // answer: Status
 	OpApply    Op = "apply"    // with one descriptor, the image or an envelope around it; answer: Status
 	OpPreview  Op = "preview"  // with one descriptor, the same, which is not applied; answer: Preview
+	OpShadow   Op = "shadow"   // with one descriptor, the same, which is asked beside the one in force; answer: Status
+	OpUnshadow Op = "unshadow" // end that; answer: Status
 	OpConfirm  Op = "confirm"  // keep the change that waits for it; answer: Status
 	OpRollback Op = "rollback" // back to the previous image; answer: Status
 	OpImage    Op = "image"    // answer: one descriptor, the active image; refused if there is none
+	OpShadowed Op = "shadowed" // the same for the image in shadow
 	OpBind     Op = "bind"     // claim that a cgroup path belongs to a workload
 	OpUnbind   Op = "unbind"   // withdraw a claim
 	OpForget   Op = "forget"   // withdraw every claim that was not made on this connection
@@ -47,7 +50,8 @@ type Request struct {
 	Identity uint32 `json:"identity,omitempty"` // OpBind, OpQuarantine, OpRelease
 	Within   int64  `json:"within,omitempty"`   // OpApply: ms until the kernel takes it back unless it is confirmed; 0 = for good
 
-	For       int64  `json:"for,omitempty"`       // OpQuarantine: ms
+	Spare     int64  `json:"spare,omitempty"`     // OpApply: ms that live connections which the image cuts go on; 0 = they do not
+	For       int64  `json:"for,omitempty"`       // OpQuarantine, OpShadow: ms
 	Reason    string `json:"reason,omitempty"`    // OpQuarantine
 	Automatic bool   `json:"automatic,omitempty"` // OpQuarantine: nobody ordered it
 }
@@ -128,6 +132,7 @@ type Status struct {
 	Active      *Generation  `json:"active,omitempty"`
 	Previous    *Generation  `json:"previous,omitempty"`    // what rollback would return to; Slot and Epoch are 0
 	Unconfirmed *Unconfirmed `json:"unconfirmed,omitempty"` // the change that waits to be confirmed
+	Shadow      *Shadow      `json:"shadow,omitempty"`      // what is asked beside Active
 	Links       []Link       `json:"links,omitempty"`
 	Claims      int          `json:"claims"` // paths bound by the agent
 	Quarantines []Quarantine `json:"quarantines,omitempty"`
@@ -160,6 +165,12 @@ type TagKey struct {
 type Unconfirmed struct {
 	Until    time.Time   `json:"until"`
 	Fallback *Generation `json:"fallback,omitempty"` // what comes back then; none = the first policy, which is then only observed
+}
+
+// Shadow is an image that live traffic is judged by beside the one in force.
+type Shadow struct {
+	Generation
+	Until time.Time `json:"until"`
 }
 
 // Preview is what an image would do to live TCP connections.

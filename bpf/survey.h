@@ -1,0 +1,58 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR Apache-2.0) */
+/* The round over all files of all processes, which the core makes every few seconds. */
+#ifndef DEMARC_SURVEY_H
+#define DEMARC_SURVEY_H
+
+/* The first file of a process; 0 = the round is over. */
+static __noinline int begin_survey(struct task_struct *task)
+{
+	struct demarc_lineage *l;
+	struct outcome o;
+
+	__builtin_memset(&survey.passing, 0, sizeof(survey.passing));
+	survey.tgid = 0;
+	survey.ours = false;
+	if (!task) {
+		survey.round++;
+		return 0;
+	}
+	survey.tgid = task->tgid;
+	survey.ours = about(&o, cgroup_of_task(task));
+	if (!survey.ours)
+		return 0;
+	survey.cgroup = o.cgroup;
+	survey.uid = BPF_CORE_READ(task, cred, uid.val);
+	survey.start = BPF_CORE_READ(task, group_leader, start_boottime);
+	bpf_probe_read_kernel(survey.comm, sizeof(survey.comm), task->comm);
+	l = lineage_of(task, &o);
+	if (!l)
+		return 0;
+	survey.passing.origin = l->origin;
+	__builtin_memcpy(survey.passing.ways, l->ended, sizeof(l->ended));
+	__builtin_memset(l->ended, 0, sizeof(l->ended));
+	__builtin_memcpy(&survey.passing.on, &l->on, sizeof(l->on));
+	tell_netns(&o, task, l, netns_of(task));
+	if (!l->netns && o.query.now - survey.start > SETTLED)
+		l->netns = netns_of(task);
+	return 0;
+}
+
+static __noinline int survey_file(struct task_struct *task, struct file *file)
+{
+	struct socket *socket;
+	struct sock *sk;
+	struct outcome o;
+	__u16 mode = BPF_CORE_READ(file, f_inode, i_mode) & 0170000;
+
+	if (mode == 0020000 && BPF_CORE_READ(file, f_inode, i_rdev) == TUN_DEVICE && about(&o, survey.cgroup)) /* S_IFCHR */
+		return tell_tun(&o, task);
+	if (mode != 0140000) /* S_IFSOCK */
+		return 0;
+	socket = bpf_sock_from_file(file);
+	sk = socket ? socket->sk : 0;
+	if (sk && sk->sk_protocol == PROTO_TCP)
+		survey_connection(sk);
+	return 0;
+}
+
+#endif
