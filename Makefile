@@ -36,7 +36,7 @@ lint: ## formatting and vet
 	@unformatted=$$(gofmt -l $$(git ls-files '*.go')); [ -z "$$unformatted" ] || { echo "gofmt would change:"; echo "$$unformatted"; exit 1; }
 	$(GO) vet ./...
 	$(GO) vet -tags kernels ./test/vm/...
-	$(GO) vet -tags churn ./test/e2e
+	$(GO) vet -tags churn,soak ./test/e2e
 	$(GO) vet -tags packages ./test/systemd
 	$(GO) vet -tags kubernetes ./test/systemd ./test/cluster
 	$(GO) vet -tags hubble ./test/e2e
@@ -64,6 +64,13 @@ test-kernels: ## demarc in virtual machines with the kernels KERNELS (5.10 6.1 6
 test-churn: ## 10,000 cgroups a minute for 3 minutes, each of which dials at once
 	scripts/install test
 	test/run -tags churn -count=1 -v -timeout 20m -run '^TestX13Churn$$' ./test/e2e
+
+DURATION ?= 30m
+
+.PHONY: soak
+soak: ## two hosts under load, whose policy, keys, cgroups and daemons change all the time, for DURATION=30m
+	scripts/install test
+	DEMARC_SOAK=$(DURATION) test/run -tags soak -count=1 -v -timeout 100h -run '^TestSoak$$' ./test/e2e
 
 .PHONY: test-kubernetes
 test-kubernetes: ## chart and kustomize base rendered and compared; identity by a real API server, which takes minutes to build

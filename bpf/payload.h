@@ -113,15 +113,15 @@ static __noinline int tell_name(struct packet *p, __u64 cgroup, struct dns_name 
 
 	if (!p || !n || !about(&o, cgroup))
 		return 0;
-	s = seen_of(o.query.subject, DEMARC_EGRESS, o.query.now);
-	if (!s || test_and_set(s->names, NAME_BITS / 32 - 1, mix(n->hash)) || ++s->names_set % NAME_STEP)
+	s = seen_doing(o.query.subject, o.query.now);
+	if (!s || test_and_set(s->names, NAME_BITS / 32 - 1, mix(n->hash)) || ++s->told.names_set % NAME_STEP)
 		return 0;
 	__builtin_memcpy(&o.opener, &p->tuple, sizeof(o.opener));
-	e = begin_signal(&o, s, DEMARC_SIGNAL_DNS, 0, 0);
+	e = begin_signal(&o, &s->told, DEMARC_SIGNAL_DNS, 0, 0);
 	if (!e)
 		return 0;
 	name_sender(e, &o);
-	e->distinct = s->names_set;
+	e->distinct = s->told.names_set;
 	e->length = n->length - 1;
 	e->labels = n->labels;
 	e->bytes = p->length - 8;
@@ -184,18 +184,18 @@ static __noinline int carries_echo(struct __sk_buff *skb)
 	carried = p.end - p.transport - 8;
 	if (carried <= ECHO_LARGE || !about(&o, bpf_skb_cgroup_id(skb)))
 		return 0;
-	s = seen_of(o.query.subject, DEMARC_EGRESS, o.query.now);
-	if (!s || s->echoes == 0xffff)
+	s = seen_doing(o.query.subject, o.query.now);
+	if (!s || s->told.echoes == 0xffff)
 		return 0;
-	s->echoes++;
-	if (s->echoes > 16 && (s->echoes & (s->echoes - 1)))
+	s->told.echoes++;
+	if (s->told.echoes > 16 && (s->told.echoes & (s->told.echoes - 1)))
 		return 0;
 	__builtin_memcpy(&o.opener, &p.tuple, sizeof(o.opener));
-	e = begin_signal(&o, s, DEMARC_SIGNAL_ICMP, 0, 0);
+	e = begin_signal(&o, &s->told, DEMARC_SIGNAL_ICMP, 0, 0);
 	if (!e)
 		return 0;
 	name_sender(e, &o);
-	e->count = s->echoes > 16 ? s->echoes / 2 : 1;
+	e->count = s->told.echoes > 16 ? s->told.echoes / 2 : 1;
 	e->bytes = carried;
 	bpf_ringbuf_submit(e, 0);
 	return 0;

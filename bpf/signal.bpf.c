@@ -48,13 +48,14 @@ EMIT(demarc_port_classes);
 EMIT(demarc_path_key);
 EMIT(demarc_unit);
 EMIT(demarc_seen);
+EMIT(demarc_told);
 
 /* A connection is about to be opened by the current task. */
 static __noinline int opening(struct outcome *o, __u64 cookie)
 {
 	struct task_struct *task = bpf_get_current_task_btf();
 	struct demarc_lineage *l;
-	struct demarc_seen *s;
+	struct demarc_told *s;
 	struct demarc_signal *e;
 	struct demarc_mark *m;
 	__u64 what;
@@ -98,7 +99,7 @@ static __noinline int failed(struct outcome *o, __u64 cookie, int error)
 {
 	struct demarc_mark *m = mark_of(cookie);
 	struct demarc_signal *e;
-	struct demarc_seen *s;
+	struct demarc_told *s;
 	__u8 cause = DEMARC_CAUSE_ABANDONED;
 
 	if (!o)

@@ -32,35 +32,58 @@ static __always_inline bool test_and_set(__u32 *bits, __u32 mask, __u32 n)
 	return __sync_fetch_and_or(&bits[word & mask], bit) & bit;
 }
 
-/* A new epoch begins: what was seen before is forgotten. */
-static __always_inline void forget(struct demarc_seen *s, __u64 now)
-{
-	s->began = now;
-	__builtin_memset(s->contacts, 0, sizeof(s->contacts));
-	__builtin_memset(s->deeds, 0, sizeof(s->deeds));
-	__builtin_memset(s->ports, 0, sizeof(s->ports));
-	__builtin_memset(s->peers, 0, sizeof(s->peers));
-	__builtin_memset(s->names, 0, sizeof(s->names));
-	s->names_set = s->echoes = 0;
-}
-
 static const struct demarc_seen nothing_seen;
 
-/* What an identity was seen to do in this epoch; 0 where there is no room. */
-static __always_inline struct demarc_seen *seen_of(__u32 subject, __u8 direction, __u64 now)
+/* A new epoch begins: what was told before is forgotten. */
+static __always_inline bool begins(struct demarc_told *t, __u64 now)
 {
-	__u32 key = subject << 1 | (direction & 1);
-	struct demarc_seen *s = bpf_map_lookup_elem(&seen, &key);
+	if (now - t->began <= DEMARC_SIGNAL_EPOCH)
+		return false;
+	t->began = now;
+	__builtin_memset(t->contacts, 0, sizeof(t->contacts));
+	__builtin_memset(t->deeds, 0, sizeof(t->deeds));
+	t->names_set = t->echoes = 0;
+	return true;
+}
+
+/* What an identity was seen to do in this epoch; 0 where there is no room. */
+static __always_inline struct demarc_seen *seen_doing(__u32 subject, __u64 now)
+{
+	struct demarc_seen *s = bpf_map_lookup_elem(&seen, &subject);
 
 	if (!s) {
-		bpf_map_update_elem(&seen, &key, &nothing_seen, BPF_NOEXIST);
-		s = bpf_map_lookup_elem(&seen, &key);
+		bpf_map_update_elem(&seen, &subject, &nothing_seen, BPF_NOEXIST);
+		s = bpf_map_lookup_elem(&seen, &subject);
 		if (!s)
 			return 0;
 	}
-	if (now - s->began > DEMARC_SIGNAL_EPOCH)
-		forget(s, now);
+	if (begins(&s->told, now)) {
+		__builtin_memset(s->ports, 0, sizeof(s->ports));
+		__builtin_memset(s->peers, 0, sizeof(s->peers));
+		__builtin_memset(s->names, 0, sizeof(s->names));
+	}
 	return s;
+}
+
+/* What was told of an identity, as the one that does or the one that it is done to. */
+static __always_inline struct demarc_told *seen_of(__u32 subject, __u8 direction, __u64 now)
+{
+	struct demarc_told *t;
+
+	if (direction == DEMARC_EGRESS) {
+		struct demarc_seen *s = seen_doing(subject, now);
+
+		return s ? &s->told : 0;
+	}
+	t = bpf_map_lookup_elem(&suffered, &subject);
+	if (!t) {
+		bpf_map_update_elem(&suffered, &subject, &nothing_seen, BPF_NOEXIST);
+		t = bpf_map_lookup_elem(&suffered, &subject);
+		if (!t)
+			return 0;
+	}
+	begins(t, now);
+	return t;
 }
 
 static __always_inline bool is_deed(__u8 kind)
@@ -78,7 +101,7 @@ static __always_inline bool is_deed(__u8 kind)
 }
 
 /* True: it was told in this epoch already. */
-static __always_inline bool known_already(struct demarc_seen *s, __u8 kind, __u64 what)
+static __always_inline bool known_already(struct demarc_told *s, __u8 kind, __u64 what)
 {
 	__u64 h = mix(what ^ (__u64)kind << 56);
 	bool one, two;
@@ -87,14 +110,14 @@ static __always_inline bool known_already(struct demarc_seen *s, __u8 kind, __u6
 		one = test_and_set(s->deeds, 7, h);
 		two = test_and_set(s->deeds, 7, h >> 32);
 	} else {
-		one = test_and_set(s->contacts, 31, h);
-		two = test_and_set(s->contacts, 31, h >> 32);
+		one = test_and_set(s->contacts, 15, h);
+		two = test_and_set(s->contacts, 15, h >> 32);
 	}
 	return one && two;
 }
 
 /* Charges a lane, by the same algorithm as a crossing's limit. */
-static __always_inline bool within_quota(struct demarc_seen *s, bool deed, __u64 now)
+static __always_inline bool within_quota(struct demarc_told *s, bool deed, __u64 now)
 {
 	__u64 *due = deed ? &s->due[DEMARC_LANE_DEEDS] : &s->due[DEMARC_LANE_CONTACTS];
 
@@ -166,7 +189,7 @@ static __always_inline void name_task(struct demarc_signal *e, struct task_struc
 
 /* A record to be filled and submitted, or 0 if it is not to be told. `what` is the
  * same for what needs to be told once; 0 = it is told each time. */
-static __always_inline struct demarc_signal *begin_signal(const struct outcome *o, struct demarc_seen *s, __u8 kind,
+static __always_inline struct demarc_signal *begin_signal(const struct outcome *o, struct demarc_told *s, __u8 kind,
 							  __u8 cause, __u64 what)
 {
 	struct demarc_ring_state *counter;
@@ -256,7 +279,7 @@ static __always_inline __u8 kind_of(const struct demarc_query *q)
 /* A step of distinct ports or peers. */
 static __always_inline void tell_step(const struct outcome *o, struct demarc_seen *s, __u8 kind, __u32 set, __u32 of)
 {
-	struct demarc_signal *e = set ? begin_signal(o, s, kind, 0, (__u64)of << 16 | set) : 0;
+	struct demarc_signal *e = set ? begin_signal(o, &s->told, kind, 0, (__u64)of << 16 | set) : 0;
 
 	if (!e)
 		return;
@@ -266,15 +289,15 @@ static __always_inline void tell_step(const struct outcome *o, struct demarc_see
 	bpf_ringbuf_submit(e, 0);
 }
 
-/* A contact that failed counts toward the distinct ports and peers. */
+/* A contact that failed counts toward the distinct ports and peers of who made it. */
 GLOBAL int count_failure(struct outcome *o)
 {
 	struct demarc_seen *s;
 	__u32 peer, port;
 
-	if (!o)
+	if (!o || o->query.direction != DEMARC_EGRESS)
 		return 0;
-	s = seen_of(o->query.subject, o->query.direction, o->query.now);
+	s = seen_doing(o->query.subject, o->query.now);
 	if (!s)
 		return 0;
 	peer = address_hash(o->query.address);
@@ -288,7 +311,7 @@ GLOBAL int count_failure(struct outcome *o)
  * not where the verdict is given. */
 GLOBAL int remark(struct outcome *o)
 {
-	struct demarc_seen *s;
+	struct demarc_told *s;
 	struct demarc_signal *e;
 	bool refused;
 	__u8 kind, log;

@@ -37,6 +37,23 @@ static __noinline int begin_survey(struct task_struct *task)
 	return 0;
 }
 
+/* A process holds a packet socket: it reads, or makes, frames that no hook at sockets
+ * sees. */
+static __noinline int tell_packet_socket(struct task_struct *task)
+{
+	struct demarc_signal *e;
+	struct outcome o;
+
+	if (!task || !about(&o, survey.cgroup))
+		return 0;
+	e = begin_signal(&o, seen_of(o.query.subject, DEMARC_EGRESS, o.query.now), DEMARC_SIGNAL_RAW, 0, task->tgid);
+	if (!e)
+		return 0;
+	name_task(e, task);
+	bpf_ringbuf_submit(e, 0);
+	return 0;
+}
+
 static __noinline int survey_file(struct task_struct *task, struct file *file)
 {
 	struct socket *socket;
@@ -50,6 +67,8 @@ static __noinline int survey_file(struct task_struct *task, struct file *file)
 		return 0;
 	socket = bpf_sock_from_file(file);
 	sk = socket ? socket->sk : 0;
+	if (sk && sk->__sk_common.skc_family == AF_PACKET)
+		return survey.ours ? tell_packet_socket(task) : 0;
 	if (sk && sk->sk_protocol == PROTO_TCP)
 		survey_connection(sk);
 	return 0;

@@ -204,15 +204,9 @@ type demarcDemarcScratch struct {
 }
 
 type demarcDemarcSeen struct {
-	_        structs.HostLayout
-	Began    uint64
-	Due      [2]uint64
-	Missed   uint32
-	NamesSet uint16
-	Echoes   uint16
-	Contacts [32]uint32
-	Deeds    [8]uint32
-	Ports    [3]struct {
+	_     structs.HostLayout
+	Told  demarcDemarcTold
+	Ports [3]struct {
 		_    structs.HostLayout
 		Of   uint32
 		Set  uint16
@@ -264,6 +258,17 @@ type demarcDemarcState struct {
 	Shadow      uint64
 	Shadowed    uint64
 	Spared      uint64
+}
+
+type demarcDemarcTold struct {
+	_        structs.HostLayout
+	Began    uint64
+	Due      [2]uint64
+	Missed   uint32
+	NamesSet uint16
+	Echoes   uint16
+	Contacts [16]uint32
+	Deeds    [8]uint32
 }
 
 type demarcDemarcTuple struct {
@@ -329,6 +334,7 @@ const (
 	demarcMapSockets               = "sockets"
 	demarcMapState                 = "state"
 	demarcMapSubjects              = "subjects"
+	demarcMapSuffered              = "suffered"
 	demarcMapTurns                 = "turns"
 	demarcMapUnits                 = "units"
 	demarcMapVersionFloor          = "version_floor"
@@ -481,6 +487,7 @@ type demarcMapSpecs struct {
 	Sockets       *ebpf.MapSpec `ebpf:"sockets"`
 	State         *ebpf.MapSpec `ebpf:"state"`
 	Subjects      *ebpf.MapSpec `ebpf:"subjects"`
+	Suffered      *ebpf.MapSpec `ebpf:"suffered"`
 	Turns         *ebpf.MapSpec `ebpf:"turns"`
 	Units         *ebpf.MapSpec `ebpf:"units"`
 	VersionFloor  *ebpf.MapSpec `ebpf:"version_floor"`
@@ -565,6 +572,7 @@ type demarcMaps struct {
 	Sockets       *ebpf.Map `ebpf:"sockets"`
 	State         *ebpf.Map `ebpf:"state"`
 	Subjects      *ebpf.Map `ebpf:"subjects"`
+	Suffered      *ebpf.Map `ebpf:"suffered"`
 	Turns         *ebpf.Map `ebpf:"turns"`
 	Units         *ebpf.Map `ebpf:"units"`
 	VersionFloor  *ebpf.Map `ebpf:"version_floor"`
@@ -610,6 +618,7 @@ func (m *demarcMaps) Close() error {
 		m.Sockets,
 		m.State,
 		m.Subjects,
+		m.Suffered,
 		m.Turns,
 		m.Units,
 		m.VersionFloor,

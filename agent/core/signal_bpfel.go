@@ -204,15 +204,9 @@ type signalDemarcScratch struct {
 }
 
 type signalDemarcSeen struct {
-	_        structs.HostLayout
-	Began    uint64
-	Due      [2]uint64
-	Missed   uint32
-	NamesSet uint16
-	Echoes   uint16
-	Contacts [32]uint32
-	Deeds    [8]uint32
-	Ports    [3]struct {
+	_     structs.HostLayout
+	Told  signalDemarcTold
+	Ports [3]struct {
 		_    structs.HostLayout
 		Of   uint32
 		Set  uint16
@@ -264,6 +258,17 @@ type signalDemarcState struct {
 	Shadow      uint64
 	Shadowed    uint64
 	Spared      uint64
+}
+
+type signalDemarcTold struct {
+	_        structs.HostLayout
+	Began    uint64
+	Due      [2]uint64
+	Missed   uint32
+	NamesSet uint16
+	Echoes   uint16
+	Contacts [16]uint32
+	Deeds    [8]uint32
 }
 
 type signalDemarcTuple struct {
@@ -339,6 +344,7 @@ const (
 	signalMapSockets               = "sockets"
 	signalMapState                 = "state"
 	signalMapSubjects              = "subjects"
+	signalMapSuffered              = "suffered"
 	signalMapTakenApart            = "taken_apart"
 	signalMapTurns                 = "turns"
 	signalMapUnits                 = "units"
@@ -360,6 +366,7 @@ const (
 	signalVarEmitDemarcRuleKey     = "emit_demarc_rule_key"
 	signalVarEmitDemarcSeen        = "emit_demarc_seen"
 	signalVarEmitDemarcSubject     = "emit_demarc_subject"
+	signalVarEmitDemarcTold        = "emit_demarc_told"
 	signalVarEmitDemarcUnit        = "emit_demarc_unit"
 	signalVarManagedRoot           = "managed_root"
 	signalVarRootPathLength        = "root_path_length"
@@ -459,6 +466,7 @@ type signalMapSpecs struct {
 	Sockets       *ebpf.MapSpec `ebpf:"sockets"`
 	State         *ebpf.MapSpec `ebpf:"state"`
 	Subjects      *ebpf.MapSpec `ebpf:"subjects"`
+	Suffered      *ebpf.MapSpec `ebpf:"suffered"`
 	TakenApart    *ebpf.MapSpec `ebpf:"taken_apart"`
 	Turns         *ebpf.MapSpec `ebpf:"turns"`
 	Units         *ebpf.MapSpec `ebpf:"units"`
@@ -478,6 +486,7 @@ type signalVariableSpecs struct {
 	EmitDemarcRuleKey     *ebpf.VariableSpec `ebpf:"emit_demarc_rule_key"`
 	EmitDemarcSeen        *ebpf.VariableSpec `ebpf:"emit_demarc_seen"`
 	EmitDemarcSubject     *ebpf.VariableSpec `ebpf:"emit_demarc_subject"`
+	EmitDemarcTold        *ebpf.VariableSpec `ebpf:"emit_demarc_told"`
 	EmitDemarcUnit        *ebpf.VariableSpec `ebpf:"emit_demarc_unit"`
 	ManagedRoot           *ebpf.VariableSpec `ebpf:"managed_root"`
 	RootPathLength        *ebpf.VariableSpec `ebpf:"root_path_length"`
@@ -541,6 +550,7 @@ type signalMaps struct {
 	Sockets       *ebpf.Map `ebpf:"sockets"`
 	State         *ebpf.Map `ebpf:"state"`
 	Subjects      *ebpf.Map `ebpf:"subjects"`
+	Suffered      *ebpf.Map `ebpf:"suffered"`
 	TakenApart    *ebpf.Map `ebpf:"taken_apart"`
 	Turns         *ebpf.Map `ebpf:"turns"`
 	Units         *ebpf.Map `ebpf:"units"`
@@ -587,6 +597,7 @@ func (m *signalMaps) Close() error {
 		m.Sockets,
 		m.State,
 		m.Subjects,
+		m.Suffered,
 		m.TakenApart,
 		m.Turns,
 		m.Units,
@@ -607,6 +618,7 @@ type signalVariables struct {
 	EmitDemarcRuleKey     *ebpf.Variable `ebpf:"emit_demarc_rule_key"`
 	EmitDemarcSeen        *ebpf.Variable `ebpf:"emit_demarc_seen"`
 	EmitDemarcSubject     *ebpf.Variable `ebpf:"emit_demarc_subject"`
+	EmitDemarcTold        *ebpf.Variable `ebpf:"emit_demarc_told"`
 	EmitDemarcUnit        *ebpf.Variable `ebpf:"emit_demarc_unit"`
 	ManagedRoot           *ebpf.Variable `ebpf:"managed_root"`
 	RootPathLength        *ebpf.Variable `ebpf:"root_path_length"`

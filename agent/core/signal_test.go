@@ -1,15 +1,16 @@
 package core
 
 import (
+	"errors"
 	"strings"
 	"testing"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
-)
+	"golang.org/x/sys/unix"
 
-// refusedHere are observers that many kernels refuse.
-var refusedHere = []string{"switched"}
+	"github.com/demarc/demarc/bpf/abi"
+)
 
 // What observes loads here, can change no verdict, and attaches. At a cgroup that means
 // that whatever it sees, it returns what refuses nothing.
@@ -77,4 +78,62 @@ func returnsOne(all asm.Instructions) bool {
 		}
 	}
 	return len(exits) > 0
+}
+
+// What is remembered for signals stays below 16 MiB with 16,384 identities, each of which
+// does something and has something done to it; and one identity more takes nothing from
+// those.
+func TestSignalMemory(t *testing.T) {
+	const identities, most = abi.SeenMax, 16 << 20
+	spec, err := readSpec(&tree{})
+	must(t, err)
+	o, err := loadObjects(spec, nil)
+	must(t, err)
+	t.Cleanup(o.Close)
+	sum := uint64(0)
+	for _, name := range []string{"seen", "suffered", "marks", "hops", "signals", "lineages"} {
+		m := o.Maps[name]
+		if name == "seen" || name == "suffered" {
+			value := make([]byte, m.ValueSize())
+			for id := range uint32(identities) {
+				must(t, m.Put(id+16, value))
+			}
+			if err := m.Put(uint32(identities+16), value); !errors.Is(err, unix.E2BIG) {
+				t.Errorf("%s has room for more than %d identities: %v", name, identities, err)
+			}
+			var id uint32
+			n := 0
+			for all := m.Iterate(); all.Next(&id, &value); n++ {
+			}
+			if n != identities {
+				t.Errorf("%s: %d identities, want %d", name, n, identities)
+			}
+		}
+		info, err := m.Info()
+		must(t, err)
+		size, known := info.Memlock()
+		if !known {
+			t.Fatalf("%s: the kernel does not say", name)
+		}
+		if m.Type() == ebpf.Hash { // the kernel counts what it asks for, and is given more
+			asked := uint64(48 + 8 + 8 + m.ValueSize())
+			size += (allocated(asked) - asked) * identities
+		}
+		t.Logf("%-8s %8d bytes", name, size)
+		sum += size
+	}
+	t.Logf("together %8d of %d", sum, most)
+	if sum >= most {
+		t.Errorf("%d bytes, less than %d are meant to be", sum, most)
+	}
+}
+
+// allocated is what the kernel's allocator gives for so many bytes.
+func allocated(n uint64) uint64 {
+	for _, size := range []uint64{64, 96, 128, 192, 256, 512, 1024, 2048} {
+		if n <= size {
+			return size
+		}
+	}
+	return n
 }

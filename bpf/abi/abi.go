@@ -445,6 +445,9 @@ const (
 // SignalEpoch is after what time the same contact is told again.
 const SignalEpoch = 300 * time.Second
 
+// SeenMax is for how many identities signals are remembered.
+const SeenMax = 16384
+
 // CountKey is what verdicts are counted by.
 type CountKey struct {
 	Subject   uint32

@@ -573,13 +573,24 @@ struct demarc_signal {
 };
 
 /*
- * What an identity was seen to do in one epoch of signals. Nobody else's signals
- * touch it: who fills it hides nothing but its own repetitions. Of each address and
- * port one contact is told an epoch, by a Bloom filter of two bits; of the distinct
- * ports at a peer, and peers on a port, steps are told, by bitmaps of 256 bits.
+ * What was told of an identity in one epoch of signals. Nobody else's signals touch
+ * it: who fills it hides nothing but its own repetitions. Of each address and port one
+ * contact is told an epoch, by a Bloom filter of two bits.
  */
 #define DEMARC_SIGNAL_EPOCH (300ULL * 1000000000ULL)
 #define DEMARC_SEEN_MAX 16384
+struct demarc_told {
+	__u64 began;
+	__u64 due[2];     /* when the next signal of a lane may be told */
+	__u32 missed;
+	__u16 names_set; /* bits of names */
+	__u16 echoes;    /* pings with much in them */
+	__u32 contacts[16];
+	__u32 deeds[8];
+};
+
+/* And what it did itself: of the distinct ports at a peer, and peers on a port, steps
+ * are told, by bitmaps of 256 bits. */
 #define DEMARC_SEEN_SLOTS 3
 struct demarc_distinct {
 	__u32 of; /* hash of the peer, or of the port; 0 = free */
@@ -588,17 +599,12 @@ struct demarc_distinct {
 	__u32 bits[8];
 };
 struct demarc_seen {
-	__u64 began;
-	__u64 due[2];     /* when the next signal of a lane may be told */
-	__u32 missed;
-	__u16 names_set; /* bits of names */
-	__u16 echoes;    /* pings with much in them */
-	__u32 contacts[32];
-	__u32 deeds[8];
+	struct demarc_told told;
 	struct demarc_distinct ports[DEMARC_SEEN_SLOTS];
 	struct demarc_distinct peers[DEMARC_SEEN_SLOTS];
 	__u32 names[4]; /* bitmap of distinct long DNS names */
 };
+
 /* Lanes: a flood of contacts does not cost a deed its place. */
 enum demarc_lane {
 	DEMARC_LANE_CONTACTS = 0,

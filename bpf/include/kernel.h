@@ -171,6 +171,7 @@ extern void *bpf_cast_to_kern_ctx(void *) __attribute__((section(".ksyms"))) __a
 /* Values of the kernel's own headers that its UAPI does not export to BPF C. */
 #define AF_INET 2
 #define AF_INET6 10
+#define AF_PACKET 17
 #define SOCK_STREAM 1
 #define SOCK_DGRAM 2
 #define SOCK_RAW 3

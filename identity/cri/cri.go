@@ -200,15 +200,34 @@ func (p *Provider) cgroup(id string, info func() (map[string]string, error)) (st
 	if err != nil {
 		return "", err
 	}
-	c, at, found := identity.ContainerOf(whole)
+	// From a cgroup namespace of one's own the way leads up first.
+	up, down := "", whole
+	for strings.HasPrefix(down, "/../") {
+		up, down = up+"/..", strings.TrimPrefix(down, "/..")
+	}
+	if whole == "/" {
+		return p.itself(id), nil
+	}
+	c, at, found := identity.ContainerOf(down)
 	if !found || c.ID != id {
 		return "", fmt.Errorf("process %d is in %s, which is not container %.12s", first.PID, whole, id)
 	}
-	here, managed := p.place(at)
+	here, managed := p.place(up + at)
 	if !managed {
 		return "", nil
 	}
 	return here, nil
+}
+
+// itself finds the container that this process is in, whose cgroup is the top of its
+// namespace, without a name: by what runtimes call a cgroup.
+func (p *Provider) itself(id string) string {
+	for _, name := range []string{id, "cri-containerd-" + id + ".scope", "crio-" + id + ".scope"} {
+		if here, managed := p.place("/../" + name); managed {
+			return here
+		}
+	}
+	return ""
 }
 
 // cgroupOf reads which cgroup of the second version a process is in.

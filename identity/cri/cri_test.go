@@ -166,3 +166,34 @@ func TestC17ForeignSocket(t *testing.T) {
 		}
 	}
 }
+
+// An agent in a pod sees cgroups from its own: the way to others leads up, and its own
+// has no name.
+func TestOwnNamespace(t *testing.T) {
+	p := New("/none", func(cgroup string) (string, bool) {
+		for strings.HasPrefix(cgroup, "/../") {
+			cgroup = strings.TrimPrefix(cgroup, "/..")
+		}
+		return "/kubepods.slice" + strings.TrimPrefix(cgroup, "/kubepods.slice"), strings.HasSuffix(cgroup, ".scope")
+	})
+	p.process = func(pid int) (string, error) {
+		return map[int]string{1: "/", 2: "/../cri-containerd-" + id("b") + ".scope", 3: "/../../.." + at("c"), 4: "/../other.scope"}[pid], nil
+	}
+	for i, tt := range []struct{ name, id, want, problem string }{
+		{"OK itself", id("a"), at("a"), ""},
+		{"OK beside it", id("b"), at("b"), ""},
+		{"OK elsewhere", id("c"), at("c"), ""},
+		{"bad name", id("d"), "", "process 4 is in /../other.scope, which is not container dddddddddddd"},
+	} {
+		got, err := p.cgroup(tt.id, func() (map[string]string, error) {
+			return map[string]string{"info": fmt.Sprintf(`{"pid":%d}`, i+1)}, nil
+		})
+		problem := ""
+		if err != nil {
+			problem = err.Error()
+		}
+		if got != tt.want || problem != tt.problem {
+			t.Errorf("%s: %q, %q, want %q, %q", tt.name, got, problem, tt.want, tt.problem)
+		}
+	}
+}

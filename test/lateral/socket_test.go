@@ -8,7 +8,7 @@ import (
 	"github.com/demarc/demarc/test/netlab"
 )
 
-// Sockets that make packets of their own.
+// Sockets that make packets, and those that read what is on the wire.
 func TestSockets(t *testing.T) {
 	const prompt = 20 * time.Second
 	scenarios := quick([]scenario{
@@ -18,6 +18,12 @@ func TestSockets(t *testing.T) {
 		{"nping --icmp", func(r *run) {
 			r.tool("nping", "--send-ip", "--icmp", "-c", "3", r.targets[0].IP4.String())
 		}, "T1040", "raw-socket", detect.Medium, "nping", prompt, true},
+		{"nping --arp, by frames", func(r *run) {
+			r.tool("nping", "--arp", "-c", "20", r.targets[0].IP4.String())
+		}, "T1040", "raw-socket", detect.Medium, "nping", prompt, true},
+		{"tcpdump", func(r *run) {
+			r.tool("tcpdump", "-n", "-i", "any", "-w", "/dev/null")
+		}, "T1040", "raw-socket", detect.Medium, "tcpdump", prompt, false},
 		{"ping by a raw socket", func(r *run) {
 			r.tool("ping", "-n", "-c", "3", r.targets[0].IP4.String())
 		}, "T1040", "raw-socket", detect.Low, "ping", prompt, false},

@@ -20,7 +20,7 @@ const growth = 1.05
 
 // inMachine are tests of the trusted core that an emulated machine is fast enough for:
 // they load every program there is.
-var inMachine = []string{"TestX23VerifierComplexity"}
+var inMachine = []string{"TestX23VerifierComplexity", "TestObserversLoad"}
 
 // rooted runs them. What the verifier walks through is compared with what was
 // written down for this kernel. (X23)
