@@ -2,7 +2,7 @@
 /*
  * What a few packets carry: the first bytes of a connection, the names of DNS queries,
  * the size of pings. Looked at where a workload sends them, in a program that lets
- * everything pass; all other packets cost it a look at their socket. Packets that the
+ * everything pass; all other packets cost it a look at their headers. Packets that the
  * verdict refuses are looked at like others: an attempt is told, too.
  */
 #ifndef DEMARC_PAYLOAD_H
@@ -201,41 +201,34 @@ static __noinline int carries_echo(struct __sk_buff *skb)
 	return 0;
 }
 
-/* Whether a datagram may be for a DNS server. */
-static __always_inline bool for_dns(struct __sk_buff *skb)
-{
-	__u8 *data = (void *)(long)skb->data;
-	__u32 header = skb->protocol == bpf_htons(ETH_P_IP) ? 20 : 40;
+#define BANNER_MOST 400 /* bytes of a packet that may carry a banner, headers and all */
 
-	if (data + 44 > (__u8 *)(long)skb->data_end)
-		return true; /* carries_name looks closer */
-	return *(__be16 *)(data + header + 2) == bpf_htons(DNS_PORT) || (header == 40 && data[6] != PROTO_UDP);
+static __always_inline bool begins_connection(struct __sk_buff *skb)
+{
+	struct bpf_tcp_sock *tcp = skb->sk ? bpf_tcp_sock(skb->sk) : 0;
+
+	return tcp && tcp->data_segs_out == 1 && tcp->bytes_acked <= 1;
 }
 
+/* Most packets end here after a look at their headers. */
 static __always_inline void look_at_payload(struct __sk_buff *skb)
 {
-	struct bpf_sock *sk = skb->sk;
-	struct bpf_tcp_sock *tcp;
+	bool ipv4 = skb->protocol == bpf_htons(ETH_P_IP);
+	__u8 *data = (void *)(long)skb->data;
 
-	if (!sk)
+	if (data + (ipv4 ? 24 : 44) > (__u8 *)(long)skb->data_end)
 		return;
-	tcp = bpf_tcp_sock(sk);
-	if (tcp) {
-		if (tcp->data_segs_out == 1 && tcp->bytes_acked <= 1)
+	switch (ipv4 ? data[9] : data[6]) {
+	case PROTO_TCP:
+		if (skb->len <= BANNER_MOST && begins_connection(skb))
 			carries_banner(skb);
-		return;
-	}
-	sk = bpf_sk_fullsock(sk);
-	if (!sk)
-		return;
-	switch (sk->protocol) {
+		break;
 	case PROTO_UDP:
-		if (for_dns(skb))
+		if (*(__be16 *)(data + (ipv4 ? 22 : 42)) == bpf_htons(DNS_PORT))
 			carries_name(skb);
 		break;
 	case PROTO_ICMP:
 	case PROTO_ICMP6:
-	case 255: /* IPPROTO_RAW: the header is its sender's own */
 		carries_echo(skb);
 	}
 }

@@ -15,11 +15,6 @@ import (
 // What observes loads here, can change no verdict, and attaches. At a cgroup that means
 // that whatever it sees, it returns what refuses nothing.
 func TestObserversLoad(t *testing.T) {
-	spec, err := readSpec(&tree{})
-	must(t, err)
-	o, err := loadObjects(spec, nil)
-	must(t, err)
-	t.Cleanup(o.Close)
 	programs, err := loadSignal()
 	must(t, err)
 	for name, p := range programs.Programs {
@@ -36,11 +31,7 @@ func TestObserversLoad(t *testing.T) {
 			t.Errorf("nobody says what %s is for", name)
 		}
 	}
-	m := newMachine(t)
-	tree, err := openTree(m.config.CgroupRoot)
-	must(t, err)
-	a := observe(o, tree.dir, true)
-	defer a.close()
+	a := newMachine(t).start().observers
 	missing := len(programs.Programs) - len(a.links)
 	if a.survey != nil {
 		missing--

@@ -82,6 +82,35 @@ func TestK05SpreadOverIdentities(t *testing.T) {
 	}
 }
 
+// Whoever adds an edge a day, for a month, teaches nobody that they are usual: each is
+// told, and so is a day with too many of them: row K06.
+func TestK06PoisonedBaseline(t *testing.T) {
+	g := NewEngine(nil)
+	g.SetPolicy(testPolicy(t))
+	told, drifted := 0, 0
+	for day := range 30 {
+		r := newTrace()
+		r.wait(time.Duration(day) * 24 * time.Hour)
+		for i := range 1 + 40*(day/29) { // forty on the last day
+			r.allowed("web", fmt.Sprintf("10.8.%d.%d:443", day, i), "updates").wait(time.Minute)
+		}
+		for _, e := range r.events {
+			for _, f := range g.See(e) {
+				if f.Detector == "new-edge" && f.Severity == Info {
+					told++
+				}
+				if f.Detector == "new-edge" && f.Severity == Low {
+					drifted++
+				}
+			}
+		}
+	}
+	// Of the first day everything is learned.
+	if told < 28+32 || drifted == 0 {
+		t.Errorf("%d edges are told, and %d beyond a day's", told, drifted)
+	}
+}
+
 // One probe in ten minutes for seven days, beside what is usual: row H10.
 func TestH10SlowDrip(t *testing.T) {
 	r := newTrace()

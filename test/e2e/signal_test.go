@@ -58,8 +58,13 @@ func TestSignalsOfDenials(t *testing.T) {
 	if s := w.node.AwaitSignal("a raw socket", is(detect.Raw, "web", anywhere)); s.PID != steps.PID {
 		t.Errorf("raw: %s", netlab.DescribeSignal(s))
 	}
-	w.p.Refused(connect("t", netlab.Place{Address: metadata, Port: 80}), "EPERM")
-	w.node.AwaitSignal("metadata", is(detect.Metadata, "web", netlab.Place{Address: metadata, Port: 80}))
+	t.Run("K02", func(t *testing.T) { // the kernel refuses what no crossing declares, and says so
+		w.p.Refused(connect("t", netlab.Place{Address: metadata, Port: 80}), "EPERM")
+		s := w.node.AwaitSignal("metadata", is(detect.Metadata, "web", netlab.Place{Address: metadata, Port: 80}))
+		if s.PID != steps.PID || s.Cause != "denied: no-crossing" {
+			t.Errorf("metadata: %s", netlab.DescribeSignal(s))
+		}
+	})
 }
 
 // A decoy is reported with who touched it, and lets nothing through.

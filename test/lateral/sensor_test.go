@@ -6,7 +6,9 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
+	"github.com/demarc/demarc/agent/detect"
 	"github.com/demarc/demarc/test/netlab"
 )
 
@@ -50,6 +52,21 @@ func TestSensors(t *testing.T) {
 	}
 	runAll(t, scenarios, func(i int, _ *scenario) *run { return &run{lab: s.lab, workload: workloads[i]} })
 	s.record()
+
+	// Sensors are the core's: what happens while no agent runs waits for the next one.
+	s.node.KillAgent()
+	for _, device := range []string{"tun8", "tun9"} {
+		p := s.start("vault", "ip", "tuntap", "add", "dev", device, "mode", "tun")
+		if status := p.Wait(time.Minute); status != 0 {
+			t.Fatalf("ip: %s", p.Output())
+		}
+	}
+	s.node.StartAgent()
+	s.node.AwaitAgent()
+	s.dial()
+	await(t, "what happened without an agent is found", func() bool {
+		return slices.ContainsFunc(s.findings(detect.Filter{Workload: "vault"}), func(f detect.Finding) bool { return f.Detector == "tun" && f.Process.Comm == "ip" })
+	})
 }
 
 // outside starts a shell command on the other machine.
