@@ -56,8 +56,9 @@ static __always_inline __u16 option_checksum(const struct demarc_udp_tag *tag, _
 }
 
 /* Makes the IP packet `extra` bytes longer, in its header. */
-static __always_inline int lengthen(struct __sk_buff *skb, const struct packet *p, bool ipv6, __u32 extra)
+static __always_inline int lengthen(struct __sk_buff *skb, const struct packet *p, __u32 extra)
 {
+	bool ipv6 = skb->protocol == bpf_htons(ETH_P_IPV6);
 	__u32 at = p->network + (ipv6 ? offsetof(struct ipv6hdr, payload_len) : offsetof(struct iphdr, tot_len));
 	__u16 old, fresh;
 
@@ -86,38 +87,45 @@ static __always_inline int seed_checksum(struct __sk_buff *skb, const struct pac
 	return bpf_skb_store_bytes(skb, at, &check, sizeof(check), 0);
 }
 
+/* Fills a tag in, but for its OCS. Returns 0, or -1 where there is no key, or no clock. */
+GLOBAL int sign_datagram(struct demarc_udp_tag *tag, const struct packet *p, __u32 identity, __u8 flags, __u32 nonce)
+{
+	__u32 time = wall_seconds(bpf_ktime_get_boot_ns()), claim;
+	__u64 mac = 0;
+
+	if (!tag || !p || !time)
+		return -1;
+	claim = sign(&mac, identity, flags | DEMARC_TAG_DATAGRAM, &p->tuple, time, nonce);
+	if (!claim)
+		return -1;
+	tag->kind = DEMARC_UDP_TAG_KIND;
+	tag->length = DEMARC_UDP_TAG_LENGTH;
+	tag->exid = bpf_htons(DEMARC_TAG_EXID);
+	tag->claim = bpf_htonl(claim);
+	tag->time = bpf_htonl(time);
+	tag->nonce = bpf_htonl(nonce);
+	tag->mac = mac;
+	return 0;
+}
+
 /* Appends a tag to a datagram of a flow. Returns 0, or -1 where it does not fit:
  * segmented by the device, as large as the path allows, no key, no clock. The packet is
  * unchanged then, or must not be sent. */
 GLOBAL int append_tag(struct __sk_buff *skb, struct packet *p, __u32 identity, __u8 flags, __u32 nonce)
 {
-	__u32 pad, extra, mtu = 0, time;
 	struct demarc_udp_tag tag = {};
-	__u64 mac = 0;
-	bool ipv6;
+	__u32 pad, extra, mtu = 0;
 
 	if (!p)
 		return -1;
 	pad = p->length & 1;
 	extra = DEMARC_UDP_TAG_SURPLUS + pad;
-	ipv6 = skb->protocol == bpf_htons(ETH_P_IPV6);
 	if (skb->gso_segs > 1 || !p->end || p->transport + p->length != p->end || p->end != skb->len)
 		return -1;
 	if (bpf_check_mtu(skb, 0, &mtu, extra, 0))
 		return -1;
-	time = wall_seconds(bpf_ktime_get_boot_ns());
-	if (!time)
+	if (sign_datagram(&tag, p, identity, flags, nonce))
 		return -1;
-	tag.claim = sign(&mac, identity, flags | DEMARC_TAG_DATAGRAM, &p->tuple, time, nonce);
-	if (!tag.claim)
-		return -1;
-	tag.claim = bpf_htonl(tag.claim);
-	tag.kind = DEMARC_UDP_TAG_KIND;
-	tag.length = DEMARC_UDP_TAG_LENGTH;
-	tag.exid = bpf_htons(DEMARC_TAG_EXID);
-	tag.time = bpf_htonl(time);
-	tag.nonce = bpf_htonl(nonce);
-	tag.mac = mac;
 	tag.ocs = option_checksum(&tag, extra);
 	if (bpf_skb_change_tail(skb, p->end + extra, 0))
 		return -1;
@@ -129,7 +137,7 @@ GLOBAL int append_tag(struct __sk_buff *skb, struct packet *p, __u32 identity, _
 	}
 	if (bpf_skb_store_bytes(skb, p->end + pad, &tag, sizeof(tag), 0))
 		return -1;
-	if (lengthen(skb, p, ipv6, extra))
+	if (lengthen(skb, p, extra))
 		return -1;
 	return seed_checksum(skb, p, extra);
 }
@@ -335,7 +343,7 @@ GLOBAL int tagged_before(struct __sk_buff *skb, struct packet *p, struct outcome
 	return good;
 }
 
-GLOBAL int frame_leaves(struct __sk_buff *skb)
+static __always_inline int frame_leaves(struct __sk_buff *skb)
 {
 	struct outcome o;
 	struct packet p;
