@@ -240,7 +240,7 @@ func TestKeysBadFileChangesNothing(t *testing.T) {
 // The wall clock is stepped: at the next look each key holds as it says, in the
 // kernel too, and one that was wiped by mistake is back. Between two looks nothing
 // is written.
-func TestKeysClockStep(t *testing.T) {
+func TestI12KeysClockStep(t *testing.T) {
 	b := newKeyBench(t, ringCase{epoch: 1, key: 0xa1, accept: -100, until: 3600}, ringCase{epoch: 2, key: 0xa2, accept: 1000, until: 7200})
 	started := time.Now()
 	must(t, b.at(0))
