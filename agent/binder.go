@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"runtime/debug"
 	"slices"
 	"strings"
 	"sync"
@@ -43,9 +44,10 @@ type binder struct {
 	mu       sync.Mutex
 	made     map[string]image.ID // claims that the core accepted on this connection
 	since    time.Time           // of that connection
-	settled  bool                // on this connection, the core has forgotten what an agent before claimed
-	names    *flow.Names         // of the image they were made under
-	judged   *flow.Names         // of the image under which the source's connections were made
+	gaveBack time.Time
+	settled  bool        // on this connection, the core has forgotten what an agent before claimed
+	names    *flow.Names // of the image they were made under
+	judged   *flow.Names // of the image under which the source's connections were made
 	problems []string
 }
 
@@ -124,7 +126,7 @@ func (b *binder) reconcile() {
 	}
 	// A core that took another image has judged the claims again and may have
 	// dropped some that an image after it allows: claim them all.
-	again := b.names != v.Names
+	again, news := b.names != v.Names, false
 	b.names = v.Names
 	for _, path := range slices.Sorted(maps.Keys(want)) {
 		id := want[path]
@@ -140,6 +142,10 @@ func (b *binder) reconcile() {
 			b.made = make(map[string]image.ID)
 		}
 		b.made[path] = id
+		news = true
+	}
+	if news {
+		b.giveBack()
 	}
 	// What an agent before this one claimed, and the inventory no longer names,
 	// must not keep its identity.
@@ -149,6 +155,16 @@ func (b *binder) reconcile() {
 			return
 		}
 		b.settled = true
+	}
+}
+
+// giveBack returns to the system what a large policy or inventory took for a moment: the
+// runtime by itself keeps most of it for hours. At most once a minute, for it stops to
+// collect garbage.
+func (b *binder) giveBack() {
+	if time.Since(b.gaveBack) > time.Minute {
+		debug.FreeOSMemory()
+		b.gaveBack = time.Now()
 	}
 }
 

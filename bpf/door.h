@@ -9,7 +9,6 @@
 #ifndef DEMARC_DOOR_H
 #define DEMARC_DOOR_H
 
-#define TCP_NEW_SYN_RECV 12
 #define PROTO_IGMP 2
 
 enum door_lodger {

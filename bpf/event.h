@@ -45,7 +45,7 @@ static __always_inline void tell(void *ring, __u32 which, const struct outcome *
 		__sync_fetch_and_add(&counter->lost, 1);
 		return;
 	}
-	e->time = o->query.now;
+	e->time = bpf_ktime_get_boot_ns();
 	e->seq = seq;
 	e->cgroup = o->cgroup;
 	e->cpu = bpf_get_smp_processor_id();

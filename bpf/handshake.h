@@ -73,38 +73,37 @@ static __always_inline void want_options(struct bpf_sock_ops *ctx, bool want)
 					      flags & ~BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG);
 }
 
-/* Whom the segment being built speaks for: the caller itself on a SYN, the
- * listener that admitted a proven SYN on a SYN-ACK; none: no tag. */
-static __always_inline __u32 speaks_for(struct bpf_sock_ops *ctx, bool answer, const struct demarc_tuple *t,
-					__u8 *omitted)
+/* Whom a SYN speaks for: the caller itself; none: no tag. */
+static __always_inline __u32 caller_speaks(struct bpf_sock_ops *ctx, __u16 port, __u8 *omitted)
 {
-	__u64 active;
-	__u32 slot;
-	struct demarc_pending_syn *pending;
-	struct demarc_tuple opener;
-	__u32 identity, index;
+	__u64 active = active_word();
+	__u32 slot = DEMARC_ACTIVE_SLOT(active), identity, index;
 
-	if (answer) {
-		reverse(&opener, t);
-		pending = pending_at(&opener, pending_mark(&opener));
-		if (!pending || !both_tagged(pending))
-			return DEMARC_ID_NONE;
-		*omitted = omission_of(pending->slot, pending->crossing, true);
-		return pending->self;
-	}
-	active = active_word();
-	slot = DEMARC_ACTIVE_SLOT(active);
-	identity = young_opener(bpf_get_socket_cookie(ctx), t->dport, DEMARC_ACTIVE_EPOCH(active), omitted);
+	identity = young_opener(bpf_get_socket_cookie(ctx), port, DEMARC_ACTIVE_EPOCH(active), omitted);
 	if (identity)
 		return identity;
 	identity = opener_identity(ctx, slot);
 	if (identity < DEMARC_ID_FIRST)
 		return DEMARC_ID_NONE;
-	index = provable_crossing(slot, identity, DEMARC_EGRESS, PROTO_TCP, t->dport, bpf_ktime_get_boot_ns());
+	index = provable_crossing(slot, identity, DEMARC_EGRESS, PROTO_TCP, port, recently());
 	if (index == DEMARC_NO_CROSSING_INDEX)
 		return DEMARC_ID_NONE;
 	*omitted = omission_of(slot, index, false);
 	return identity;
+}
+
+/* Whom a SYN-ACK speaks for: the listener that admitted a proven SYN; none: no tag. */
+static __always_inline __u32 listener_speaks(const struct demarc_tuple *t, __u8 *omitted)
+{
+	struct demarc_pending_syn *pending;
+	struct demarc_tuple opener;
+
+	reverse(&opener, t);
+	pending = pending_at(&opener, pending_mark(&opener));
+	if (!pending || !both_tagged(pending))
+		return DEMARC_ID_NONE;
+	*omitted = omission_of(pending->slot, pending->crossing, true);
+	return pending->self;
 }
 
 static __noinline int write_tag(struct bpf_sock_ops *ctx, bool reserve)
@@ -118,8 +117,9 @@ static __noinline int write_tag(struct bpf_sock_ops *ctx, bool reserve)
 
 	if (!(flags & FLAG_SYN))
 		return 1;
-	connection(ctx, &t);
-	identity = speaks_for(ctx, answer, &t, &omitted);
+	if (answer || !reserve)
+		connection(ctx, &t);
+	identity = answer ? listener_speaks(&t, &omitted) : caller_speaks(ctx, bpf_ntohl(ctx->remote_port), &omitted);
 	if (!identity)
 		return 1;
 	if (reserve) {
@@ -175,13 +175,15 @@ static __noinline int accepted(struct bpf_sock_ops *ctx)
 	o.query.verdict = DEMARC_ALLOW;
 	o.query.reason = pending->reason;
 	o.query.crossing = pending->crossing;
-	if (!pending_end(pending, mark)) /* somebody else has its place */
+	/* A packet that another processor has taken in meanwhile finds the one or the other. */
+	if (!pending_is(pending, mark)) /* somebody else has its place */
 		return 1;
 	if (!young_take(bpf_get_socket_cookie(ctx), &fresh, 0, 0) &&
 	    !bpf_sk_storage_get(&sockets, sk, &fresh, BPF_SK_STORAGE_GET_F_CREATE)) {
 		fault(DEMARC_FAULT_STORAGE);
 		return 1;
 	}
+	pending_end(pending, mark);
 	if (o.query.crossing != DEMARC_NO_CROSSING_INDEX)
 		report(&o);
 	return 1;

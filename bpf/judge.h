@@ -12,7 +12,7 @@ static __always_inline void begin(struct outcome *o, __u64 active, __u32 subject
 	o->query.slot = DEMARC_ACTIVE_SLOT(active);
 	o->query.subject = subject;
 	o->query.crossing = DEMARC_NO_CROSSING_INDEX;
-	o->query.now = bpf_ktime_get_boot_ns();
+	o->query.now = recently();
 }
 
 /* Puts the question about o->opener: the port that policy speaks of, and the

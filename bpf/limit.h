@@ -14,7 +14,7 @@ static __always_inline bool within_limit(const struct demarc_query *q)
 	__u32 slot = q->slot, index = q->crossing * 2 + q->direction;
 	struct demarc_crossing *crossing;
 	void *inner;
-	__u64 *due;
+	__u64 *due, now;
 
 	if (q->crossing == DEMARC_NO_CROSSING_INDEX)
 		return true;
@@ -24,14 +24,15 @@ static __always_inline bool within_limit(const struct demarc_query *q)
 	if (!crossing->interval)
 		return true;
 	inner = bpf_map_lookup_elem(&buckets, &slot);
+	now = bpf_ktime_get_boot_ns(); /* flows may be due more often than once in a jiffy */
 	due = inner ? bpf_map_lookup_elem(inner, &index) : 0;
 	if (!due)
 		return false;
 	for (int i = 0; i < LIMIT_TRIES; i++) {
 		__u64 old = *(volatile __u64 *)due;
-		__u64 from = old > q->now ? old : q->now;
+		__u64 from = old > now ? old : now;
 
-		if (from - q->now > crossing->slack)
+		if (from - now > crossing->slack)
 			return false;
 		if (__sync_val_compare_and_swap(due, old, from + crossing->interval) == old)
 			return true;

@@ -13,6 +13,19 @@ struct {
 	__type(value, struct demarc_state);
 } state SEC(".maps");
 
+/* The time as it was last read. Writers and readers: every program. Miss, or from
+ * another jiffy: it is read anew. */
+struct demarc_clock {
+	__u64 now;   /* CLOCK_BOOTTIME, ns */
+	__u64 check; /* now, and the jiffy that it was read in: exclusive or */
+};
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct demarc_clock);
+} clock SEC(".maps");
+
 /* Below which no image comes into force. Writer and reader: core, so that a lost
  * state directory lets nobody replay an old image. No program reads it. */
 struct {
@@ -98,6 +111,7 @@ struct {
 /* Tags that were admitted. Writers: ingress, tc_ingress. No room: deny. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(map_flags, BPF_F_MMAPABLE); /* begins with a page: an entry is a cache line */
 	__uint(max_entries, DEMARC_REPLAY_BUCKETS);
 	__type(key, __u32);
 	__type(value, struct demarc_replay_bucket);
@@ -122,6 +136,7 @@ struct demarc_pending_syn {
 };
 #define DEMARC_PENDING_BUCKETS 8192
 #define DEMARC_PENDING_PLACES 8
+#define DEMARC_PENDING_FRONT 64 /* buckets behind them */
 struct demarc_pending_bucket {
 	struct demarc_pending_syn syn[DEMARC_PENDING_PLACES];
 };
@@ -130,7 +145,8 @@ struct demarc_pending_bucket {
  * SYNs enter, so junk cannot evict. Miss: the handshake is refused. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, DEMARC_PENDING_BUCKETS);
+	__uint(map_flags, BPF_F_MMAPABLE); /* begins with a page: an entry is a cache line */
+	__uint(max_entries, DEMARC_PENDING_BUCKETS + DEMARC_PENDING_FRONT);
 	__type(key, __u32);
 	__type(value, struct demarc_pending_bucket);
 } pending_syns SEC(".maps");
@@ -152,13 +168,13 @@ struct demarc_young {
 	__u64 over;   /* when it may be given away, in jiffies; 0 = not yet */
 	struct demarc_socket kept; /* provisional: it is being opened */
 	__u32 born; /* jiffies, too */
-	__u32 self; /* who opens it */
-	__u8 fins;
-	__u8 omitted; /* what the opener's tag leaves out */
-	__u8 zero[6];
+	__u32 self : 24; /* who opens it */
+	__u32 omitted : 8; /* what the opener's tag leaves out */
 };
+_Static_assert(sizeof(struct demarc_young) == 64, "a place is a cache line");
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(map_flags, BPF_F_MMAPABLE); /* begins with a page: an entry is a cache line */
 	__uint(max_entries, DEMARC_YOUNG);
 	__type(key, __u32);
 	__type(value, struct demarc_young);

@@ -49,7 +49,7 @@ static __always_inline bool about(struct outcome *o, __u64 cgroup)
 {
 	if (!concerns(o, cgroup))
 		return false;
-	o->query.now = bpf_ktime_get_boot_ns();
+	o->query.now = recently();
 	return true;
 }
 
@@ -205,6 +205,12 @@ static __always_inline __u64 program_hash(struct task_struct *task)
 	return mix(mix(name[0]) ^ name[1]);
 }
 
-static __always_inline __u32 netns_of(struct task_struct *task) { return BPF_CORE_READ(task, nsproxy, net_ns, ns.inum); }
+static __always_inline __u32 netns_of(struct task_struct *task)
+{
+	struct nsproxy *all = task->nsproxy;
+	struct net *net = all ? all->net_ns : 0;
+
+	return net ? net->ns.inum : 0;
+}
 
 #endif

@@ -8,6 +8,7 @@
 #ifndef DEMARC_PAYLOAD_H
 #define DEMARC_PAYLOAD_H
 
+#define BANNER 5 /* bytes of one: SSH-1 or SSH-2 */
 #define DNS_PORT 53
 #define DNS_NAME_MAX 255
 #define DNS_LONG 30 /* bytes of a name up to which it is not counted */
@@ -31,7 +32,7 @@ static __noinline int carries_banner(struct __sk_buff *skb)
 	struct demarc_signal *e;
 	struct packet p = {};
 	struct outcome o;
-	__u8 first[5] = {};
+	__u8 first[BANNER] = {};
 	__u32 offset;
 
 	if (parse(skb, 0, &p) || p.tuple.proto != PROTO_TCP)
@@ -203,6 +204,14 @@ static __noinline int carries_echo(struct __sk_buff *skb)
 
 #define BANNER_MOST 400 /* bytes of a packet that may carry a banner, headers and all */
 
+/* Whether enough data are in a segment. Most of those of short connections have none. */
+static __always_inline bool has_room_for_banner(struct __sk_buff *skb, __u32 header)
+{
+	__u8 *data = (void *)(long)skb->data;
+
+	return data + 53 > (__u8 *)(long)skb->data_end || skb->len >= header + (data[header + 12] >> 4) * 4 + BANNER;
+}
+
 static __always_inline bool begins_connection(struct __sk_buff *skb)
 {
 	struct bpf_tcp_sock *tcp = skb->sk ? bpf_tcp_sock(skb->sk) : 0;
@@ -220,7 +229,7 @@ static __always_inline void look_at_payload(struct __sk_buff *skb)
 		return;
 	switch (ipv4 ? data[9] : data[6]) {
 	case PROTO_TCP:
-		if (skb->len <= BANNER_MOST && begins_connection(skb))
+		if (skb->len <= BANNER_MOST && has_room_for_banner(skb, ipv4 ? 20 : 40) && begins_connection(skb))
 			carries_banner(skb);
 		break;
 	case PROTO_UDP:

@@ -35,10 +35,14 @@ static __always_inline bool mirrored(const __u64 *w)
 /* What passed since a connection was last looked at. Its mark then has it. */
 static __always_inline void advance(struct demarc_mark *m, struct sock *sk, __u64 *bytes, __u64 *back)
 {
-	struct tcp_sock *tcp = (struct tcp_sock *)sk;
-	__u32 unacked = BPF_CORE_READ(tcp, write_seq) - BPF_CORE_READ(tcp, snd_una);
-	__u64 sent = BPF_CORE_READ(tcp, bytes_acked) + unacked, got = BPF_CORE_READ(tcp, bytes_received);
+	struct tcp_sock *tcp = bpf_skc_to_tcp_sock(sk);
+	__u64 sent, got;
 
+	*bytes = *back = 0;
+	if (!tcp)
+		return;
+	sent = tcp->bytes_acked + (tcp->write_seq - tcp->snd_una);
+	got = tcp->bytes_received;
 	*bytes = sent > m->bytes ? sent - m->bytes : 0;
 	*back = got > m->back ? got - m->back : 0;
 	m->bytes = sent;
@@ -152,7 +156,7 @@ static __noinline int ending(struct sock *sk, struct demarc_mark *m, bool closed
 		advance(m, sk, &bytes, &back);
 		put_down(l, m, bytes, back);
 		if (!m->inbound)
-			ends(sk, &l->on);
+			ends_of_argument(sk, &l->on);
 		return tell_ended(l, cgroup_of_sock(sk));
 	}
 	advance(m, sk, &m->fresh, &m->fresh_back);

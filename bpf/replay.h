@@ -24,14 +24,6 @@ static __always_inline bool replay_live(__u64 entry, __u64 fresh)
 	return entry && ((fresh - entry) & REPLAY_STAMP) <= DEMARC_REPLAY_STEPS;
 }
 
-static __always_inline __u32 replay_index(__u64 mac, bool second)
-{
-	__u32 index = mac & (DEMARC_REPLAY_BUCKETS - 1);
-
-	/* Both lie in a page or two: what a look costs is to find the memory. */
-	return second ? index ^ (mac >> 17 & 62) ^ 1 : index;
-}
-
 /* What a bucket holds, in one number, and verified once: whoever tracks each entry
  * in the callers as well has half a million states to go through. */
 #define REPLAY_FOUND 0x80000000U

@@ -197,7 +197,7 @@ int BPF_PROG(sock_state, struct sock *sk, int before, int after)
 		return came_in(&o, cookie);
 	if (after == ESTABLISHED)
 		return comes_about(&o, cookie);
-	o.query.now = bpf_ktime_get_boot_ns();
+	o.query.now = recently();
 	o.query.proto = PROTO_TCP;
 	o.query.proof = DEMARC_PROOF_UNKNOWN;
 	if (after == LISTEN) {

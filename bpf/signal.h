@@ -200,7 +200,7 @@ static __always_inline struct demarc_signal *begin_signal(const struct outcome *
 		return 0;
 	}
 	__builtin_memset(e, 0, sizeof(*e));
-	e->time = o->query.now;
+	e->time = bpf_ktime_get_boot_ns();
 	e->seq = seq;
 	e->cgroup = o->cgroup;
 	e->cpu = bpf_get_smp_processor_id();

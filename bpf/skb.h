@@ -4,20 +4,19 @@
 #ifndef DEMARC_SKB_H
 #define DEMARC_SKB_H
 
-/* The verdict that an established connection carries. 1 = pass; 0 = look closer. */
-static __always_inline int carried(struct __sk_buff *skb, struct bpf_sock *sk, __u32 tcp_state, bool outgoing,
-				   __u64 active)
+/* Whether an established connection carries a verdict that lets the packet pass. Only
+ * TCP sockets whose handshake was admitted have one. */
+static __always_inline bool carried(struct __sk_buff *skb, struct bpf_sock *sk, __u64 cookie, __u32 tcp_state,
+				    bool outgoing, __u64 active)
 {
 	struct demarc_socket *kept;
 
 	if (tcp_state == TCP_SYN_SENT || tcp_state == TCP_LISTEN || tcp_state == TCP_SYN_RECV)
-		return 0;
+		return false;
+	if (goes_on_young(skb, cookie, tcp_state, outgoing, active))
+		return true;
 	kept = bpf_sk_storage_get(&sockets, sk, 0, 0);
-	if (!kept)
-		return carried_young(skb, sk, tcp_state, outgoing, active);
-	if (kept->verdict != DEMARC_ALLOW || kept->epoch != DEMARC_ACTIVE_EPOCH(active))
-		return 0;
-	return !over(kept->until);
+	return kept && kept->verdict == DEMARC_ALLOW && kept->epoch == DEMARC_ACTIVE_EPOCH(active) && !over(kept->until);
 }
 
 /* A socket that the kernel made for itself, as for ND and MLD. It is in the cgroup of
@@ -65,8 +64,10 @@ static __always_inline bool judge_closely(struct __sk_buff *skb, struct bpf_sock
 	cgroup = bpf_sk_cgroup_id(sk);
 	o->reported = false;
 	o->asked = ASKED_NOTHING;
-	if (stream && !reason && (tcp_state == TCP_LISTEN || (tcp_state == TCP_SYN_SENT && outgoing))) {
-		subject = expected(skb, &p, cgroup, DEMARC_ACTIVE_EPOCH(active), outgoing);
+	if (stream && !reason && (outgoing || p.flags & FLAG_ACK) &&
+	    (tcp_state == TCP_LISTEN || (outgoing ? tcp_state == TCP_SYN_SENT : tcp_state == TCP_SYN_RECV))) {
+		subject = expected(skb, &p, cgroup, DEMARC_ACTIVE_EPOCH(active),
+				   outgoing ? STAGE_OUT : tcp_state == TCP_SYN_RECV ? STAGE_CHILD : STAGE_IN);
 		if (subject == EXPECTED || (subject && speaks_as(skb, &p, subject)))
 			return true;
 	}
@@ -110,18 +111,33 @@ static __always_inline bool judge_closely(struct __sk_buff *skb, struct bpf_sock
 	return true;
 }
 
+/* Whether a packet says to be TCP where that mostly stands. What it is, and what its
+ * socket is, is found out by a closer look; a TCP socket's verdict lets nothing else
+ * through, as only its own packets meet it. */
+static __always_inline bool says_tcp(struct __sk_buff *skb)
+{
+	__u8 *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
+
+	if (data + sizeof(struct iphdr) > end)
+		return false;
+	return data[skb->protocol == bpf_htons(ETH_P_IP) ? offsetof(struct iphdr, protocol) :
+							    offsetof(struct ipv6hdr, nexthdr)] == PROTO_TCP;
+}
+
 /* What the socket is comes beside it, so that a test can say it: packets without a
  * network have a socket that is nothing. */
-static __always_inline bool judge_packet(struct __sk_buff *skb, struct bpf_sock *sk, bool stream, __u32 tcp_state,
-					 bool outgoing)
+static __always_inline bool judge_packet(struct __sk_buff *skb, struct bpf_sock *sk, __u64 cookie, bool stream,
+					 __u32 tcp_state, bool outgoing)
 {
 	__u64 active = active_word();
 	struct outcome o;
 	bool pass;
 
-	if (stream ? carried(skb, sk, tcp_state, outgoing, active) :
-		     goes_on(skb, sk, 0, outgoing, true, active))
+	if (stream ? carried(skb, sk, cookie, tcp_state, outgoing, active) : goes_on(skb, sk, 0, outgoing, true, active))
 		return true;
+	sk = bpf_sk_fullsock(sk);
+	if (!sk) /* the hook runs with full sockets only; without one nobody can be judged */
+		return false;
 	pass = judge_closely(skb, sk, stream, tcp_state, outgoing, active, &o);
 	if (o.asked)
 		contrast(&o);
@@ -134,10 +150,7 @@ static __always_inline int skb_hook(struct __sk_buff *skb, bool outgoing)
 {
 	struct bpf_sock *sk = skb->sk;
 
-	sk = sk ? bpf_sk_fullsock(sk) : 0;
-	if (!sk) /* the hook runs with full sockets only; without one nobody can be judged */
-		return 0;
-	return judge_packet(skb, sk, sk->protocol == PROTO_TCP && sk->type == SOCK_STREAM, sk->state, outgoing);
+	return sk && judge_packet(skb, sk, cookie_of(skb), says_tcp(skb), sk->state, outgoing);
 }
 
 /* The self-test's packets: who opens (outgoing) or accepts a flow comes from a map,

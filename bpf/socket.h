@@ -218,7 +218,7 @@ static __always_inline int socket_released(struct bpf_sock *sk)
 	struct demarc_port_key *kept = bpf_sk_storage_get(&bound_ports, sk, 0, 0), key;
 	struct demarc_port_owner *owner;
 
-	if (sk->protocol == PROTO_TCP)
+	if (sk->protocol == PROTO_TCP && sk->state == TCP_CLOSE)
 		young_released(bpf_get_socket_cookie(sk));
 	if (!kept || !kept->port)
 		return 1;

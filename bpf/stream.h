@@ -9,14 +9,6 @@
 #ifndef DEMARC_STREAM_H
 #define DEMARC_STREAM_H
 
-/* Kernel: include/net/tcp_states.h */
-enum {
-	TCP_ESTABLISHED = 1,
-	TCP_SYN_SENT = 2,
-	TCP_SYN_RECV = 3,
-	TCP_LISTEN = 10,
-};
-
 /* Gives the packet's socket the verdict that its connection carries from now on. */
 GLOBAL int remember(struct __sk_buff *skb, const struct outcome *o)
 {
@@ -47,7 +39,7 @@ GLOBAL int remember(struct __sk_buff *skb, const struct outcome *o)
 /* A flow entry that only says which local process is at an end. */
 GLOBAL int vouch(const struct demarc_tuple *opener, __u32 identity, bool accepts)
 {
-	struct demarc_flow fresh = { .last = bpf_ktime_get_boot_ns() }, *flow;
+	struct demarc_flow fresh = { .last = recently() }, *flow;
 
 	if (!opener)
 		return 0;
@@ -111,6 +103,13 @@ static __always_inline bool both_tagged(const struct demarc_pending_syn *pending
 	       pending->self >= DEMARC_ID_FIRST;
 }
 
+/* Where a packet of a handshake is. */
+enum stage {
+	STAGE_IN,
+	STAGE_OUT,
+	STAGE_CHILD, /* at a connection that another processor is just accepting: data may have come, too */
+};
+
 /*
  * A packet within a handshake that was judged under the policy that stands: our SYN of
  * whom connect(2) found to open here, our SYN-ACK and its acknowledgement of the SYN that
@@ -119,8 +118,9 @@ static __always_inline bool both_tagged(const struct demarc_pending_syn *pending
  */
 #define EXPECTED 0x7fffffff /* no identity */
 
-GLOBAL int expected(struct __sk_buff *skb, struct packet *p, __u64 cgroup, __u32 epoch, bool outgoing)
+GLOBAL int expected(struct __sk_buff *skb, struct packet *p, __u64 cgroup, __u32 epoch, enum stage stage)
 {
+	bool outgoing = stage == STAGE_OUT;
 	struct demarc_pending_syn *pending;
 	struct demarc_tuple opener;
 	__u32 self, seq;
@@ -154,8 +154,8 @@ GLOBAL int expected(struct __sk_buff *skb, struct packet *p, __u64 cgroup, __u32
 		return 0;
 	self = pending->self;
 	tagged = both_tagged(pending);
-	if (pending->cgroup != cgroup || pending->epoch != epoch || pending->seq + 1 != seq || over(pending->until) ||
-	    (outgoing && !tagged))
+	if (pending->cgroup != cgroup || pending->epoch != epoch || over(pending->until) ||
+	    (pending->seq + 1 != seq && stage != STAGE_CHILD) || (outgoing && !tagged))
 		return 0;
 	/* That the peer acknowledges our SYN-ACK is checked by the stack, also where that
 	 * is a SYN cookie. */
@@ -210,14 +210,14 @@ GLOBAL int syn_in(struct __sk_buff *skb, struct packet *p, struct outcome *o)
 
 	if (!p || !o)
 		return 0;
+	mark = pending_mark(&p->tuple);
+	pending_touch(mark);
 	ask_forward(o, p, DEMARC_INGRESS);
 	read_proof(skb, p, 0, 0, o);
 	ask_vouchers(o, false);
-	mark = pending_mark(&p->tuple);
 	tagged = p->tag && o->query.proof == DEMARC_PROOF_IDENTITY;
 	if (tagged) {
 		mac = mac_of(skb, p);
-		pending_touch(mark);
 		spent = spend(mac, o->query.now);
 	}
 	if (!tagged || spent) { /* a tag that is new is of a SYN that is new */

@@ -145,7 +145,7 @@ static __always_inline __u32 sign(__u64 *mac, __u32 identity, __u8 flags, const 
 {
 	struct demarc_tag_input input;
 	struct demarc_state *s;
-	__u64 now = bpf_ktime_get_boot_ns();
+	__u64 now = recently();
 	struct demarc_key *key;
 	__u32 zero = 0, epoch, claim;
 
@@ -339,6 +339,28 @@ GLOBAL int find_tag(struct __sk_buff *skb, struct packet *p, struct demarc_tag *
 	return 1;
 }
 
+/* Which buckets of the memory of tags (replay.h) a tag may be in. */
+static __always_inline __u32 replay_index(__u64 mac, bool second)
+{
+	__u32 index = mac & (DEMARC_REPLAY_BUCKETS - 1);
+
+	/* Both lie in a page or two: what a look costs is to find the memory. */
+	return second ? index ^ (mac >> 17 & 62) ^ 1 : index;
+}
+
+/* Reads the two places of a tag, so that they are there when they are needed. */
+static __always_inline void replay_touch(__u64 mac)
+{
+	__u32 first = replay_index(mac, false), second = replay_index(mac, true);
+	struct demarc_replay_bucket *bucket = bpf_map_lookup_elem(&replays, &first);
+
+	if (bucket)
+		(void)*(volatile __u64 *)&bucket->entry[0];
+	bucket = bpf_map_lookup_elem(&replays, &second);
+	if (bucket)
+		(void)*(volatile __u64 *)&bucket->entry[0];
+}
+
 /* The MAC of the tag that was found. */
 static __always_inline __u64 mac_of(struct __sk_buff *skb, const struct packet *p)
 {
@@ -372,6 +394,8 @@ GLOBAL int read_proof(struct __sk_buff *skb, struct packet *p, __u8 flags, __u32
 	claim = bpf_ntohl(tag.claim);
 	q->peer = claim >> 8; /* claimed, not proven */
 	q->bad = DEMARC_TAG_MALFORMED;
+	if (!flags)
+		replay_touch(tag.mac);
 	if (found < 0 || (claim & 0xf & ~TAG_OMISSIONS) != flags || (claim & TAG_OMISSIONS) == TAG_OMISSIONS)
 		return 0;
 	check_claim(q, claim, tag.mac, &p->tuple, BINDING(p->seq, acked));

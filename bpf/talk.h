@@ -91,8 +91,6 @@ static __always_inline bool goes_on(struct __sk_buff *skb, struct bpf_sock *sk, 
 	__u32 version;
 	bool on;
 
-	if (sk->type != SOCK_DGRAM)
-		return false;
 	e = bpf_sk_storage_get(&endpoints, sk, 0, 0);
 	if (!e)
 		return false;

@@ -21,6 +21,12 @@ type demarcDemarcBinding struct {
 	Since    uint64
 }
 
+type demarcDemarcClock struct {
+	_     structs.HostLayout
+	Now   uint64
+	Check uint64
+}
+
 type demarcDemarcCountKey struct {
 	_         structs.HostLayout
 	Subject   uint32
@@ -284,15 +290,12 @@ type demarcDemarcTuple struct {
 }
 
 type demarcDemarcYoung struct {
-	_       structs.HostLayout
-	Cookie  uint64
-	Over    uint64
-	Kept    demarcDemarcSocket
-	Born    uint32
-	Self    uint32
-	Fins    uint8
-	Omitted uint8
-	Zero    [6]uint8
+	_      structs.HostLayout
+	Cookie uint64
+	Over   uint64
+	Kept   demarcDemarcSocket
+	Born   uint32
+	_      [4]byte
 }
 
 // Names of all BPF objects in the ELF.
@@ -304,6 +307,7 @@ const (
 	demarcMapBindings              = "bindings"
 	demarcMapBoundPorts            = "bound_ports"
 	demarcMapBuckets               = "buckets"
+	demarcMapClock                 = "clock"
 	demarcMapCounts                = "counts"
 	demarcMapCrossings             = "crossings"
 	demarcMapDeniedEvents          = "denied_events"
@@ -457,6 +461,7 @@ type demarcMapSpecs struct {
 	Bindings      *ebpf.MapSpec `ebpf:"bindings"`
 	BoundPorts    *ebpf.MapSpec `ebpf:"bound_ports"`
 	Buckets       *ebpf.MapSpec `ebpf:"buckets"`
+	Clock         *ebpf.MapSpec `ebpf:"clock"`
 	Counts        *ebpf.MapSpec `ebpf:"counts"`
 	Crossings     *ebpf.MapSpec `ebpf:"crossings"`
 	DeniedEvents  *ebpf.MapSpec `ebpf:"denied_events"`
@@ -542,6 +547,7 @@ type demarcMaps struct {
 	Bindings      *ebpf.Map `ebpf:"bindings"`
 	BoundPorts    *ebpf.Map `ebpf:"bound_ports"`
 	Buckets       *ebpf.Map `ebpf:"buckets"`
+	Clock         *ebpf.Map `ebpf:"clock"`
 	Counts        *ebpf.Map `ebpf:"counts"`
 	Crossings     *ebpf.Map `ebpf:"crossings"`
 	DeniedEvents  *ebpf.Map `ebpf:"denied_events"`
@@ -588,6 +594,7 @@ func (m *demarcMaps) Close() error {
 		m.Bindings,
 		m.BoundPorts,
 		m.Buckets,
+		m.Clock,
 		m.Counts,
 		m.Crossings,
 		m.DeniedEvents,

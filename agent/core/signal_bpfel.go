@@ -21,6 +21,12 @@ type signalDemarcBinding struct {
 	Since    uint64
 }
 
+type signalDemarcClock struct {
+	_     structs.HostLayout
+	Now   uint64
+	Check uint64
+}
+
 type signalDemarcCountKey struct {
 	_         structs.HostLayout
 	Subject   uint32
@@ -284,15 +290,12 @@ type signalDemarcTuple struct {
 }
 
 type signalDemarcYoung struct {
-	_       structs.HostLayout
-	Cookie  uint64
-	Over    uint64
-	Kept    signalDemarcSocket
-	Born    uint32
-	Self    uint32
-	Fins    uint8
-	Omitted uint8
-	Zero    [6]uint8
+	_      structs.HostLayout
+	Cookie uint64
+	Over   uint64
+	Kept   signalDemarcSocket
+	Born   uint32
+	_      [4]byte
 }
 
 type signalDnsName struct {
@@ -314,6 +317,7 @@ const (
 	signalMapBindings              = "bindings"
 	signalMapBoundPorts            = "bound_ports"
 	signalMapBuckets               = "buckets"
+	signalMapClock                 = "clock"
 	signalMapCounts                = "counts"
 	signalMapCrossings             = "crossings"
 	signalMapDeniedEvents          = "denied_events"
@@ -436,6 +440,7 @@ type signalMapSpecs struct {
 	Bindings      *ebpf.MapSpec `ebpf:"bindings"`
 	BoundPorts    *ebpf.MapSpec `ebpf:"bound_ports"`
 	Buckets       *ebpf.MapSpec `ebpf:"buckets"`
+	Clock         *ebpf.MapSpec `ebpf:"clock"`
 	Counts        *ebpf.MapSpec `ebpf:"counts"`
 	Crossings     *ebpf.MapSpec `ebpf:"crossings"`
 	DeniedEvents  *ebpf.MapSpec `ebpf:"denied_events"`
@@ -520,6 +525,7 @@ type signalMaps struct {
 	Bindings      *ebpf.Map `ebpf:"bindings"`
 	BoundPorts    *ebpf.Map `ebpf:"bound_ports"`
 	Buckets       *ebpf.Map `ebpf:"buckets"`
+	Clock         *ebpf.Map `ebpf:"clock"`
 	Counts        *ebpf.Map `ebpf:"counts"`
 	Crossings     *ebpf.Map `ebpf:"crossings"`
 	DeniedEvents  *ebpf.Map `ebpf:"denied_events"`
@@ -567,6 +573,7 @@ func (m *signalMaps) Close() error {
 		m.Bindings,
 		m.BoundPorts,
 		m.Buckets,
+		m.Clock,
 		m.Counts,
 		m.Crossings,
 		m.DeniedEvents,

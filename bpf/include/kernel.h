@@ -51,6 +51,7 @@ struct sock_common {
 struct sock {
 	struct sock_common __sk_common;
 	__u16 sk_protocol;
+	__u8 sk_shutdown;
 	int sk_err;
 	struct sock_cgroup_data sk_cgrp_data;
 };
@@ -65,8 +66,9 @@ struct inet_connection_sock {
 
 struct tcp_sock {
 	struct inet_connection_sock inet_conn;
-	__u8 bpf_sock_ops_cb_flags;
 	__u32 write_seq;
+	__u32 rcv_nxt;
+	__u8 bpf_sock_ops_cb_flags;
 	__u32 snd_una;
 	__u64 bytes_acked;
 	__u64 bytes_received;
@@ -167,6 +169,20 @@ extern void *bpf_cast_to_kern_ctx(void *) __attribute__((section(".ksyms"))) __a
  * each call. Its pointers may be anything, so each checks them; a null pointer is
  * a bug and denies. */
 #define GLOBAL __attribute__((noinline))
+
+/* include/net/tcp_states.h */
+enum {
+	TCP_ESTABLISHED = 1,
+	TCP_SYN_SENT = 2,
+	TCP_SYN_RECV = 3,
+	TCP_FIN_WAIT1 = 4,
+	TCP_FIN_WAIT2 = 5,
+	TCP_CLOSE = 7,
+	TCP_LAST_ACK = 9,
+	TCP_LISTEN = 10,
+	TCP_CLOSING = 11,
+	TCP_NEW_SYN_RECV = 12,
+};
 
 /* Values of the kernel's own headers that its UAPI does not export to BPF C. */
 #define AF_INET 2

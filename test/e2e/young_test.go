@@ -12,11 +12,8 @@ import (
 // youngPlace is struct demarc_young of maps.h.
 type youngPlace struct {
 	Cookie, Over uint64
-	Kept         [32]byte
+	Kept         [40]byte
 	Born, Self   uint32
-	Fins         uint8
-	Omitted      uint8
-	_            [6]byte
 }
 
 func (w *world) young() (*ebpf.Map, []youngPlace) {

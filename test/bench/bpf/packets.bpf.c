@@ -22,7 +22,7 @@ static __always_inline int datagram(struct __sk_buff *skb, bool outgoing)
 	struct bpf_sock *sk = skb->sk;
 
 	sk = sk ? bpf_sk_fullsock(sk) : 0;
-	return sk && judge_packet(skb, sk, false, 0, outgoing);
+	return sk && judge_packet(skb, sk, 0, false, 0, outgoing);
 }
 
 SEC("cgroup_skb/egress")
@@ -48,7 +48,7 @@ int packet_established(struct __sk_buff *skb)
 	sk = sk ? bpf_sk_fullsock(sk) : 0;
 	if (!sk)
 		return 0;
-	if (judge_packet(skb, sk, true, TCP_ESTABLISHED, false))
+	if (judge_packet(skb, sk, cookie_of(skb), true, TCP_ESTABLISHED, false))
 		return 1;
 	kept.epoch = DEMARC_ACTIVE_EPOCH(active_word());
 	bpf_sk_storage_get(&sockets, sk, &kept, BPF_SK_STORAGE_GET_F_CREATE);
@@ -99,5 +99,25 @@ int packet_syn(struct __sk_buff *skb)
 	struct bpf_sock *sk = skb->sk;
 
 	sk = sk ? bpf_sk_fullsock(sk) : 0;
-	return sk && renew(skb) && judge_packet(skb, sk, true, TCP_LISTEN, false);
+	return sk && renew(skb) && judge_packet(skb, sk, cookie_of(skb), true, TCP_LISTEN, false);
+}
+
+/* Another packet of a handshake: at the listener, and at a connection that another
+ * processor is just accepting. */
+SEC("cgroup_skb/ingress")
+int packet_listener(struct __sk_buff *skb)
+{
+	struct bpf_sock *sk = skb->sk;
+
+	sk = sk ? bpf_sk_fullsock(sk) : 0;
+	return sk && judge_packet(skb, sk, cookie_of(skb), true, TCP_LISTEN, false);
+}
+
+SEC("cgroup_skb/ingress")
+int packet_accepting(struct __sk_buff *skb)
+{
+	struct bpf_sock *sk = skb->sk;
+
+	sk = sk ? bpf_sk_fullsock(sk) : 0;
+	return sk && judge_packet(skb, sk, cookie_of(skb), true, TCP_SYN_RECV, false);
 }
