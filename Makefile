@@ -146,7 +146,8 @@ fuzz: ## run each fuzz target for FUZZTIME (30s)
 
 ROUNDS ?= 15
 CHANGES ?= 50
-bench: ## the largest policies, CHANGES (50) of one, ROUNDS (15) of traffic beside no agent, nftables and tc
+STARTS ?= 20
+bench: ## the largest policies, CHANGES (50) of one, STARTS (20) of the core, ROUNDS (15) of traffic beside no agent, nftables and tc
 	scripts/install bench
 	@mkdir -p $(BIN)
 	$(GO) test ./policy -run '^$$' -bench . -benchmem
@@ -154,6 +155,7 @@ bench: ## the largest policies, CHANGES (50) of one, ROUNDS (15) of traffic besi
 	@# A goal that is missed in the one does not keep the other from being measured.
 	status=0; \
 	CHANGES=$(CHANGES) BENCH_JSON=$(CURDIR)/$(BIN)/bench-change.json test/run -count=1 -v -timeout 60m -run '^TestChange$$' ./test/bench || status=1; \
+	STARTS=$(STARTS) BENCH_JSON=$(CURDIR)/$(BIN)/bench-start.json test/run -count=1 -v -timeout 60m -run '^TestStart$$' ./test/bench || status=1; \
 	ROUNDS=$(ROUNDS) BENCH_JSON=$(CURDIR)/$(BIN)/bench.json test/run -count=1 -v -timeout 60m -run '^TestTraffic$$' ./test/bench || status=1; \
 	exit $$status
 

@@ -348,7 +348,7 @@ func (s *service) audit(w http.ResponseWriter, r *http.Request) {
 }
 
 // offered is the image in a request's body, and a file with it for the core.
-func (s *service) offered(w http.ResponseWriter, r *http.Request) (*image.Image, *os.File, error) {
+func (s *service) offered(w http.ResponseWriter, r *http.Request) (title, *os.File, error) {
 	rc := http.NewResponseController(w)
 	_ = rc.SetReadDeadline(time.Now().Add(bodyTimeout))
 	var body bytes.Buffer
@@ -358,29 +358,19 @@ func (s *service) offered(w http.ResponseWriter, r *http.Request) (*image.Image,
 	var tooLarge *http.MaxBytesError
 	switch {
 	case errors.As(err, &tooLarge):
-		return nil, nil, &api.Error{Code: http.StatusRequestEntityTooLarge, Message: fmt.Sprintf("the image is larger than %d bytes", envelope.MaxSize)}
+		return title{}, nil, &api.Error{Code: http.StatusRequestEntityTooLarge, Message: fmt.Sprintf("the image is larger than %d bytes", envelope.MaxSize)}
 	case err != nil:
-		return nil, nil, &api.Error{Code: http.StatusBadRequest, Message: "read image: " + err.Error()}
+		return title{}, nil, &api.Error{Code: http.StatusBadRequest, Message: "read image: " + err.Error()}
 	}
-	var img *image.Image
-	encoded, _, err := envelope.Open(b)
-	if err == nil {
-		img, err = image.Decode(encoded)
-	}
-	if err == nil {
-		err = image.Verify(img)
-	}
-	if err == nil {
-		err = s.translated(img, b)
-	}
+	t, err := s.judge(b)
 	if err != nil {
-		return nil, nil, &api.Error{Code: http.StatusUnprocessableEntity, Message: err.Error(), Hint: "build the image again with: demarc policy build FILE -o IMAGE"}
+		return title{}, nil, &api.Error{Code: http.StatusUnprocessableEntity, Message: err.Error(), Hint: "build the image again with: demarc policy build FILE -o IMAGE"}
 	}
 	f, err := memfd(b)
 	if err != nil {
-		return nil, nil, err
+		return title{}, nil, err
 	}
-	return img, f, nil
+	return t, f, nil
 }
 
 // preview has the core look at an image, and changes nothing.
@@ -413,14 +403,14 @@ func (s *service) apply(w http.ResponseWriter, r *http.Request) (any, error) {
 		}
 	}
 	start := time.Now()
-	img, f, err := s.offered(w, r)
+	t, f, err := s.offered(w, r)
 	if err != nil {
 		s.metrics.count(0, 0, err)
 		return nil, err
 	}
 	defer f.Close()
 	offered := time.Now()
-	s.log.Info("apply", zap.String("name", img.Name), zap.Uint64("version", img.Version), zap.Duration("within", within), zap.Duration("grandfather", spare), zap.Uint32("uid", uid(r)))
+	s.log.Info("apply", zap.String("name", t.name), zap.Uint64("version", t.version), zap.Duration("within", within), zap.Duration("grandfather", spare), zap.Uint32("uid", uid(r)))
 	err = s.link.change(func(c core) (*proto.Status, error) { return c.ApplySparing(f, within, spare) })
 	s.metrics.count(offered.Sub(start), time.Since(offered), err)
 	if err != nil {

@@ -144,12 +144,12 @@ func (s *service) shadow(w http.ResponseWriter, r *http.Request) (any, error) {
 	if err != nil || lasting <= 0 {
 		return nil, &api.Error{Code: http.StatusBadRequest, Message: fmt.Sprintf("for: %.40q is not a time", text), Hint: "give one like 1h"}
 	}
-	img, f, err := s.offered(w, r)
+	t, f, err := s.offered(w, r)
 	if err != nil {
 		return nil, err
 	}
 	defer f.Close()
-	s.log.Info("shadow", zap.String("name", img.Name), zap.Uint64("version", img.Version), zap.Duration("for", lasting), zap.Uint32("uid", uid(r)))
+	s.log.Info("shadow", zap.String("name", t.name), zap.Uint64("version", t.version), zap.Duration("for", lasting), zap.Uint32("uid", uid(r)))
 	return s.shadowChanged(func(c core) (*proto.Status, error) {
 		s.link.differences.clear() // of one that ends now
 		return c.Shadow(f, lasting)

@@ -7,6 +7,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/demarc/demarc/policy"
+	"github.com/demarc/demarc/policy/envelope"
 	"github.com/demarc/demarc/policy/image"
 )
 
@@ -15,31 +16,59 @@ import (
 // compared in part, and the log says how far. The build has compared all of it.
 const mostQuestions = 4_000_000
 
-// checkedImage remembers the image that was last compared: a preview is followed by the
+// checkedImage remembers the image that was last found good: a preview is followed by the
 // application of the same, and most images differ little from the one before.
 type checkedImage struct {
 	mu       sync.Mutex
-	digest   [sha256.Size]byte
+	digest   [sha256.Size]byte // of it as it came
+	title    title
 	subjects policy.Memory
+}
+
+// title is what the log says of an image.
+type title struct {
+	name    string
+	version uint64
+}
+
+// judge says whether an image may be handed on, as it came: it verifies it, and
+// compares what it decides with what it declares. The very bytes that were good the last
+// time are good.
+func (s *service) judge(offered []byte) (title, error) {
+	digest := sha256.Sum256(offered)
+	s.checked.mu.Lock()
+	defer s.checked.mu.Unlock()
+	if s.checked.digest == digest {
+		return s.checked.title, nil
+	}
+	var img *image.Image
+	encoded, _, err := envelope.Open(offered)
+	if err == nil {
+		img, err = image.Decode(encoded)
+	}
+	if err == nil {
+		err = image.Verify(img)
+	}
+	if err == nil {
+		err = s.translated(img)
+	}
+	if err != nil {
+		return title{}, err
+	}
+	s.checked.digest, s.checked.title = digest, title{img.Name, img.Version}
+	return s.checked.title, nil
 }
 
 // translated compares the answers of an image's tables with those of the policy that it
 // declares, as the build did. Verify has made the tables again; this asks them, by
 // the code that defines what a policy means. The policy's text is not here: what the
 // image declares is taken for it, so a compiler that declared something else than was
-// written is not found here, but by the build and by policy diff.
-func (s *service) translated(img *image.Image, encoded []byte) error {
-	digest := sha256.Sum256(encoded)
-	s.checked.mu.Lock()
-	defer s.checked.mu.Unlock()
-	if s.checked.digest == digest {
-		return nil
-	}
+// written is not found here, but by the build and by policy diff. The caller holds the
+// lock.
+func (s *service) translated(img *image.Image) error {
 	coverage, err := s.checked.subjects.Check(img, mostQuestions)
-	if err != nil {
-		return err
+	if err == nil {
+		s.log.Info("the image decides as it declares", zap.String("name", img.Name), zap.Stringer("coverage", coverage))
 	}
-	s.log.Info("the image decides as it declares", zap.String("name", img.Name), zap.Stringer("coverage", coverage))
-	s.checked.digest = digest
-	return nil
+	return err
 }

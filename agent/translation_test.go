@@ -9,6 +9,7 @@ import (
 
 	"github.com/demarc/demarc/policy"
 	"github.com/demarc/demarc/policy/image"
+	"github.com/demarc/demarc/policy/image/encode"
 	"github.com/demarc/demarc/policy/policytest"
 )
 
@@ -31,20 +32,54 @@ func TestTranslationIsComparedAgain(t *testing.T) {
 				t.Fatal(err)
 			}
 			tt.spoil(img)
-			said, log := observer.New(zap.InfoLevel)
-			s := &service{log: zap.New(said)}
-			err = s.translated(img, []byte(tt.name))
-			if (err == nil) != (tt.want == "") || err != nil && !strings.Contains(err.Error(), tt.want) {
+			s := &service{log: zap.NewNop()}
+			if err := s.translated(img); (err == nil) != (tt.want == "") || err != nil && !strings.Contains(err.Error(), tt.want) {
 				t.Fatalf("%v, want %s", err, tt.want)
 			}
-			again := s.translated(img, []byte(tt.name))
-			if (again == nil) != (err == nil) {
-				t.Errorf("the second time: %v", again)
-			}
-			if n := log.FilterMessage("the image decides as it declares").Len(); err == nil && n != 1 {
-				t.Errorf("compared %d times", n)
-			}
 		})
+	}
+}
+
+// The bytes that were good the last time are not judged again, and only they.
+func TestJudgedOnce(t *testing.T) {
+	said, log := observer.New(zap.InfoLevel)
+	s := &service{log: zap.New(said)}
+	image := func(version uint64) []byte {
+		p := policytest.Shop()
+		p.Version = version
+		img, err := policy.Compile(p)
+		if err != nil {
+			t.Fatal(err)
+		}
+		b, err := encode.Image(img)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return b
+	}
+	spoilt := image(7)
+	spoilt[len(spoilt)/2] ^= 1
+	for _, tt := range []struct {
+		name     string
+		offered  []byte
+		want     title
+		err      string // "" = accepted
+		compared int    // so far
+	}{
+		{"OK first", image(7), title{"shop", 7}, "", 1},
+		{"OK again", image(7), title{"shop", 7}, "", 1},
+		{"OK another", image(8), title{"shop", 8}, "", 2},
+		{"bad bit", spoilt, title{}, "decode image: checksum does not match", 2},
+		{"OK the other again", image(8), title{"shop", 8}, "", 2},
+		{"OK the first, which is forgotten", image(7), title{"shop", 7}, "", 3},
+	} {
+		got, err := s.judge(tt.offered)
+		if got != tt.want || (err == nil) != (tt.err == "") || err != nil && err.Error() != tt.err {
+			t.Errorf("%s: %v, %v", tt.name, got, err)
+		}
+		if n := log.FilterMessage("the image decides as it declares").Len(); n != tt.compared {
+			t.Errorf("%s: compared %d times, want %d", tt.name, n, tt.compared)
+		}
 	}
 }
 

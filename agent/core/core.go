@@ -77,8 +77,8 @@ type hooks struct {
 }
 
 // Open checks what enforcement needs, adopts what a former core left in the
-// kernel, and puts the stored image in force. On an error the kernel decides as
-// it did before.
+// kernel, and puts the stored image in force. Nothing runs beside the caller until
+// Serve. On an error the kernel decides as it did before.
 func Open(config Config, log *slog.Logger) (*Core, error) { return open(config, log, hooks{}) }
 
 func open(config Config, log *slog.Logger, h hooks) (_ *Core, err error) {
@@ -158,7 +158,6 @@ func open(config Config, log *slog.Logger, h hooks) (_ *Core, err error) {
 	}
 	c.pins.saw(c.pins.abi())
 	c.looked = time.Now()
-	c.start()
 	return c, nil
 }
 
@@ -373,13 +372,14 @@ func (c *Core) install(g *generation, how change) (err error) {
 	}()
 	on := abi.ActiveFlags(before.Active)&abi.ActiveOn != 0
 	ready := c.inPlace(g)
-	if !ready {
+	onDisk := ready && g.staged
+	if g.staged = false; !ready {
 		c.unprepare()
 		g.slot = c.freeSlot(before, on)
 	}
 	staged := make(chan error, 1) // the disk is slow, and nobody has to wait for it yet
 	go func() {
-		if how.durable {
+		if (how.durable || how.preview != nil) && !onDisk {
 			staged <- c.store.stage(g.came)
 		}
 		close(staged)
@@ -424,10 +424,13 @@ func (c *Core) install(g *generation, how change) (err error) {
 	if err := questions.before(); err != nil {
 		return err
 	}
-	if how.preview != nil {
-		return c.keepPrepared(g, questions.after(), how.preview)
-	}
-	if how.shadow > 0 {
+	switch {
+	case how.preview != nil:
+		if err = errors.Join(questions.after(), <-staged); err == nil {
+			err = c.keepPrepared(g, how.preview)
+		}
+		return err
+	case how.shadow > 0:
 		if err := questions.after(); err != nil {
 			return err
 		}
@@ -626,7 +629,7 @@ func (c *Core) Close() error {
 	if c.donated != nil {
 		c.donated.Close()
 	}
-	if c.stop != nil {
+	if !c.looked.IsZero() { // it was opened whole
 		_ = c.record("core", auditStop, c.active, "")
 	}
 	c.canary.close()

@@ -1,6 +1,7 @@
 package core
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -126,9 +127,10 @@ func readImage(f *os.File) ([]byte, error) {
 	if stat.Size > envelope.MaxSize {
 		return nil, proto.Refuse("", "read image: %d bytes, at most %d", stat.Size, envelope.MaxSize)
 	}
-	b, err := io.ReadAll(io.NewSectionReader(f, 0, envelope.MaxSize))
-	if err != nil {
+	b := make([]byte, stat.Size)
+	n, err := f.ReadAt(b, 0)
+	if err != nil && !errors.Is(err, io.EOF) { // it may be shorter by now
 		return nil, fmt.Errorf("read image: %w", err)
 	}
-	return b, nil
+	return b[:n], nil
 }

@@ -59,7 +59,8 @@ func DropPrivileges() error {
 	return nil
 }
 
-// onAllThreads makes a system call on every thread. Go cannot do that in a
+// onAllThreads makes a system call on every thread, for which Go stops all goroutines:
+// none may be on its way into a system call that takes long. Go cannot do it in a
 // program that is linked with C.
 func onAllThreads(trap, a1, a2, a3 uintptr) error {
 	if _, _, errno := syscall.AllThreadsSyscall6(trap, a1, a2, a3, 0, 0, 0); errno != 0 {

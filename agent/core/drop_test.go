@@ -23,6 +23,29 @@ import (
 	"github.com/demarc/demarc/agent/coreclient"
 )
 
+// A start takes no time that its machine does not need: while privileges are dropped, no
+// goroutine of the core's may be there to block in the kernel. (Go stopped for a minute,
+// once in some hundred starts.)
+func TestNothingRunsBeforeServe(t *testing.T) {
+	m := newMachine(t)
+	m.config.Devices = Devices{Auto: true}
+	before := runtime.NumGoroutine()
+	c, err := m.open(hooks{})
+	must(t, err)
+	defer c.Close()
+	_, err = c.Apply(shop(t, nil), 0)
+	must(t, err)
+	if c.answers == nil {
+		t.Fatal("nobody would answer refusals: their reader is what blocks")
+	}
+	for end := time.Now().Add(time.Minute); runtime.NumGoroutine() > before; time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(end) {
+			stacks := make([]byte, 1<<16)
+			t.Fatalf("%d goroutines, %d before the core was opened:\n%s", runtime.NumGoroutine(), before, stacks[:runtime.Stack(stacks, true)])
+		}
+	}
+}
+
 // daemon runs the real demarc-core beside this process, in the same namespaces,
 // until the test ends. Giving up privileges is for good, so it is not done here.
 func (m *machine) daemon(t *testing.T) *coreclient.Client {

@@ -43,13 +43,8 @@ func (c *Core) keepFloor() error {
 	err := c.objects.Maps["version_floor"].Put(uint32(0), c.floor.Floor)
 	if c.floor.onDisk != c.floor.Floor {
 		content, _ := binary.Append(nil, binary.LittleEndian, c.floor.Floor) // never fails: it is flat
-		head, failed := recordHead(c.floor.Version, content), false
-		for _, copy := range copies {
-			if bad := c.store.write(floorRecord, copy, head, content); bad != nil {
-				err, failed = errors.Join(err, bad), true
-			}
-		}
-		if !failed {
+		bad := c.store.put(floorRecord, c.floor.Version, content)
+		if err = errors.Join(err, bad); bad == nil {
 			c.floor.onDisk = c.floor.Floor
 		}
 	}

@@ -36,6 +36,7 @@ type generation struct {
 	ids       map[string]ebpf.MapID // of the tables
 	known     abi.Query             // a question that the loaded programs answered with allow; zero = there is none
 	since     time.Time             // when it came into force, or lay ready for that
+	staged    bool                  // it is on disk, to become the stored one
 	bindings  int                   // cgroups with a workload's identity when it was filled
 }
 

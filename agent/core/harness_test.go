@@ -11,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
 	"golang.org/x/sys/unix"
 
@@ -121,13 +122,14 @@ func (m *machine) log() *slog.Logger {
 	return slog.New(slog.NewTextHandler(testWriter{m.t}, &slog.HandlerOptions{Level: slog.LevelDebug}))
 }
 
-// start opens a core and closes it when the test ends.
+// start opens a core, with its upkeep, and closes it when the test ends.
 func (m *machine) start() *Core {
 	m.t.Helper()
 	c, err := m.open(hooks{})
 	if err != nil {
 		m.t.Fatal(err)
 	}
+	c.start()
 	m.t.Cleanup(func() { c.Close() })
 	return c
 }
@@ -197,7 +199,8 @@ func identity(t *testing.T, c *Core, path string) uint32 {
 	return got
 }
 
-// attached counts the programs on the managed root's hooks, ours or not.
+// attached counts the programs on the managed root's hooks, ours or not, without the one
+// that only observes.
 func attached(t *testing.T, m *machine) int {
 	t.Helper()
 	spec, err := loadDemarc()
@@ -215,9 +218,23 @@ func attached(t *testing.T, m *machine) int {
 		if err != nil {
 			t.Fatal(err)
 		}
-		n += len(found.Programs)
+		for _, p := range found.Programs {
+			if !observes(p.ID) {
+				n++
+			}
+		}
 	}
 	return n
+}
+
+func observes(id ebpf.ProgramID) bool {
+	p, err := ebpf.NewProgramFromID(id)
+	if err != nil { // it has just gone
+		return false
+	}
+	defer p.Close()
+	info, err := p.Info()
+	return err == nil && info.Name == "payload"
 }
 
 func removeCgroup(t *testing.T, dir string) {

@@ -75,13 +75,13 @@ func (c *Core) offered(b []byte) (*generation, error) {
 }
 
 // keepPrepared ends a preview. All questions about the generation have been answered
-// by now, not only those that come before a flip, so that nothing is left to ask when it
-// is applied.
-func (c *Core) keepPrepared(g *generation, tested error, preview func() error) error {
-	if err := errors.Join(tested, preview()); err != nil {
+// by now, not only those that come before a flip, and it is staged, so that nothing is
+// left to do when it is applied.
+func (c *Core) keepPrepared(g *generation, preview func() error) error {
+	if err := preview(); err != nil {
 		return err
 	}
-	c.prepared, g.since = g, time.Now()
+	c.prepared, g.since, g.staged = g, time.Now(), true
 	return errPreview
 }
 
@@ -94,7 +94,9 @@ func (c *Core) inPlace(g *generation) bool {
 // unprepare frees what was previewed, if anything was.
 func (c *Core) unprepare() {
 	if p := c.prepared; p != nil {
-		c.prepared = nil
+		if c.prepared = nil; p.staged {
+			c.store.unstage()
+		}
 		if err := emptySlot(c.objects, p.slot); err != nil {
 			c.log.Warn("previewed generation is not freed", "problem", err)
 		}

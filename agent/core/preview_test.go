@@ -67,6 +67,9 @@ func TestPreviewed(t *testing.T) {
 			if after, err := kernelState(c.objects); err != nil || after != state {
 				t.Errorf("the preview changed the state: %+v, before it %+v; %v", after, state, err)
 			}
+			if missing(c.store.file(nextImage, "a")) || missing(c.store.file(nextImage, "b")) {
+				t.Error("it is not staged")
+			}
 			prepared := c.prepared
 			ids := maps.Clone(prepared.ids)
 			tt.between(t, c, prepared, previewed)
@@ -89,6 +92,12 @@ func TestPreviewed(t *testing.T) {
 			}
 			if len(s.Problems) > 0 || c.prepared != nil || time.Since(s.Active.Since) > time.Minute || len(c.active.misplaced(c.objects)) > 0 {
 				t.Errorf("status %+v, %+v", s, s.Active)
+			}
+			if !missing(c.store.file(nextImage, "a")) || !missing(c.store.file(nextImage, "b")) {
+				t.Error("something is staged")
+			}
+			if g, err := c.stored(activeImage); err != nil || g.digest != c.active.digest {
+				t.Errorf("the image in force is not the stored one: %v", err)
 			}
 			if wrong := c.watchBindings(); len(wrong) > 0 {
 				t.Errorf("bindings: %v", wrong)

@@ -250,10 +250,7 @@ func (c *Core) watchQuarantines() []incident {
 func (c *Core) keepQuarantines() {
 	content, err := json.Marshal(slices.Collect(maps.Values(c.quarantines)))
 	if err == nil {
-		head := recordHead(uint64(time.Now().UnixNano()), content)
-		for _, copy := range copies {
-			err = errors.Join(err, c.store.write(quarantineRecord, copy, head, content))
-		}
+		err = c.store.put(quarantineRecord, uint64(time.Now().UnixNano()), content)
 	}
 	if err != nil {
 		err = fmt.Errorf("quarantines hold now, and would be forgotten at the next boot: %w", err)

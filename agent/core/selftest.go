@@ -20,8 +20,8 @@ import (
 const (
 	maxQuestions = 1 << 20
 	maxPackets   = 20_000
-	maxSample    = 4096 // rules that have not changed and are asked about before the flip
-	maxUrgent    = 512  // packets before it, where there are more rules than that
+	maxSample    = 1024 // rules that have not changed and are asked about before the flip
+	maxUrgent    = 128  // packets before it, where there are more rules than that
 )
 
 // selftest asks the loaded programs, about the filled slot, what the image

@@ -55,8 +55,10 @@ func (c *Core) Listen() (*net.UnixListener, error) {
 	return l, nil
 }
 
-// Serve answers the agent until the context ends, and then closes the socket.
+// Serve keeps everything up and answers the agent until the context ends, and then
+// closes the socket.
 func (c *Core) Serve(ctx context.Context, l *net.UnixListener) error {
+	c.start()
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	var all sync.WaitGroup

@@ -59,8 +59,9 @@ func (c *Core) cast(g *generation, state abi.State, lasting time.Duration) error
 		return err
 	}
 	c.shadow = g
-	if c.prepared == g {
+	if c.prepared == g { // and is nothing to be put in force soon
 		c.prepared = nil
+		c.store.unstage()
 	}
 	c.log.Info("policy in shadow", "policy", g.image.Name, "version", g.image.Version, "slot", g.slot)
 	return nil

@@ -47,7 +47,7 @@ func (m *machine) trusts(keys ...ed25519.PrivateKey) {
 		err = errors.Join(err, os.Remove(file))
 	}
 	for i, k := range keys {
-		err = errors.Join(err, os.WriteFile(filepath.Join(m.config.TrustDir, fmt.Sprintf("%d.pub", i)), envelope.FormatKey(signing.Public(k)), 0o644))
+		err = errors.Join(err, os.WriteFile(filepath.Join(m.config.TrustDir, fmt.Sprintf("%d.pub", i)), signing.FormatPublic(signing.Public(k)), 0o644))
 	}
 	if err != nil {
 		m.t.Fatal(err)

@@ -99,16 +99,27 @@ func (s *store) load(name string) (content []byte, err error) {
 // stage writes the image that is about to be in force. What can fail for want of
 // room or of a sound disk fails here, before anything changed.
 func (s *store) stage(image []byte) error {
-	first := recordHead(s.newest+1, image)
-	for _, copy := range copies {
-		if err := s.write(nextImage, copy, first, image); err != nil {
-			for _, copy := range copies {
-				_ = os.Remove(s.file(nextImage, copy)) // the room is for what is in force
-			}
-			return proto.Refuse("make room for it in "+s.dir+", or mend the disk; what is in force goes on", "store image: %w", err)
-		}
+	if err := s.put(nextImage, s.newest+1, image); err != nil {
+		s.unstage()
+		return proto.Refuse("make room for it in "+s.dir+", or mend the disk; what is in force goes on", "store image: %w", err)
 	}
 	return nil
+}
+
+// unstage takes away what was staged: the room is for what is in force.
+func (s *store) unstage() {
+	for _, copy := range copies {
+		_ = os.Remove(s.file(nextImage, copy))
+	}
+}
+
+// put writes both copies of a record.
+func (s *store) put(name string, sequence uint64, content []byte) (err error) {
+	head := recordHead(sequence, content)
+	for _, copy := range copies {
+		err = errors.Join(err, s.write(name, copy, head, content))
+	}
+	return err
 }
 
 // commit makes the staged image the active one, and what was active the previous

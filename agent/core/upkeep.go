@@ -11,8 +11,13 @@ import (
 const upkeepInterval = time.Second
 
 // start keeps up what time and the machine change, until stop is called, which
-// waits for it to end.
+// waits for it to end. The core's privileges must have been dropped: that stops all of
+// Go for each of some fifty system calls, and a Go (1.26) that stops while a goroutine
+// is about to block in the kernel, as the reader of refusals does, may stand for a minute.
 func (c *Core) start() {
+	if c.stop != nil {
+		return
+	}
 	ctx, cancel := context.WithCancel(context.Background())
 	var all sync.WaitGroup
 	all.Go(func() { c.run(ctx) })

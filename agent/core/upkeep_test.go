@@ -53,7 +53,7 @@ func TestWallFollowsClock(t *testing.T) {
 
 // A wall clock that went back is not followed at once, and not silently: the tags of
 // the time in between would be good again.
-func TestWallWentBack(t *testing.T) {
+func TestI12WallWentBack(t *testing.T) {
 	m := newMachine(t)
 	c := m.start()
 	c.stop() // nobody else looks at the clock

@@ -162,7 +162,7 @@ func addKey(ring *keyring.Ring, o tagKeyOptions, now time.Time) (said []string, 
 	}
 	ring.Keys = append(ring.Keys, k)
 	slices.SortFunc(ring.Keys, func(a, b keyring.Key) int { return int(a.Epoch) - int(b.Epoch) })
-	if gap, found := ring.Gap(now, send); found && sending != nil {
+	if gap, found := gapIn(ring, now, send); found && sending != nil {
 		return nil, hintError{fmt.Errorf("no key could be sent with from %s to %s", stamp(gap), stamp(send)),
 			"choose an earlier --send-after, with a shorter --overlap"}
 	}
@@ -275,7 +275,7 @@ func keysShowRun(env *environment, file, form string, now time.Time) error {
 	if err := list(env, form, []string{"EPOCH", "FINGERPRINT", "STATE", "ACCEPTED FROM", "SENT FROM", "UNTIL"}, lines, row); err != nil {
 		return err
 	}
-	gap, found := ring.Gap(now, now.Add(runsOut))
+	gap, found := gapIn(ring, now, now.Add(runsOut))
 	if !found {
 		return nil
 	}
@@ -285,4 +285,22 @@ func keysShowRun(env *environment, file, form string, now time.Time) error {
 	}
 	_, err = fmt.Fprintf(env.Stderr, "demarc: warning: no key may be sent with %s\nhint: demarc keys generate tag --add %s\n", when, file)
 	return err
+}
+
+// gapIn is the first moment in [from, to) when no key may be sent with.
+func gapIn(r *keyring.Ring, from, to time.Time) (time.Time, bool) {
+	// Between two bounds nothing changes; a gap starts now or where a key ends.
+	moments := []time.Time{from}
+	for i := range r.Keys {
+		if u := r.Keys[i].Until; u.After(from) && u.Before(to) {
+			moments = append(moments, u)
+		}
+	}
+	slices.SortFunc(moments, time.Time.Compare)
+	for _, m := range moments {
+		if r.Sending(m) == nil {
+			return m, true
+		}
+	}
+	return time.Time{}, false
 }

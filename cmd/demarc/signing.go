@@ -47,7 +47,7 @@ func signingKeyRun(env *environment, out string) error {
 	if err := createFile(out, private, 0o600); err != nil {
 		return err
 	}
-	if err := createFile(public, envelope.FormatKey(signing.Public(k)), 0o644); err != nil {
+	if err := createFile(public, signing.FormatPublic(signing.Public(k)), 0o644); err != nil {
 		return errors.Join(err, os.Remove(out))
 	}
 	_, err = fmt.Fprintf(env.Stdout, "%s: made signing key %s\n%s: its public half, for the trust_dir of every host\n",

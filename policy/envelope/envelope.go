@@ -102,8 +102,3 @@ func ParseKey(text []byte) (Key, error) {
 	public := ed25519.PublicKey(block.Bytes[len(pkix):])
 	return Key{ID: KeyID(public), Public: public}, nil
 }
-
-// FormatKey writes a key as ParseKey reads it.
-func FormatKey(k ed25519.PublicKey) []byte {
-	return pem.EncodeToMemory(&pem.Block{Type: publicBlock, Bytes: append(pkix[:len(pkix):len(pkix)], k...)})
-}

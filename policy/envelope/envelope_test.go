@@ -25,7 +25,7 @@ func key(n byte) ed25519.PrivateKey {
 
 func trusted(t testing.TB, k ed25519.PrivateKey) envelope.Key {
 	t.Helper()
-	parsed, err := envelope.ParseKey(envelope.FormatKey(signing.Public(k)))
+	parsed, err := envelope.ParseKey(signing.FormatPublic(signing.Public(k)))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -56,7 +56,7 @@ func TestVector(t *testing.T) {
 		t.Errorf("got  %swant %s", got, want)
 	}
 	const public = "-----BEGIN PUBLIC KEY-----\nMCowBQYDK2VwAyEA6X1CbSpHgOzmj7/P1+fbCBwz2KRTuhs8WgHVbpQFIs8=\n-----END PUBLIC KEY-----\n"
-	if text := string(envelope.FormatKey(signing.Public(k))); text != public {
+	if text := string(signing.FormatPublic(signing.Public(k))); text != public {
 		t.Errorf("key:\n%s", text)
 	}
 }
@@ -213,7 +213,7 @@ func TestKey(t *testing.T) {
 		t.Fatal(err)
 	}
 	text := pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: der})
-	if got := envelope.FormatKey(signing.Public(k)); !bytes.Equal(got, text) {
+	if got := signing.FormatPublic(signing.Public(k)); !bytes.Equal(got, text) {
 		t.Errorf("key in PEM:\n%s want\n%s", got, text)
 	}
 	parsed := trusted(t, k)

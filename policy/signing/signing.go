@@ -38,6 +38,15 @@ func FormatKey(k ed25519.PrivateKey) ([]byte, error) {
 	return pem.EncodeToMemory(&pem.Block{Type: privateBlock, Bytes: der}), nil
 }
 
+// FormatPublic writes the half that verifies as envelope.ParseKey reads it.
+func FormatPublic(k ed25519.PublicKey) []byte {
+	der, err := x509.MarshalPKIXPublicKey(k)
+	if err != nil {
+		panic(err) // never: it is a key of a known kind
+	}
+	return pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: der})
+}
+
 // ParseKey reads one Ed25519 private key as PKCS#8 in PEM. Its errors never show
 // what the text holds.
 func ParseKey(text []byte) (ed25519.PrivateKey, error) {

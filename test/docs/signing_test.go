@@ -21,7 +21,7 @@ func TestSigningDocument(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, want := range []string{
-		string(b), string(envelope.FormatKey(signing.Public(k))),
+		string(b), string(signing.FormatPublic(signing.Public(k))),
 		fmt.Sprintf("DSSEv1 %d %s ", len(envelope.PayloadType), envelope.PayloadType),
 		"an image " + grouped(image.MaxSize) + ", the envelope " + grouped(envelope.MaxSize) + ".",
 		fmt.Sprintf("a list of 1 to %d objects", envelope.MaxSignatures),

@@ -253,7 +253,7 @@ func TestGuard(t *testing.T) {
 }
 
 // clockSteps sets the wall clock a day forward, and two back. A crossing's window
-// ends when it would have, and opens again for no step; tags hold all the while. (X9)
+// ends when it would have, and opens again for no step; tags hold all the while. (X9, I12)
 func (m *machine) clockSteps(outside *netlab.Namespace) {
 	m.t.Helper()
 	const brief, day = 20 * time.Second, 1257 << abi.TagSlotShift // whole slots: see boot

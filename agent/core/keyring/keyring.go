@@ -10,7 +10,6 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"fmt"
-	"slices"
 	"time"
 
 	"github.com/demarc/demarc/bpf/abi"
@@ -99,24 +98,6 @@ func (r *Ring) Sending(now time.Time) *Key {
 		}
 	}
 	return best
-}
-
-// Gap is the first moment in [from, to) when no key may be sent with.
-func (r *Ring) Gap(from, to time.Time) (time.Time, bool) {
-	// Between two bounds nothing changes; a gap starts now or where a key ends.
-	moments := []time.Time{from}
-	for i := range r.Keys {
-		if u := r.Keys[i].Until; u.After(from) && u.Before(to) {
-			moments = append(moments, u)
-		}
-	}
-	slices.SortFunc(moments, time.Time.Compare)
-	for _, m := range moments {
-		if r.Sending(m) == nil {
-			return m, true
-		}
-	}
-	return time.Time{}, false
 }
 
 // problem is what makes a ring ambiguous or senseless; at is the key it is told

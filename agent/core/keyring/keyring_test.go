@@ -181,12 +181,6 @@ func TestSending(t *testing.T) {
 			t.Errorf("at %d: sending %d, accepted %v; want %d, %v", tt.now, sending, accepted, tt.sending, tt.accepted)
 		}
 	}
-	for _, tt := range []struct{ from, to, want int64 }{{1, 500, 0}, {1, 501, 500}, {600, 601, 600}, {1000, 1 << 40, 0}} {
-		gap, found := r.Gap(at(tt.from), at(tt.to))
-		if found != (tt.want != 0) || found && gap != at(tt.want) {
-			t.Errorf("gap in [%d, %d): %v, %v; want %d", tt.from, tt.to, gap, found, tt.want)
-		}
-	}
 }
 
 func TestFile(t *testing.T) {

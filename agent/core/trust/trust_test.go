@@ -29,7 +29,7 @@ func key(n byte) (text []byte, id string) {
 	seed := make([]byte, ed25519.SeedSize)
 	seed[0] = n
 	public := signing.Public(ed25519.NewKeyFromSeed(seed))
-	return envelope.FormatKey(public), envelope.KeyID(public)
+	return signing.FormatPublic(public), envelope.KeyID(public)
 }
 
 func ids(keys []envelope.Key) (all []string) {
