@@ -21,7 +21,7 @@ static __noinline int tell_netns(const struct outcome *from, struct task_struct 
 	l->netns = netns;
 	here = *from;
 	__builtin_memset(&o->opener, 0, sizeof(o->opener));
-	e = begin_signal(o, seen_of(o->query.subject, DEMARC_EGRESS, o->query.now), DEMARC_SIGNAL_SETNS, 0, (__u64)netns << 32 | task->tgid);
+	e = begin_signal(o, told_of(o->query.subject, DEMARC_EGRESS, o->query.now), DEMARC_SIGNAL_SETNS, 0, (__u64)netns << 32 | task->tgid);
 	if (!e)
 		return 0;
 	name_task(e, task);
@@ -47,7 +47,7 @@ static __noinline int tell_move(struct task_struct *task, struct demarc_lineage 
 	o.query.peer = identity_of(o.query.slot, to);
 	if (o.query.peer == o.query.subject || o.query.peer == DEMARC_ID_PENDING)
 		return 0;
-	e = begin_signal(&o, seen_of(o.query.subject, DEMARC_EGRESS, o.query.now), DEMARC_SIGNAL_MIGRATE,
+	e = begin_signal(&o, told_of(o.query.subject, DEMARC_EGRESS, o.query.now), DEMARC_SIGNAL_MIGRATE,
 			 by->tgid == task->tgid || about(&there, cgroup_of_task(by)) ? 0 : DEMARC_CAUSE_MANAGER, (__u64)o.query.peer << 32 | task->tgid);
 	if (!e)
 		return 0;
@@ -62,7 +62,7 @@ static __noinline int tell_tun(struct outcome *o, struct task_struct *task)
 
 	if (!o || !task)
 		return 0;
-	e = begin_signal(o, seen_of(o->query.subject, DEMARC_EGRESS, o->query.now), DEMARC_SIGNAL_TUN, 0, task->tgid);
+	e = begin_signal(o, told_of(o->query.subject, DEMARC_EGRESS, o->query.now), DEMARC_SIGNAL_TUN, 0, task->tgid);
 	if (!e)
 		return 0;
 	name_task(e, task);

@@ -293,8 +293,18 @@ struct {
 	__uint(max_entries, 1 << 20);
 } signals SEC(".maps");
 
-/* What each identity was seen to do, and what was done to it. Writers: programs that
+/* What was told of each identity, by identity << 1 | direction. Writers: programs that
  * observe. No room: its signals are lost, and counted so. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 2 * DEMARC_SEEN_MAX);
+	__type(key, __u32);
+	__type(value, struct demarc_told);
+} tellings SEC(".maps");
+
+/* What each identity was seen to do. Writers: programs that observe. No room: it is not
+ * counted. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
@@ -302,13 +312,6 @@ struct {
 	__type(key, __u32);
 	__type(value, struct demarc_seen);
 } seen SEC(".maps");
-struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__uint(max_entries, DEMARC_SEEN_MAX);
-	__type(key, __u32);
-	__type(value, struct demarc_told);
-} suffered SEC(".maps");
 
 /* Connections that came in or go back to one, by cookie. A place may be taken by
  * another: a miss only loses what would have been told. */

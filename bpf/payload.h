@@ -50,7 +50,7 @@ static __noinline int carries_banner(struct __sk_buff *skb)
 		o.opener.dport = o.opener.sport;
 		o.opener.sport = 0;
 	}
-	e = begin_signal(&o, seen_of(o.query.subject, DEMARC_EGRESS, o.query.now), DEMARC_SIGNAL_BANNER, 0,
+	e = begin_signal(&o, told_of(o.query.subject, DEMARC_EGRESS, o.query.now), DEMARC_SIGNAL_BANNER, 0,
 			 address_hash(o.opener.daddr) ^ o.opener.dport);
 	if (!e)
 		return 0;
@@ -115,14 +115,14 @@ static __noinline int tell_name(struct packet *p, __u64 cgroup, struct dns_name 
 	if (!p || !n || !about(&o, cgroup))
 		return 0;
 	s = seen_doing(o.query.subject, o.query.now);
-	if (!s || test_and_set(s->names, NAME_BITS / 32 - 1, mix(n->hash)) || ++s->told.names_set % NAME_STEP)
+	if (!s || test_and_set(s->names, NAME_BITS / 32 - 1, mix(n->hash)) || ++s->names_set % NAME_STEP)
 		return 0;
 	__builtin_memcpy(&o.opener, &p->tuple, sizeof(o.opener));
-	e = begin_signal(&o, &s->told, DEMARC_SIGNAL_DNS, 0, 0);
+	e = begin_signal(&o, told_of(o.query.subject, DEMARC_EGRESS, o.query.now), DEMARC_SIGNAL_DNS, 0, 0);
 	if (!e)
 		return 0;
 	name_sender(e, &o);
-	e->distinct = s->told.names_set;
+	e->distinct = s->names_set;
 	e->length = n->length - 1;
 	e->labels = n->labels;
 	e->bytes = p->length - 8;
@@ -186,17 +186,17 @@ static __noinline int carries_echo(struct __sk_buff *skb)
 	if (carried <= ECHO_LARGE || !about(&o, bpf_skb_cgroup_id(skb)))
 		return 0;
 	s = seen_doing(o.query.subject, o.query.now);
-	if (!s || s->told.echoes == 0xffff)
+	if (!s || s->echoes == 0xffff)
 		return 0;
-	s->told.echoes++;
-	if (s->told.echoes > 16 && (s->told.echoes & (s->told.echoes - 1)))
+	s->echoes++;
+	if (s->echoes > 16 && (s->echoes & (s->echoes - 1)))
 		return 0;
 	__builtin_memcpy(&o.opener, &p.tuple, sizeof(o.opener));
-	e = begin_signal(&o, &s->told, DEMARC_SIGNAL_ICMP, 0, 0);
+	e = begin_signal(&o, told_of(o.query.subject, DEMARC_EGRESS, o.query.now), DEMARC_SIGNAL_ICMP, 0, 0);
 	if (!e)
 		return 0;
 	name_sender(e, &o);
-	e->count = s->told.echoes > 16 ? s->told.echoes / 2 : 1;
+	e->count = s->echoes > 16 ? s->echoes / 2 : 1;
 	e->bytes = carried;
 	bpf_ringbuf_submit(e, 0);
 	return 0;

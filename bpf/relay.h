@@ -71,7 +71,7 @@ static __noinline int tell_transfer(struct demarc_mark *m, struct sock *sk, __u6
 		ends_turned(sk, &o.opener);
 	else
 		ends(sk, &o.opener);
-	e = begin_signal(&o, seen_of(o.query.subject, o.query.direction, o.query.now), DEMARC_SIGNAL_TRANSFER, 0, 0);
+	e = begin_signal(&o, told_of(o.query.subject, o.query.direction, o.query.now), DEMARC_SIGNAL_TRANSFER, 0, 0);
 	if (!e)
 		return 0;
 	e->pid = m->pid;
@@ -93,7 +93,7 @@ static __noinline int tell_ended(struct demarc_lineage *l, __u64 cgroup)
 		return 0;
 	l->relayed = o.query.now;
 	__builtin_memcpy(&o.opener, &l->on, sizeof(o.opener));
-	e = begin_signal(&o, seen_of(o.query.subject, DEMARC_EGRESS, o.query.now), DEMARC_SIGNAL_RELAY, 0, 0);
+	e = begin_signal(&o, told_of(o.query.subject, DEMARC_EGRESS, o.query.now), DEMARC_SIGNAL_RELAY, 0, 0);
 	if (e) {
 		name_task(e, bpf_get_current_task_btf());
 		e->received = l->ended[DEMARC_CAME_IN];
@@ -186,7 +186,7 @@ static __noinline int tell_survey(void)
 	if (!survey.tgid || !survey.ours || !mirrored(survey.passing.ways) || !about(&o, survey.cgroup))
 		return 0;
 	__builtin_memcpy(&o.opener, &survey.passing.on, sizeof(o.opener));
-	e = begin_signal(&o, seen_of(o.query.subject, DEMARC_EGRESS, o.query.now), DEMARC_SIGNAL_RELAY, 0, 0);
+	e = begin_signal(&o, told_of(o.query.subject, DEMARC_EGRESS, o.query.now), DEMARC_SIGNAL_RELAY, 0, 0);
 	if (!e)
 		return 0;
 	e->pid = survey.tgid;

@@ -62,7 +62,7 @@ static __noinline int opening(struct outcome *o, __u64 cookie)
 
 	if (!o)
 		return 0;
-	s = seen_of(o->query.subject, DEMARC_EGRESS, o->query.now);
+	s = told_of(o->query.subject, DEMARC_EGRESS, o->query.now);
 	what = address_hash(o->query.address) ^ ((__u64)PROTO_TCP << 16 | o->query.port);
 	e = begin_signal(o, s, is_metadata(o->query.address) ? DEMARC_SIGNAL_METADATA : DEMARC_SIGNAL_CONTACT, 0,
 			 what ^ program_hash(task));
@@ -110,7 +110,7 @@ static __noinline int failed(struct outcome *o, __u64 cookie, int error)
 		cause = DEMARC_CAUSE_TIMEOUT;
 	else if (error == 113 || error == 101) /* EHOSTUNREACH, ENETUNREACH */
 		cause = DEMARC_CAUSE_UNREACHABLE;
-	s = seen_of(o->query.subject, DEMARC_EGRESS, o->query.now);
+	s = told_of(o->query.subject, DEMARC_EGRESS, o->query.now);
 	e = begin_signal(o, s, DEMARC_SIGNAL_FAILED, cause, address_hash(o->query.address) ^ ((__u64)PROTO_TCP << 16 | o->query.port));
 	if (e) {
 		e->pid = m ? m->pid : 0;
@@ -168,7 +168,7 @@ static __noinline int listens(struct outcome *o)
 
 	if (!o)
 		return 0;
-	e = begin_signal(o, seen_of(o->query.subject, DEMARC_INGRESS, o->query.now), DEMARC_SIGNAL_LISTEN, 0, o->opener.dport);
+	e = begin_signal(o, told_of(o->query.subject, DEMARC_INGRESS, o->query.now), DEMARC_SIGNAL_LISTEN, 0, o->opener.dport);
 	if (e) {
 		name_task(e, bpf_get_current_task_btf());
 		bpf_ringbuf_submit(e, 0);
@@ -261,7 +261,7 @@ int BPF_PROG(executed, struct task_struct *task, int old, struct linux_binprm *b
 		return 0;
 	ends(sk, &o.opener);
 	o.opener.proto = BPF_CORE_READ(sk, sk_protocol);
-	e = begin_signal(&o, seen_of(o.query.subject, DEMARC_EGRESS, o.query.now), DEMARC_SIGNAL_SHELL, 0, address_hash(o.opener.daddr) ^ task->tgid);
+	e = begin_signal(&o, told_of(o.query.subject, DEMARC_EGRESS, o.query.now), DEMARC_SIGNAL_SHELL, 0, address_hash(o.opener.daddr) ^ task->tgid);
 	if (!e)
 		return 0;
 	name_task(e, task);

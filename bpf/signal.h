@@ -32,58 +32,44 @@ static __always_inline bool test_and_set(__u32 *bits, __u32 mask, __u32 n)
 	return __sync_fetch_and_or(&bits[word & mask], bit) & bit;
 }
 
-static const struct demarc_seen nothing_seen;
+static const struct demarc_seen nothing;
 
-/* A new epoch begins: what was told before is forgotten. */
-static __always_inline bool begins(struct demarc_told *t, __u64 now)
+/* What was told of an identity in this epoch; 0 where there is no room. */
+static __always_inline struct demarc_told *told_of(__u32 subject, __u8 direction, __u64 now)
 {
-	if (now - t->began <= DEMARC_SIGNAL_EPOCH)
-		return false;
-	t->began = now;
-	__builtin_memset(t->contacts, 0, sizeof(t->contacts));
-	__builtin_memset(t->deeds, 0, sizeof(t->deeds));
-	t->names_set = t->echoes = 0;
-	return true;
+	__u32 key = subject << 1 | (direction & 1);
+	struct demarc_told *t = bpf_map_lookup_elem(&tellings, &key);
+
+	if (!t) {
+		bpf_map_update_elem(&tellings, &key, &nothing, BPF_NOEXIST);
+		t = bpf_map_lookup_elem(&tellings, &key);
+		if (!t)
+			return 0;
+	}
+	if (now - t->began > DEMARC_SIGNAL_EPOCH) { /* a new one begins: what was told is forgotten */
+		t->began = now;
+		__builtin_memset(t->contacts, 0, sizeof(t->contacts));
+		__builtin_memset(t->deeds, 0, sizeof(t->deeds));
+	}
+	return t;
 }
 
-/* What an identity was seen to do in this epoch; 0 where there is no room. */
+/* What an identity was seen to do in it; 0 where there is no room. */
 static __always_inline struct demarc_seen *seen_doing(__u32 subject, __u64 now)
 {
 	struct demarc_seen *s = bpf_map_lookup_elem(&seen, &subject);
 
 	if (!s) {
-		bpf_map_update_elem(&seen, &subject, &nothing_seen, BPF_NOEXIST);
+		bpf_map_update_elem(&seen, &subject, &nothing, BPF_NOEXIST);
 		s = bpf_map_lookup_elem(&seen, &subject);
 		if (!s)
 			return 0;
 	}
-	if (begins(&s->told, now)) {
-		__builtin_memset(s->ports, 0, sizeof(s->ports));
-		__builtin_memset(s->peers, 0, sizeof(s->peers));
-		__builtin_memset(s->names, 0, sizeof(s->names));
+	if (now - s->began > DEMARC_SIGNAL_EPOCH) {
+		__builtin_memset(s, 0, sizeof(*s));
+		s->began = now;
 	}
 	return s;
-}
-
-/* What was told of an identity, as the one that does or the one that it is done to. */
-static __always_inline struct demarc_told *seen_of(__u32 subject, __u8 direction, __u64 now)
-{
-	struct demarc_told *t;
-
-	if (direction == DEMARC_EGRESS) {
-		struct demarc_seen *s = seen_doing(subject, now);
-
-		return s ? &s->told : 0;
-	}
-	t = bpf_map_lookup_elem(&suffered, &subject);
-	if (!t) {
-		bpf_map_update_elem(&suffered, &subject, &nothing_seen, BPF_NOEXIST);
-		t = bpf_map_lookup_elem(&suffered, &subject);
-		if (!t)
-			return 0;
-	}
-	begins(t, now);
-	return t;
 }
 
 static __always_inline bool is_deed(__u8 kind)
@@ -278,9 +264,9 @@ static __always_inline __u8 kind_of(const struct demarc_query *q)
 }
 
 /* A step of distinct ports or peers. */
-static __always_inline void tell_step(const struct outcome *o, struct demarc_seen *s, __u8 kind, __u32 set, __u32 of)
+static __always_inline void tell_step(const struct outcome *o, struct demarc_told *s, __u8 kind, __u32 set, __u32 of)
 {
-	struct demarc_signal *e = set ? begin_signal(o, &s->told, kind, 0, (__u64)of << 16 | set) : 0;
+	struct demarc_signal *e = set ? begin_signal(o, s, kind, 0, (__u64)of << 16 | set) : 0;
 
 	if (!e)
 		return;
@@ -294,17 +280,19 @@ static __always_inline void tell_step(const struct outcome *o, struct demarc_see
 GLOBAL int count_failure(struct outcome *o)
 {
 	struct demarc_seen *s;
+	struct demarc_told *t;
 	__u32 peer, port;
 
 	if (!o || o->query.direction != DEMARC_EGRESS)
 		return 0;
 	s = seen_doing(o->query.subject, o->query.now);
-	if (!s)
+	t = told_of(o->query.subject, DEMARC_EGRESS, o->query.now);
+	if (!s || !t)
 		return 0;
 	peer = address_hash(o->query.address);
 	port = mix((__u64)o->query.proto << 16 | o->query.port);
-	tell_step(o, s, DEMARC_SIGNAL_PORTS, distinct(s->ports, peer | 1, port), peer);
-	tell_step(o, s, DEMARC_SIGNAL_PEERS, distinct(s->peers, port | 1, peer), port);
+	tell_step(o, t, DEMARC_SIGNAL_PORTS, distinct(s->ports, peer | 1, port), peer);
+	tell_step(o, t, DEMARC_SIGNAL_PEERS, distinct(s->peers, port | 1, peer), port);
 	return 0;
 }
 
@@ -328,7 +316,7 @@ GLOBAL int remark(struct outcome *o)
 	    !(o->query.subject == DEMARC_ID_NONE && kind == DEMARC_SIGNAL_PROOF))
 		return 0;
 	refused = o->query.verdict == DEMARC_DENY || o->query.verdict == DEMARC_AUDIT;
-	s = seen_of(o->query.subject, o->query.direction, o->query.now);
+	s = told_of(o->query.subject, o->query.direction, o->query.now);
 	what = address_hash(o->query.address) ^ ((__u64)o->query.proto << 16 | o->query.port);
 	e = begin_signal(o, s, kind, refused ? DEMARC_CAUSE_DENIED + o->query.reason : 0, what);
 	if (e) {

@@ -46,7 +46,7 @@ static __noinline int tell_packet_socket(struct task_struct *task)
 
 	if (!task || !about(&o, survey.cgroup))
 		return 0;
-	e = begin_signal(&o, seen_of(o.query.subject, DEMARC_EGRESS, o.query.now), DEMARC_SIGNAL_RAW, 0, task->tgid);
+	e = begin_signal(&o, told_of(o.query.subject, DEMARC_EGRESS, o.query.now), DEMARC_SIGNAL_RAW, 0, task->tgid);
 	if (!e)
 		return 0;
 	name_task(e, task);

@@ -211,22 +211,25 @@ type demarcDemarcScratch struct {
 
 type demarcDemarcSeen struct {
 	_     structs.HostLayout
-	Told  demarcDemarcTold
-	Ports [3]struct {
+	Began uint64
+	Ports [2]struct {
 		_    structs.HostLayout
 		Of   uint32
 		Set  uint16
 		Told uint16
 		Bits [8]uint32
 	}
-	Peers [3]struct {
+	Peers [2]struct {
 		_    structs.HostLayout
 		Of   uint32
 		Set  uint16
 		Told uint16
 		Bits [8]uint32
 	}
-	Names [4]uint32
+	Names    [4]uint32
+	NamesSet uint16
+	Echoes   uint16
+	Zero     uint32
 }
 
 type demarcDemarcSelftest struct {
@@ -271,8 +274,7 @@ type demarcDemarcTold struct {
 	Began    uint64
 	Due      [2]uint64
 	Missed   uint32
-	NamesSet uint16
-	Echoes   uint16
+	Zero     uint32
 	Contacts [16]uint32
 	Deeds    [8]uint32
 }
@@ -338,7 +340,7 @@ const (
 	demarcMapSockets               = "sockets"
 	demarcMapState                 = "state"
 	demarcMapSubjects              = "subjects"
-	demarcMapSuffered              = "suffered"
+	demarcMapTellings              = "tellings"
 	demarcMapTurns                 = "turns"
 	demarcMapUnits                 = "units"
 	demarcMapVersionFloor          = "version_floor"
@@ -492,7 +494,7 @@ type demarcMapSpecs struct {
 	Sockets       *ebpf.MapSpec `ebpf:"sockets"`
 	State         *ebpf.MapSpec `ebpf:"state"`
 	Subjects      *ebpf.MapSpec `ebpf:"subjects"`
-	Suffered      *ebpf.MapSpec `ebpf:"suffered"`
+	Tellings      *ebpf.MapSpec `ebpf:"tellings"`
 	Turns         *ebpf.MapSpec `ebpf:"turns"`
 	Units         *ebpf.MapSpec `ebpf:"units"`
 	VersionFloor  *ebpf.MapSpec `ebpf:"version_floor"`
@@ -578,7 +580,7 @@ type demarcMaps struct {
 	Sockets       *ebpf.Map `ebpf:"sockets"`
 	State         *ebpf.Map `ebpf:"state"`
 	Subjects      *ebpf.Map `ebpf:"subjects"`
-	Suffered      *ebpf.Map `ebpf:"suffered"`
+	Tellings      *ebpf.Map `ebpf:"tellings"`
 	Turns         *ebpf.Map `ebpf:"turns"`
 	Units         *ebpf.Map `ebpf:"units"`
 	VersionFloor  *ebpf.Map `ebpf:"version_floor"`
@@ -625,7 +627,7 @@ func (m *demarcMaps) Close() error {
 		m.Sockets,
 		m.State,
 		m.Subjects,
-		m.Suffered,
+		m.Tellings,
 		m.Turns,
 		m.Units,
 		m.VersionFloor,

@@ -211,22 +211,25 @@ type signalDemarcScratch struct {
 
 type signalDemarcSeen struct {
 	_     structs.HostLayout
-	Told  signalDemarcTold
-	Ports [3]struct {
+	Began uint64
+	Ports [2]struct {
 		_    structs.HostLayout
 		Of   uint32
 		Set  uint16
 		Told uint16
 		Bits [8]uint32
 	}
-	Peers [3]struct {
+	Peers [2]struct {
 		_    structs.HostLayout
 		Of   uint32
 		Set  uint16
 		Told uint16
 		Bits [8]uint32
 	}
-	Names [4]uint32
+	Names    [4]uint32
+	NamesSet uint16
+	Echoes   uint16
+	Zero     uint32
 }
 
 type signalDemarcSelftest struct {
@@ -271,8 +274,7 @@ type signalDemarcTold struct {
 	Began    uint64
 	Due      [2]uint64
 	Missed   uint32
-	NamesSet uint16
-	Echoes   uint16
+	Zero     uint32
 	Contacts [16]uint32
 	Deeds    [8]uint32
 }
@@ -348,8 +350,8 @@ const (
 	signalMapSockets               = "sockets"
 	signalMapState                 = "state"
 	signalMapSubjects              = "subjects"
-	signalMapSuffered              = "suffered"
 	signalMapTakenApart            = "taken_apart"
+	signalMapTellings              = "tellings"
 	signalMapTurns                 = "turns"
 	signalMapUnits                 = "units"
 	signalMapVersionFloor          = "version_floor"
@@ -471,8 +473,8 @@ type signalMapSpecs struct {
 	Sockets       *ebpf.MapSpec `ebpf:"sockets"`
 	State         *ebpf.MapSpec `ebpf:"state"`
 	Subjects      *ebpf.MapSpec `ebpf:"subjects"`
-	Suffered      *ebpf.MapSpec `ebpf:"suffered"`
 	TakenApart    *ebpf.MapSpec `ebpf:"taken_apart"`
+	Tellings      *ebpf.MapSpec `ebpf:"tellings"`
 	Turns         *ebpf.MapSpec `ebpf:"turns"`
 	Units         *ebpf.MapSpec `ebpf:"units"`
 	VersionFloor  *ebpf.MapSpec `ebpf:"version_floor"`
@@ -556,8 +558,8 @@ type signalMaps struct {
 	Sockets       *ebpf.Map `ebpf:"sockets"`
 	State         *ebpf.Map `ebpf:"state"`
 	Subjects      *ebpf.Map `ebpf:"subjects"`
-	Suffered      *ebpf.Map `ebpf:"suffered"`
 	TakenApart    *ebpf.Map `ebpf:"taken_apart"`
+	Tellings      *ebpf.Map `ebpf:"tellings"`
 	Turns         *ebpf.Map `ebpf:"turns"`
 	Units         *ebpf.Map `ebpf:"units"`
 	VersionFloor  *ebpf.Map `ebpf:"version_floor"`
@@ -604,8 +606,8 @@ func (m *signalMaps) Close() error {
 		m.Sockets,
 		m.State,
 		m.Subjects,
-		m.Suffered,
 		m.TakenApart,
+		m.Tellings,
 		m.Turns,
 		m.Units,
 		m.VersionFloor,

@@ -82,22 +82,22 @@ func TestSignalMemory(t *testing.T) {
 	must(t, err)
 	t.Cleanup(o.Close)
 	sum := uint64(0)
-	for _, name := range []string{"seen", "suffered", "marks", "hops", "signals", "lineages"} {
+	for _, name := range []string{"tellings", "seen", "marks", "hops", "signals", "lineages"} {
 		m := o.Maps[name]
-		if name == "seen" || name == "suffered" {
+		entries := map[string]uint32{"tellings": 2 * identities, "seen": identities}[name]
+		if entries > 0 {
 			value := make([]byte, m.ValueSize())
-			for id := range uint32(identities) {
-				must(t, m.Put(id+16, value))
+			for key := range entries {
+				must(t, m.Put(key+32, value))
 			}
-			if err := m.Put(uint32(identities+16), value); !errors.Is(err, unix.E2BIG) {
-				t.Errorf("%s has room for more than %d identities: %v", name, identities, err)
+			if err := m.Put(entries+32, value); !errors.Is(err, unix.E2BIG) {
+				t.Errorf("%s has room for more than %d: %v", name, entries, err)
 			}
-			var id uint32
-			n := 0
-			for all := m.Iterate(); all.Next(&id, &value); n++ {
+			var key, n uint32
+			for all := m.Iterate(); all.Next(&key, &value); n++ {
 			}
-			if n != identities {
-				t.Errorf("%s: %d identities, want %d", name, n, identities)
+			if n != entries {
+				t.Errorf("%s: %d entries, want %d", name, n, entries)
 			}
 		}
 		info, err := m.Info()
@@ -108,7 +108,7 @@ func TestSignalMemory(t *testing.T) {
 		}
 		if m.Type() == ebpf.Hash { // the kernel counts what it asks for, and is given more
 			asked := uint64(48 + 8 + 8 + m.ValueSize())
-			size += (allocated(asked) - asked) * identities
+			size += (allocated(asked) - asked) * uint64(entries)
 		}
 		t.Logf("%-8s %8d bytes", name, size)
 		sum += size

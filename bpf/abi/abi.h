@@ -573,25 +573,25 @@ struct demarc_signal {
 };
 
 /*
- * What was told of an identity in one epoch of signals. Nobody else's signals touch
- * it: who fills it hides nothing but its own repetitions. Of each address and port one
- * contact is told an epoch, by a Bloom filter of two bits.
+ * What was told of an identity in one epoch of signals, as the one that does or the one
+ * that it is done to. Nobody else's signals touch it: who fills it hides nothing but its
+ * own repetitions. Of each address and port one contact is told an epoch, by a Bloom
+ * filter of two bits.
  */
 #define DEMARC_SIGNAL_EPOCH (300ULL * 1000000000ULL)
-#define DEMARC_SEEN_MAX 16384
+#define DEMARC_SEEN_MAX 16384 /* identities */
 struct demarc_told {
 	__u64 began;
 	__u64 due[2];     /* when the next signal of a lane may be told */
 	__u32 missed;
-	__u16 names_set; /* bits of names */
-	__u16 echoes;    /* pings with much in them */
+	__u32 zero;
 	__u32 contacts[16];
 	__u32 deeds[8];
 };
 
-/* And what it did itself: of the distinct ports at a peer, and peers on a port, steps
- * are told, by bitmaps of 256 bits. */
-#define DEMARC_SEEN_SLOTS 3
+/* What an identity did, in one epoch: of the distinct ports at a peer, and peers on a
+ * port, steps are told, by bitmaps of 256 bits. */
+#define DEMARC_SEEN_SLOTS 2
 struct demarc_distinct {
 	__u32 of; /* hash of the peer, or of the port; 0 = free */
 	__u16 set; /* bits that are set */
@@ -599,10 +599,13 @@ struct demarc_distinct {
 	__u32 bits[8];
 };
 struct demarc_seen {
-	struct demarc_told told;
+	__u64 began;
 	struct demarc_distinct ports[DEMARC_SEEN_SLOTS];
 	struct demarc_distinct peers[DEMARC_SEEN_SLOTS];
 	__u32 names[4]; /* bitmap of distinct long DNS names */
+	__u16 names_set;
+	__u16 echoes; /* pings with much in them */
+	__u32 zero;
 };
 
 /* Lanes: a flood of contacts does not cost a deed its place. */
