@@ -205,11 +205,13 @@ static __noinline int carries_echo(struct __sk_buff *skb)
 #define BANNER_MOST 400 /* bytes of a packet that may carry a banner, headers and all */
 
 /* Whether enough data are in a segment. Most of those of short connections have none. */
-static __always_inline bool has_room_for_banner(struct __sk_buff *skb, __u32 header)
+static __always_inline bool has_room_for_banner(struct __sk_buff *skb, bool ipv4)
 {
-	__u8 *data = (void *)(long)skb->data;
+	__u8 *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
 
-	return data + 53 > (__u8 *)(long)skb->data_end || skb->len >= header + (data[header + 12] >> 4) * 4 + BANNER;
+	if (ipv4)
+		return data + 33 > end || skb->len >= 20 + (data[32] >> 4) * 4 + BANNER;
+	return data + 53 > end || skb->len >= 40 + (data[52] >> 4) * 4 + BANNER;
 }
 
 static __always_inline bool begins_connection(struct __sk_buff *skb)
@@ -229,7 +231,7 @@ static __always_inline void look_at_payload(struct __sk_buff *skb)
 		return;
 	switch (ipv4 ? data[9] : data[6]) {
 	case PROTO_TCP:
-		if (skb->len <= BANNER_MOST && has_room_for_banner(skb, ipv4 ? 20 : 40) && begins_connection(skb))
+		if (skb->len <= BANNER_MOST && has_room_for_banner(skb, ipv4) && begins_connection(skb))
 			carries_banner(skb);
 		break;
 	case PROTO_UDP:

@@ -88,16 +88,6 @@ static __always_inline struct demarc_pending_syn *pending_front(__u64 mark)
 	return &bucket->syn[(mark >> 54) & (DEMARC_PENDING_PLACES - 1)];
 }
 
-/* A tuple's place is nowhere near the processor, and neither is a tag's: both are fetched
- * at once where the one is read before the other is waited for. */
-static __always_inline void pending_touch(__u64 mark)
-{
-	struct demarc_pending_syn *front = pending_front(mark);
-
-	if (front)
-		(void)*(volatile __u64 *)&front->mark;
-}
-
 /* The handshake of a tuple; 0 = there is none. */
 static __noinline struct demarc_pending_syn *pending_at(const struct demarc_tuple *opener, __u64 mark)
 {
@@ -158,7 +148,7 @@ static __always_inline void pending_fill(struct demarc_pending_syn *syn, const s
 /* Gives a tuple a place, to be filled and then published. Another processor may have
  * taken the same one in between: then it is not what it was chosen for, and its new
  * owner keeps it. Returns 0 where others are always faster. */
-static __always_inline struct demarc_pending_syn *pending_take(const struct demarc_tuple *opener, __u64 mark)
+static __noinline struct demarc_pending_syn *pending_take(const struct demarc_tuple *opener, __u64 mark)
 {
 	struct demarc_pending_bucket *bucket = pending_bucket(mark);
 	struct demarc_pending_syn *syn = pending_front(mark);

@@ -200,6 +200,32 @@ GLOBAL int syn_out(struct __sk_buff *skb, struct packet *p, struct outcome *o)
 	return !reason || !refused(o, reason);
 }
 
+/* Notes a handshake whose SYN was admitted. A function of its own, as stacks add up. */
+GLOBAL int await_handshake(const struct packet *p, struct outcome *o, __u64 mark)
+{
+	struct demarc_pending_syn *pending;
+
+	if (!p || !o)
+		return 0;
+	pending = pending_take(&p->tuple, mark);
+	if (!pending) {
+		fault(DEMARC_FAULT_PENDING);
+		return !refused(o, DEMARC_MAP_FULL);
+	}
+	pending->cgroup = o->cgroup;
+	pending->self = o->query.subject;
+	pending->peer = o->query.peer;
+	pending->seq = p->seq;
+	pending->crossing = o->query.crossing;
+	pending->epoch = DEMARC_ACTIVE_EPOCH(o->active);
+	pending->proof = o->query.proof;
+	pending->reason = o->query.reason;
+	pending->slot = o->query.slot;
+	pending->until = window_end(&o->query);
+	pending_publish(pending, mark);
+	return true;
+}
+
 /* A SYN arrives at a listener. */
 GLOBAL int syn_in(struct __sk_buff *skb, struct packet *p, struct outcome *o)
 {
@@ -210,11 +236,10 @@ GLOBAL int syn_in(struct __sk_buff *skb, struct packet *p, struct outcome *o)
 
 	if (!p || !o)
 		return 0;
-	mark = pending_mark(&p->tuple);
-	pending_touch(mark);
 	ask_forward(o, p, DEMARC_INGRESS);
 	read_proof(skb, p, 0, 0, o);
 	ask_vouchers(o, false);
+	mark = pending_mark(&p->tuple);
 	tagged = p->tag && o->query.proof == DEMARC_PROOF_IDENTITY;
 	if (tagged) {
 		mac = mac_of(skb, p);
@@ -238,23 +263,7 @@ GLOBAL int syn_in(struct __sk_buff *skb, struct packet *p, struct outcome *o)
 		tell_refusal(o, p->seq + 1);
 		return false;
 	}
-	pending = pending_take(&p->tuple, mark);
-	if (!pending) {
-		fault(DEMARC_FAULT_PENDING);
-		return !refused(o, DEMARC_MAP_FULL);
-	}
-	pending->cgroup = o->cgroup;
-	pending->self = o->query.subject;
-	pending->peer = o->query.peer;
-	pending->seq = p->seq;
-	pending->crossing = o->query.crossing;
-	pending->epoch = DEMARC_ACTIVE_EPOCH(o->active);
-	pending->proof = o->query.proof;
-	pending->reason = o->query.reason;
-	pending->slot = o->query.slot;
-	pending->until = window_end(&o->query);
-	pending_publish(pending, mark);
-	return true;
+	return await_handshake(p, o, mark);
 }
 
 /* Our SYN-ACK leaves: only for a SYN that was admitted, and with our proof if
