@@ -158,12 +158,13 @@ static __noinline int carries_name(struct __sk_buff *skb)
 	room = skb->len - offset;
 	if (room > DNS_NAME_MAX)
 		room = DNS_NAME_MAX;
-	barrier_var(room); /* the verifier wants to see both bounds at this place */
-	if (room < 1 || room > DNS_NAME_MAX || bpf_skb_load_bytes(skb, offset, n->text, room))
+	room--; /* Linux 6.1 keeps one bound of a number, so the other one is added after it */
+	barrier_var(room);
+	if (room >= DNS_NAME_MAX || bpf_skb_load_bytes(skb, offset, n->text, room + 1))
 		return 0;
 	n->length = n->labels = n->longest = n->left = 0;
 	n->hash = 2166136261;
-	bpf_loop(room, next_byte, 0, 0);
+	bpf_loop(room + 1, next_byte, 0, 0);
 	if (n->length > DNS_LONG)
 		tell_name(&p, bpf_skb_cgroup_id(skb), n);
 	return 0;

@@ -25,7 +25,7 @@ func TestRun(t *testing.T) {
 		Status         int
 		Stdout, Stderr string
 	}
-	unknown := bad + ":2:3: unknown key \"bpfs\": use cgroup_root, bpffs, run_dir, state_dir, trust_dir, keyring, devices, agent_user, quarantine_automatic, guard, log_level, log_format\n"
+	unknown := bad + ":2:3: unknown key \"bpfs\": use cgroup_root, bpffs, run_dir, state_dir, trust_dir, keyring, devices, agent_user, quarantine_automatic, guard, observe_packets, log_level, log_format\n"
 	tests := []struct {
 		name string
 		args []string
