@@ -138,7 +138,8 @@ demo: ## nginx -> API -> PostgreSQL in namespaces of its own, what is refused, a
 	@test/run --demo
 
 tcb: ## lines and imports of the trusted core, against its golden file
-	$(GO) test ./agent/core -run '^TestTCB' -count=1 -v | grep -v -e '^=== ' -e '^--- ' -e '^ok' -e '^PASS'
+	@out=$$($(GO) test ./agent/core -run '^TestTCB' -count=1 -v 2>&1); status=$$?; \
+	echo "$$out" | grep -v -e '^=== ' -e '^--- ' -e '^ok' -e '^PASS'; exit $$status
 
 FUZZTIME ?= 30s
 fuzz: ## run each fuzz target for FUZZTIME (30s)

@@ -132,7 +132,7 @@ func testAll(c *Core, g *generation) error {
 // many is a policy of which the self-test asks only a part before the flip.
 func many(t *testing.T, version uint64, change func(*policy.Policy)) []byte {
 	t.Helper()
-	p := policytest.Large(200, 3*maxSample/4)
+	p := policytest.Large(200, 3072)
 	p.Version = version
 	if change != nil {
 		change(p)

@@ -215,7 +215,7 @@ func TestProtocolRefuses(t *testing.T) {
 	}{
 		{"bad status before hello", frameOf(`{"op":"status"}`), "status is out of order"},
 		{"bad second hello", frame(helloText), "hello is out of order"},
-		{"bad version", frameOf(`{"op":"hello","version":1}`), "the agent speaks protocol 1, the core 2"},
+		{"bad version", frameOf(`{"op":"hello","version":1}`), "the agent speaks protocol 1, the core 3"},
 		{"bad op", frame(`{"op":"reboot"}`), `malformed "reboot" request`},
 		{"bad no op", frame(`{}`), `malformed "" request`},
 		{"bad field of another op", frame(`{"op":"status","path":"/x"}`), `malformed "status" request`},
@@ -344,7 +344,7 @@ func FuzzSession(f *testing.F) {
 		f.Fatal(err)
 	}
 	defer null.Close()
-	given := &proto.Descriptors{Denied: null, Allowed: null, Counts: null, Rings: null, Faults: null, Bindings: null, State: null}
+	given := &proto.Descriptors{Denied: null, Allowed: null, Signals: null, Counts: null, Rings: null, Faults: null, Bindings: null, State: null}
 	c := &Core{log: slog.New(slog.DiscardHandler), tree: &tree{dir: "/"}, donated: given, links: &links{}, store: store{dir: f.TempDir(), log: slog.New(slog.DiscardHandler)}}
 	f.Fuzz(func(t *testing.T, b []byte) {
 		var q proto.Request

@@ -70,12 +70,13 @@ func New(img *image.Image, now time.Time) (*Simulator, error) {
 type place struct{ cgroup, pod, container, image string }
 
 // talkKey tells conversations apart. Calls that were refused have no port of their own
-// yet, so each is one by its number.
+// yet, so each is one by its number, which is of its processor, and its time.
 type talkKey struct {
 	protocol            string
 	source, destination netip.AddrPort
 	node                string
 	seq                 uint64
+	at                  int64 // ns since 1970
 }
 
 // talk is a conversation, as each side recorded it last.
@@ -101,7 +102,7 @@ func (s *Simulator) Add(f *flow.Flow) {
 	key := talkKey{protocol: f.Protocol, source: netip.AddrPortFrom(f.Source.Address, f.Source.Port),
 		destination: netip.AddrPortFrom(f.Destination.Address, f.Destination.Port)}
 	if f.Source.Port == 0 {
-		key.node, key.seq = f.Node, f.Seq
+		key.node, key.seq, key.at = f.Node, f.Seq, f.Time.UnixNano()
 	}
 	t := s.talks[key]
 	if t != nil && f.Time.Sub(t.last) > oneTalk {

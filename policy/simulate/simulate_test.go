@@ -141,6 +141,18 @@ func TestJudge(t *testing.T) {
 	}
 }
 
+// Each processor numbers its events, so two refused calls may have one number.
+func TestRefusedCallsOfTwoProcessors(t *testing.T) {
+	s := simulator(t, webAPI)
+	for i := range 2 {
+		s.Add(&flow.Flow{Time: began.Add(time.Duration(i)), Seq: 7, Node: "n1", Protocol: "tcp", Verdict: abi.Deny, Reason: abi.NoCrossingFor,
+			Source: flow.Endpoint{Cgroup: "/web/1"}, Destination: at("192.0.2.1", 22, flow.Endpoint{})})
+	}
+	if r := s.Result(); r.Conversations != 2 {
+		t.Errorf("%+v", r)
+	}
+}
+
 // However many flows there are, what is remembered is bounded and nothing is lost from
 // the count.
 func TestBounded(t *testing.T) {

@@ -76,12 +76,12 @@ func TestJournal(t *testing.T) {
 	if err != nil || len(segments) < 2 {
 		t.Fatalf("segments %q, %v", segments, err)
 	}
-	b, err := os.ReadFile(segments[1])
+	b, err := os.ReadFile(segments[len(segments)-2])
 	if err != nil {
 		t.Fatal(err)
 	}
 	b[len(b)-1] ^= 1
-	if err := os.WriteFile(segments[1], b, 0o600); err != nil {
+	if err := os.WriteFile(segments[len(segments)-2], b, 0o600); err != nil {
 		t.Fatal(err)
 	}
 	after, missing := kept(t, e.node)

@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -29,6 +30,7 @@ type routed struct {
 	router *netlab.Namespace
 	cables map[string]*netlab.Cable // from each host to the router
 	wires  map[string]*netlab.Wire
+	flows  atomic.Int32 // ports that were used
 }
 
 var routedPlaces = []string{"web", "api", "db", "outside"}
@@ -192,7 +194,13 @@ func (r *routed) checkTranslation(t *testing.T, wire *netlab.Wire, path string, 
 		})
 		for range 2 { // within a second their tags differ in the nonce alone
 			families.Go(func() {
-				args := DatagramArgs{To: datagram.String(), Count: 2, Timeout: 300 * time.Millisecond}
+				// From a port that no earlier flow had: one that has proved itself goes on.
+				any := netip.IPv4Unspecified()
+				if datagram.Addr().Is6() {
+					any = netip.IPv6Unspecified()
+				}
+				from := netip.AddrPortFrom(any, uint16(20_000+r.flows.Add(1)))
+				args := DatagramArgs{To: datagram.String(), From: from.String(), Count: 2, Timeout: 300 * time.Millisecond}
 				if reason == abi.Undecided {
 					args.Timeout = timeToAnswer
 				}
