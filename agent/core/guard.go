@@ -132,7 +132,7 @@ func (g *guard) cover(guarded [2]map[uint32]bool) error {
 	return nil
 }
 
-// guarded are the ids of every map and link that enforces.
+// guarded are the ids of every map and link that enforces, and of the observers' links.
 func (c *Core) guarded() (ids [2]map[uint32]bool) {
 	ids = [2]map[uint32]bool{{}, {}}
 	note := func(m *ebpf.Map) {
@@ -162,7 +162,11 @@ func (c *Core) guarded() (ids [2]map[uint32]bool) {
 			}
 		}
 	}
-	for _, l := range slices.Concat(slices.Collect(maps.Values(c.links.open)), slices.Collect(maps.Values(c.guard.links)), c.devices.links()) {
+	links := slices.Concat(slices.Collect(maps.Values(c.links.open)), slices.Collect(maps.Values(c.guard.links)), c.devices.links())
+	if c.observers != nil {
+		links = slices.AppendSeq(links, maps.Values(c.observers.links))
+	}
+	for _, l := range links {
 		if info, err := l.Info(); err == nil {
 			ids[1][uint32(info.ID)] = true
 		}
