@@ -39,6 +39,7 @@ type header struct {
 	Places uint32
 	Index  uint64 // number of the first flow, of all that were ever written
 	Lost   uint64 // flows that are missing before these
+	Ever   uint64 // flows that are missing before these and before all others: a damaged block takes no count with it
 	First  int64  // earliest and latest time of a flow, ns since 1970
 	Last   int64
 	Rings  [abi.Rings]uint64 // which rings the places are of; 0 = not known
@@ -52,7 +53,7 @@ type place struct {
 }
 
 var (
-	magic      = [4]byte{'d', 'm', 'j', '1'}
+	magic      = [4]byte{'d', 'm', 'j', '2'}
 	castagnoli = crc32.MakeTable(crc32.Castagnoli)
 	headerSize = binary.Size(header{})
 	placeSize  = binary.Size(place{})

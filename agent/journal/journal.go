@@ -83,6 +83,7 @@ type Journal struct {
 	name    string
 	size    int64        // of the segment, committed
 	next    uint64       // number of the next flow
+	ever    uint64       // flows that are missing before it, as blocks on disk say
 	done    *flow.Cursor // behind the last event that is on disk
 	dropped uint64       // flows that found no room on disk, ever
 	problem string
@@ -134,7 +135,7 @@ func Open(o Options) (*Journal, error) {
 		if last == nil {
 			continue
 		}
-		j.next = last.Index + uint64(last.Count)
+		j.next, j.ever = last.Index+uint64(last.Count), last.Ever
 		for i := range j.resume {
 			j.resume[i].ring, j.rings[i] = last.Rings[i], last.Rings[i]
 		}
@@ -235,7 +236,7 @@ func (j *Journal) commit() {
 	places := j.places()
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	h.Index = j.next
+	h.Index, h.Ever = j.next, j.ever+h.Lost
 	if err == nil {
 		err = j.write(encode(h, places, body.Bytes()))
 	}
@@ -253,7 +254,7 @@ func (j *Journal) commit() {
 		j.Log.Info("journal is written again", zap.Uint64("missing", h.Lost))
 	}
 	j.problem, j.head = "", header{}
-	j.next += uint64(h.Count)
+	j.next, j.ever = j.next+uint64(h.Count), h.Ever
 	done := *j.cursor
 	j.done = &done
 }
@@ -284,7 +285,7 @@ func (j *Journal) born(rings []Birth) {
 	}
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	if err := j.write(encode(header{Index: j.next, Rings: j.rings}, j.places(), nil)); err != nil {
+	if err := j.write(encode(header{Index: j.next, Ever: j.ever, Rings: j.rings}, j.places(), nil)); err != nil {
 		j.problem = "journal: " + err.Error()
 		j.Log.Warn("journal", zap.Error(err))
 	}

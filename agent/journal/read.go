@@ -30,13 +30,15 @@ func (j *Journal) Read(ctx context.Context, since, until time.Time, take func(*f
 	}
 	j.mu.Lock()
 	names, err := j.segments()
-	live, size, next, done := j.name, j.size, j.next, *j.done
+	live, size, next, all, done := j.name, j.size, j.next, j.ever, *j.done
 	j.mu.Unlock()
 	if err != nil {
 		return nil, err
 	}
 	var expected uint64 // number of the next flow
 	known := false      // whether it is
+	var ever uint64     // flows that were missing before it
+	counted := false    // whether that is known
 	// What is missing tells with the flows behind it, if those are asked for.
 	missing := func(n uint64) error {
 		if n == 0 {
@@ -60,7 +62,10 @@ func (j *Journal) Read(ctx context.Context, since, until time.Time, take func(*f
 				return nil // places only, or of a journal that was here before
 			}
 			lost := b.Lost + b.Index - expected
-			expected = b.Index + uint64(b.Count)
+			if counted && b.Ever >= ever {
+				lost = b.Ever - ever + b.Index - expected
+			}
+			expected, ever, counted = b.Index+uint64(b.Count), b.Ever, true
 			first, last := b.times()
 			if !since.IsZero() && last.Before(since) || !until.IsZero() && first.After(until) {
 				return nil
@@ -76,7 +81,7 @@ func (j *Journal) Read(ctx context.Context, since, until time.Time, take func(*f
 			return err
 		})
 		if errors.Is(err, fs.ErrNotExist) { // it was the oldest, and made room
-			known = false
+			known, counted = false, false
 			continue
 		}
 		if err != nil {
@@ -84,7 +89,11 @@ func (j *Journal) Read(ctx context.Context, since, until time.Time, take func(*f
 		}
 	}
 	if known && expected < next {
-		if err := missing(next - expected); err != nil {
+		lost := next - expected
+		if counted && all > ever {
+			lost += all - ever
+		}
+		if err := missing(lost); err != nil {
 			return nil, err
 		}
 	}

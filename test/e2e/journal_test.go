@@ -94,7 +94,7 @@ func TestJournal(t *testing.T) {
 		t.Fatal(err)
 	}
 	after, missing := kept(t, e.node)
-	if after >= flows || missing < flows-after { // what was lost before it was in the block itself
+	if after >= flows || after+missing != flows+lost {
 		t.Errorf("after damage: %d kept, %d missing; before %d and %d", after, missing, flows, lost)
 	}
 }
