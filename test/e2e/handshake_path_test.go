@@ -134,7 +134,9 @@ func TestE06Cookies(t *testing.T) {
 		t.Errorf("%d denials, want %d", n, flood)
 	}
 	w.unanswered()
-	if got := server.served("tcp", 7000).Count - served; got != 2*connections {
+	accepted := func() int { return server.served("tcp", 7000).Count - served }
+	eventually(t, timeToAnswer, "the listener to take what it was given", func() bool { return accepted() >= 2*connections })
+	if got := accepted(); got != 2*connections {
 		t.Errorf("the listener got %d connections, want %d", got, 2*connections)
 	}
 }

@@ -83,6 +83,8 @@ func TestRefusals(t *testing.T) {
 				if r.Error != "" {
 					t.Fatalf("within the limit: %s", r.Error)
 				}
+				// It is made before its server has taken it.
+				eventually(t, timeToAnswer, "the connection within the limit", func() bool { return actors[c.to].served("tcp", c.port).Count == 1 })
 			}
 			served := func() (all Served) {
 				for _, network := range []string{"tcp", "udp"} {
