@@ -48,10 +48,10 @@ type room struct{ Counts, Bindings int }
 // donated are the maps behind the descriptors that the core donated.
 type donated struct {
 	rings    [abi.AllRings]*ring.Reader
-	records  [abi.AllRings][]byte         // owned by the ring's reader
-	empty    [abi.AllRings]bool           // nothing was left behind the last record; the reader's, too
-	returned [abi.AllRings]atomic.Uint64  // by Next
-	waiting  [abi.AllRings]atomic.Bool    // in Next
+	records  [abi.AllRings][]byte        // owned by the ring's reader
+	empty    [abi.AllRings]bool          // nothing was left behind the last record; the reader's, too
+	returned [abi.AllRings]atomic.Uint64 // by Next
+	waiting  [abi.AllRings]atomic.Bool   // in Next
 	ids      [abi.AllRings]uint64
 	counts   *ebpf.Map
 	states   *ebpf.Map
