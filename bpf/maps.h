@@ -313,15 +313,17 @@ struct {
 	__type(value, struct demarc_seen);
 } seen SEC(".maps");
 
-/* Connections that came in or go back to one, by cookie. A place may be taken by
- * another: a miss only loses what would have been told. */
+/* Connections that came in or are opened, by cookie. No room: the connection is not told
+ * apart, and that is told as lost. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, DEMARC_MARKS);
+	__uint(max_entries, DEMARC_MARK_BUCKETS);
 	__type(key, __u32);
-	__type(value, struct demarc_mark);
+	__type(value, struct demarc_marks);
 } marks SEC(".maps");
 
+/* How many came before, by tuple, from when a connection is there at its opener until it
+ * is at its listener, which are microseconds. A place may be taken by another. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, DEMARC_HOPS);
@@ -336,6 +338,15 @@ struct {
 	__type(key, int);
 	__type(value, struct demarc_lineage);
 } lineages SEC(".maps");
+
+/* What passed through a workload's task and those that it started; only where something
+ * did. Miss: nothing. */
+struct {
+	__uint(type, BPF_MAP_TYPE_TASK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, int);
+	__type(value, struct demarc_family);
+} families SEC(".maps");
 
 /* What each ring was given and what it lost. Reader: agent. */
 struct {
