@@ -24,6 +24,19 @@ struct demarc_udp_tag {
 	__u64 mac;
 } __attribute__((packed));
 
+/* Reads the tag behind a datagram. False: there is none, or somebody else's option. */
+static __always_inline bool read_udp_tag(struct __sk_buff *skb, const struct packet *p, struct demarc_udp_tag *tag)
+{
+	__u32 at = p->transport + p->length + (p->length & 1);
+
+	if (p->tuple.proto != PROTO_UDP || !p->end || at + sizeof(*tag) != p->end)
+		return false;
+	if (bpf_skb_load_bytes(skb, at, tag, sizeof(*tag)))
+		return false;
+	return tag->kind == DEMARC_UDP_TAG_KIND && tag->length == DEMARC_UDP_TAG_LENGTH &&
+	       tag->exid == bpf_htons(DEMARC_TAG_EXID);
+}
+
 /* Whether a claim may be in UDP at all. */
 static __always_inline bool claims_datagram(__u32 claim)
 {
@@ -232,12 +245,9 @@ static __always_inline int without_tag(const struct demarc_flow *flow, const str
 GLOBAL int fragment_leaves(struct __sk_buff *skb, struct packet *p, struct outcome *o)
 {
 	struct demarc_flow *flow;
-	__u16 ports[2];
 
-	if (!p || !o || p->tuple.proto != PROTO_UDP || p->length || bpf_skb_load_bytes(skb, p->transport, ports, sizeof(ports)))
+	if (!p || !o || p->tuple.proto != PROTO_UDP || p->length || parse_ports(skb, p))
 		return TCX_NEXT;
-	p->tuple.sport = bpf_ntohs(ports[0]);
-	p->tuple.dport = bpf_ntohs(ports[1]);
 	flow = flow_at(&p->tuple);
 	return opens_with_proof(flow) ? without_tag(flow, p, o) : TCX_NEXT;
 }
@@ -322,17 +332,13 @@ GLOBAL int foreign_tag(struct __sk_buff *skb, struct packet *p, struct outcome *
 GLOBAL int tagged_before(struct __sk_buff *skb, struct packet *p, struct outcome *o)
 {
 	struct demarc_udp_tag tag;
-	__u32 at, claim;
+	__u32 claim;
 	int good;
 
-	if (!p || !o || p->tuple.proto != PROTO_UDP || !p->end)
-		return 0;
-	at = p->transport + p->length + (p->length & 1);
-	if (at + sizeof(tag) != p->end || bpf_skb_load_bytes(skb, at, &tag, sizeof(tag)))
+	if (!p || !o || !read_udp_tag(skb, p, &tag))
 		return 0;
 	claim = bpf_ntohl(tag.claim);
-	if (tag.kind != DEMARC_UDP_TAG_KIND || tag.length != DEMARC_UDP_TAG_LENGTH ||
-	    tag.exid != bpf_htons(DEMARC_TAG_EXID) || !claims_datagram(claim))
+	if (!claims_datagram(claim))
 		return 0;
 	o->query.peer = claim >> 8;
 	check_claim(&o->query, claim, tag.mac, &p->tuple, BINDING(bpf_ntohl(tag.time), bpf_ntohl(tag.nonce)));
@@ -466,7 +472,7 @@ GLOBAL int frame_arrives(struct __sk_buff *skb, bool door)
 	struct demarc_udp_tag tag;
 	struct outcome o;
 	struct packet p;
-	__u32 at, claim;
+	__u32 claim;
 	__s32 age;
 	int wrong;
 
@@ -486,14 +492,8 @@ GLOBAL int frame_arrives(struct __sk_buff *skb, bool door)
 		wrong = icmp_arrives(&p, &o);
 		return wrong && refused(&o, wrong) ? TCX_DROP : TCX_NEXT;
 	}
-	if (wrong || p.tuple.proto != PROTO_UDP || !p.end)
+	if (wrong || !read_udp_tag(skb, &p, &tag))
 		return TCX_NEXT;
-	at = p.transport + p.length + (p.length & 1);
-	if (at + sizeof(tag) != p.end || bpf_skb_load_bytes(skb, at, &tag, sizeof(tag)))
-		return TCX_NEXT;
-	if (tag.kind != DEMARC_UDP_TAG_KIND || tag.length != DEMARC_UDP_TAG_LENGTH ||
-	    tag.exid != bpf_htons(DEMARC_TAG_EXID))
-		return TCX_NEXT; /* somebody else's option */
 	claim = bpf_ntohl(tag.claim);
 	o.query.direction = DEMARC_INGRESS;
 	o.query.proof = DEMARC_PROOF_BAD;

@@ -11,62 +11,12 @@
 #include <stdbool.h>
 #include <linux/bpf.h>
 #include <linux/errno.h>
+#include <linux/in6.h>
 #include <bpf/bpf_helpers.h>
 #include <bpf/bpf_tracing.h>
 #include <bpf/bpf_core_read.h>
 
-#pragma clang attribute push(__attribute__((preserve_access_index)), apply_to = record)
-
-typedef struct {
-	unsigned int val;
-} kuid_t;
-
-struct super_block {
-	unsigned int s_dev;
-};
-
-struct inode {
-	unsigned short i_mode;
-	kuid_t i_uid;
-	struct super_block *i_sb;
-	unsigned long i_ino;
-};
-
-struct qstr {
-	const unsigned char *name;
-};
-
-struct dentry {
-	struct qstr d_name;
-	struct inode *d_inode;
-};
-
-struct vfsmount {
-	struct super_block *mnt_sb;
-};
-
-struct path {
-	struct dentry *dentry;
-};
-
-struct file {
-	struct path f_path;
-	struct inode *f_inode;
-};
-
-struct mm_struct {
-	struct file *exe_file;
-};
-
-struct task_struct {
-	struct mm_struct *mm;
-};
-
-struct bpf_map {
-	unsigned int id;
-};
-
-#pragma clang attribute pop
+#include "include/kernel.h"
 
 #define PTRACE_ATTACH 2 /* PTRACE_MODE_ATTACH */
 #define MAY_WRITE 2	/* FMODE_WRITE */

@@ -5,13 +5,33 @@
 
 #include "abi/abi.h"
 
+/* What a map is, its flags, how many entries it has, and of what. Those that can be
+ * mapped into memory (BPF_F_MMAPABLE) begin with a page, so that an entry of theirs is a
+ * cache line. */
+#define MAP_OF(kind, flags, entries, key_type, value_type) \
+	__uint(type, BPF_MAP_TYPE_##kind);                \
+	__uint(map_flags, flags);                         \
+	__uint(max_entries, entries);                     \
+	__type(key, key_type);                            \
+	__type(value, value_type)
+#define MAP(name, kind, flags, entries, key_type, value_type)    \
+	struct {                                                 \
+		MAP_OF(kind, flags, entries, key_type, value_type); \
+	} name SEC(".maps")
+
+/* One value for all, and one beside each socket. */
+#define ONE(name, value_type) MAP(name, ARRAY, 0, 1, __u32, value_type)
+#define PER_SOCKET(name, value_type) MAP(name, SK_STORAGE, BPF_F_NO_PREALLOC, 0, int, value_type)
+
+/* Records on their way to the agent, or to the core. */
+#define RING(name, bytes)                                \
+	struct {                                         \
+		__uint(type, BPF_MAP_TYPE_RINGBUF);      \
+		__uint(max_entries, bytes);              \
+	} name SEC(".maps")
+
 /* What is in force. Writer: core. Readers: every program. Never misses. */
-struct {
-	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, 1);
-	__type(key, __u32);
-	__type(value, struct demarc_state);
-} state SEC(".maps");
+ONE(state, struct demarc_state);
 
 /* The time as it was last read. Writers and readers: every program. Miss, or from
  * another jiffy: it is read anew. */
@@ -19,103 +39,62 @@ struct demarc_clock {
 	__u64 now;   /* CLOCK_BOOTTIME, ns */
 	__u64 check; /* now, and the jiffy that it was read in: exclusive or */
 };
-struct {
-	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, 1);
-	__type(key, __u32);
-	__type(value, struct demarc_clock);
-} clock SEC(".maps");
+ONE(clock, struct demarc_clock);
 
 /* Below which no image comes into force. Writer and reader: core, so that a lost
  * state directory lets nobody replay an old image. No program reads it. */
-struct {
-	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, 1);
-	__type(key, __u32);
-	__type(value, struct demarc_floor);
-} version_floor SEC(".maps");
+ONE(version_floor, struct demarc_floor);
 
 /* cgroup id -> who lives there. Writers: cgroup_mkdir and the core's scan.
  * Readers: every hook. Miss: not below the managed root, or no room: deny. */
-struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__uint(max_entries, 131072);
-	__type(key, __u64);
-	__type(value, struct demarc_binding);
-} bindings SEC(".maps");
+MAP(bindings, HASH, BPF_F_NO_PREALLOC, 131072, __u64, struct demarc_binding);
 
 /* Bindings of removed cgroups, for sockets that outlive them. Writer:
  * cgroup_rmdir. Miss: the socket's identity is lost: deny. */
-struct {
-	__uint(type, BPF_MAP_TYPE_LRU_HASH);
-	__uint(max_entries, 16384);
-	__type(key, __u64);
-	__type(value, struct demarc_binding);
-} graveyard SEC(".maps");
+MAP(graveyard, LRU_HASH, 0, 16384, __u64, struct demarc_binding);
 
 /*
  * The tables of each generation: an outer map by slot, an inner map as large as
  * the image needs. Writer: core, never in the active slot except to add a bound
  * path. Miss in an outer map: the slot is empty: deny.
  */
-#define GENERATION(name, inner_type, inner_flags, key_type, value_type)          \
-	struct name##_table {                                                    \
-		__uint(type, inner_type);                                        \
-		__uint(map_flags, inner_flags);                                  \
-		__uint(max_entries, 1);                                          \
-		__type(key, key_type);                                           \
-		__type(value, value_type);                                       \
-	};                                                                       \
-	struct {                                                                 \
-		__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);                        \
-		__uint(max_entries, DEMARC_SLOTS);                               \
-		__type(key, __u32);                                              \
-		__array(values, struct name##_table);                            \
+#define GENERATION(name, kind, flags, key_type, value_type)    \
+	struct name##_table {                                  \
+		MAP_OF(kind, flags, 1, key_type, value_type);  \
+	};                                                     \
+	struct {                                               \
+		__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);      \
+		__uint(max_entries, DEMARC_SLOTS);             \
+		__type(key, __u32);                            \
+		__array(values, struct name##_table);          \
 	} name SEC(".maps")
 
 /* Crossings by subject, peer and port class. Miss: nothing declared. */
-GENERATION(rules, BPF_MAP_TYPE_HASH, 0, struct demarc_rule_key, struct demarc_rule);
+GENERATION(rules, HASH, 0, struct demarc_rule_key, struct demarc_rule);
 /* Identities of the image. Miss: no such identity. */
-GENERATION(subjects, BPF_MAP_TYPE_HASH, 0, __u32, struct demarc_subject);
+GENERATION(subjects, HASH, 0, __u32, struct demarc_subject);
 /* Crossings by index. */
-GENERATION(crossings, BPF_MAP_TYPE_ARRAY, BPF_F_INNER_MAP, __u32, struct demarc_crossing);
+GENERATION(crossings, ARRAY, BPF_F_INNER_MAP, __u32, struct demarc_crossing);
 /* Token buckets by index * 2 + direction: when the next flow is due, in ns. */
-GENERATION(buckets, BPF_MAP_TYPE_ARRAY, BPF_F_INNER_MAP, __u32, __u64);
+GENERATION(buckets, ARRAY, BPF_F_INNER_MAP, __u32, __u64);
 /* Networks. Miss: address of no network. */
-GENERATION(prefixes, BPF_MAP_TYPE_LPM_TRIE, BPF_F_NO_PREALLOC, struct demarc_prefix_key, __u32);
+GENERATION(prefixes, LPM_TRIE, BPF_F_NO_PREALLOC, struct demarc_prefix_key, __u32);
 /* Port classes by row. */
-GENERATION(ports, BPF_MAP_TYPE_ARRAY, BPF_F_INNER_MAP, __u32, struct demarc_port_classes);
+GENERATION(ports, ARRAY, BPF_F_INNER_MAP, __u32, struct demarc_port_classes);
 /* Identities by cgroup path and by unit name. Miss: inherit. */
-GENERATION(paths, BPF_MAP_TYPE_LPM_TRIE, BPF_F_NO_PREALLOC, struct demarc_path_key, __u32);
-GENERATION(units, BPF_MAP_TYPE_LPM_TRIE, BPF_F_NO_PREALLOC, struct demarc_path_key, struct demarc_unit);
+GENERATION(paths, LPM_TRIE, BPF_F_NO_PREALLOC, struct demarc_path_key, __u32);
+GENERATION(units, LPM_TRIE, BPF_F_NO_PREALLOC, struct demarc_path_key, struct demarc_unit);
 
 /* Identities that have only their forensic crossings, and until when. Writer: core.
  * Miss: not quarantined. */
-struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(max_entries, DEMARC_QUARANTINES);
-	__type(key, __u32);
-	__type(value, __u64);
-} quarantines SEC(".maps");
+MAP(quarantines, HASH, 0, DEMARC_QUARANTINES, __u32, __u64);
 
 /* Tag keys by pair of nodes and epoch. Writer: core; readers: sockops, ingress. Miss: no tag can be
  * made or verified. */
-struct {
-	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, DEMARC_PAIRS * DEMARC_EPOCHS);
-	__type(key, __u32);
-	__type(value, struct demarc_key);
-} keys SEC(".maps");
+MAP(keys, ARRAY, 0, DEMARC_PAIRS * DEMARC_EPOCHS, __u32, struct demarc_key);
 
 /* Tags that were admitted. Writers: ingress, tc_ingress. No room: deny. */
-struct {
-	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(map_flags, BPF_F_MMAPABLE); /* begins with a page: an entry is a cache line */
-	__uint(max_entries, DEMARC_REPLAY_BUCKETS);
-	__type(key, __u32);
-	__type(value, struct demarc_replay_bucket);
-} replays SEC(".maps");
+MAP(replays, ARRAY, BPF_F_MMAPABLE, DEMARC_REPLAY_BUCKETS, __u32, struct demarc_replay_bucket);
 
 /* A SYN that verified and was admitted, until its handshake ends. */
 struct demarc_pending_syn {
@@ -143,21 +122,11 @@ struct demarc_pending_bucket {
 
 /* Handshakes whose SYN was admitted. Writers: ingress, sockops (accepted). Only admitted
  * SYNs enter, so junk cannot evict. Miss: the handshake is refused. */
-struct {
-	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(map_flags, BPF_F_MMAPABLE); /* begins with a page: an entry is a cache line */
-	__uint(max_entries, DEMARC_PENDING_BUCKETS + DEMARC_PENDING_FRONT);
-	__type(key, __u32);
-	__type(value, struct demarc_pending_bucket);
-} pending_syns SEC(".maps");
+MAP(pending_syns, ARRAY, BPF_F_MMAPABLE, DEMARC_PENDING_BUCKETS + DEMARC_PENDING_FRONT, __u32,
+    struct demarc_pending_bucket);
 
 /* What makes places among them hard to guess. Writer: the first that asks. */
-struct {
-	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, 1);
-	__type(key, __u32);
-	__type(value, __u64);
-} pending_seed SEC(".maps");
+ONE(pending_seed, __u64);
 
 /* Connections that are being opened here, and verdicts of those that have just begun.
  * Writers: connect, ingress (SYN-ACK), sockops (accepted). Miss: a SYN is judged anew; a
@@ -172,22 +141,11 @@ struct demarc_young {
 	__u32 omitted : 8; /* what the opener's tag leaves out */
 };
 _Static_assert(sizeof(struct demarc_young) == 64, "a place is a cache line");
-struct {
-	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(map_flags, BPF_F_MMAPABLE); /* begins with a page: an entry is a cache line */
-	__uint(max_entries, DEMARC_YOUNG);
-	__type(key, __u32);
-	__type(value, struct demarc_young);
-} young SEC(".maps");
+MAP(young, ARRAY, BPF_F_MMAPABLE, DEMARC_YOUNG, __u32, struct demarc_young);
 
 /* Verdict of an established TCP connection that lasts. Writers: ingress, egress,
  * sockops. Miss: it may be young; otherwise no admitted handshake: deny. */
-struct {
-	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__type(key, int);
-	__type(value, struct demarc_socket);
-} sockets SEC(".maps");
+PER_SOCKET(sockets, struct demarc_socket);
 
 /* What is known of a socket other than TCP: the cgroup that it was made in, and its
  * last talk (talk.h). Writers: sock_create; packets. Miss: the socket is older than
@@ -202,175 +160,73 @@ struct demarc_endpoint {
 	__u64 untagged;
 	struct demarc_tuple talk; /* this socket's end first */
 };
-struct {
-	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__type(key, int);
-	__type(value, struct demarc_endpoint);
-} endpoints SEC(".maps");
+PER_SOCKET(endpoints, struct demarc_endpoint);
 
 /* How often somebody came to speak in a flow in another's place. */
-struct {
-	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, 1);
-	__type(key, __u32);
-	__type(value, __u32);
-} turns SEC(".maps");
+ONE(turns, __u32);
 
 /* Conversations without handshake, and what the sending hooks saw. Writers:
  * egress, ingress. Miss: judged anew, or for a reply: deny. */
-struct {
-	__uint(type, BPF_MAP_TYPE_LRU_HASH);
-	__uint(max_entries, 131072);
-	__type(key, struct demarc_tuple);
-	__type(value, struct demarc_flow);
-} flows SEC(".maps");
+MAP(flows, LRU_HASH, 0, 131072, struct demarc_tuple, struct demarc_flow);
 
 /* Doors by index of their device. Writers: core, which makes and removes them, and
  * tc_door. Miss: drop. */
-struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__uint(max_entries, 16384);
-	__type(key, __u32);
-	__type(value, struct demarc_door);
-} doors SEC(".maps");
+MAP(doors, HASH, BPF_F_NO_PREALLOC, 16384, __u32, struct demarc_door);
 
 /* Refused callers that are to be told. Reader: core. No room, or over the budget:
  * the caller waits in vain. */
-struct {
-	__uint(type, BPF_MAP_TYPE_RINGBUF);
-	__uint(max_entries, 64 << 10);
-} refusals SEC(".maps");
+RING(refusals, 64 << 10);
 
 /* When the next refusal may be told. */
-struct {
-	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, 1);
-	__type(key, __u32);
-	__type(value, __u64);
-} refusals_due SEC(".maps");
+ONE(refusals_due, __u64);
 
 /* Sockets that the core answers with. Writer: core. */
-struct {
-	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__type(key, int);
-	__type(value, __u32);
-} answering SEC(".maps");
+PER_SOCKET(answering, __u32);
 
 /* Who bound a port first. Writers: post_bind, sock_release. */
-struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__uint(max_entries, 65536);
-	__type(key, struct demarc_port_key);
-	__type(value, struct demarc_port_owner);
-} port_owners SEC(".maps");
+MAP(port_owners, HASH, BPF_F_NO_PREALLOC, 65536, struct demarc_port_key, struct demarc_port_owner);
 
 /* Port that a socket counts for in port_owners. */
-struct {
-	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__type(key, int);
-	__type(value, struct demarc_port_key);
-} bound_ports SEC(".maps");
+PER_SOCKET(bound_ports, struct demarc_port_key);
 
 /* Events. A flood of allowed flows cannot cost a denial its place. Reader: agent. */
-struct {
-	__uint(type, BPF_MAP_TYPE_RINGBUF);
-	__uint(max_entries, 2 << 20);
-} denied_events SEC(".maps");
+RING(denied_events, 2 << 20);
 
-struct {
-	__uint(type, BPF_MAP_TYPE_RINGBUF);
-	__uint(max_entries, 4 << 20);
-} allowed_events SEC(".maps");
+RING(allowed_events, 4 << 20);
 
 /* Signals. Reader: agent. */
-struct {
-	__uint(type, BPF_MAP_TYPE_RINGBUF);
-	__uint(max_entries, 1 << 20);
-} signals SEC(".maps");
+RING(signals, 1 << 20);
 
 /* What was told of each identity, by identity << 1 | direction. Writers: programs that
  * observe. No room: its signals are lost, and counted so. */
-struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__uint(max_entries, 2 * DEMARC_SEEN_MAX);
-	__type(key, __u32);
-	__type(value, struct demarc_told);
-} tellings SEC(".maps");
+MAP(tellings, HASH, BPF_F_NO_PREALLOC, 2 * DEMARC_SEEN_MAX, __u32, struct demarc_told);
 
 /* What each identity was seen to do. Writers: programs that observe. No room: it is not
  * counted. */
-struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__uint(max_entries, DEMARC_SEEN_MAX);
-	__type(key, __u32);
-	__type(value, struct demarc_seen);
-} seen SEC(".maps");
+MAP(seen, HASH, BPF_F_NO_PREALLOC, DEMARC_SEEN_MAX, __u32, struct demarc_seen);
 
 /* Connections that came in or are opened, by cookie. No room: the connection is not told
  * apart, and that is told as lost. */
-struct {
-	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, DEMARC_MARK_BUCKETS);
-	__type(key, __u32);
-	__type(value, struct demarc_marks);
-} marks SEC(".maps");
+MAP(marks, ARRAY, 0, DEMARC_MARK_BUCKETS, __u32, struct demarc_marks);
 
 /* How many came before, by tuple, from when a connection is there at its opener until it
  * is at its listener, which are microseconds. A place may be taken by another. */
-struct {
-	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, DEMARC_HOPS);
-	__type(key, __u32);
-	__type(value, struct demarc_hop);
-} hops SEC(".maps");
+MAP(hops, ARRAY, 0, DEMARC_HOPS, __u32, struct demarc_hop);
 
 /* What is known of a workload's task. Miss: nothing. */
-struct {
-	__uint(type, BPF_MAP_TYPE_TASK_STORAGE);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__type(key, int);
-	__type(value, struct demarc_lineage);
-} lineages SEC(".maps");
+MAP(lineages, TASK_STORAGE, BPF_F_NO_PREALLOC, 0, int, struct demarc_lineage);
 
 /* What passed through a workload's task and those that it started; only where something
  * did. Miss: nothing. */
-struct {
-	__uint(type, BPF_MAP_TYPE_TASK_STORAGE);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__type(key, int);
-	__type(value, struct demarc_family);
-} families SEC(".maps");
+MAP(families, TASK_STORAGE, BPF_F_NO_PREALLOC, 0, int, struct demarc_family);
 
 /* What each ring was given and what it lost. Reader: agent. */
-struct {
-	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
-	__uint(max_entries, DEMARC_RINGS);
-	__type(key, __u32);
-	__type(value, struct demarc_ring_state);
-} ring_state SEC(".maps");
+MAP(ring_state, PERCPU_ARRAY, 0, DEMARC_RINGS, __u32, struct demarc_ring_state);
 
 /* Exact counts of verdicts. Reader: agent. No room: DEMARC_FAULT_COUNT_FULL. */
-struct {
-	__uint(type, BPF_MAP_TYPE_PERCPU_HASH);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__uint(max_entries, 65536);
-	__type(key, struct demarc_count_key);
-	__type(value, __u64);
-} counts SEC(".maps");
+MAP(counts, PERCPU_HASH, BPF_F_NO_PREALLOC, 65536, struct demarc_count_key, __u64);
 
-struct {
-	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
-	__uint(max_entries, DEMARC_FAULTS);
-	__type(key, __u32);
-	__type(value, __u64);
-} faults SEC(".maps");
+MAP(faults, PERCPU_ARRAY, 0, DEMARC_FAULTS, __u32, __u64);
 
 /* Scratch for paths, which do not fit the stack. Only cgroup_mkdir uses it, and
  * the kernel makes one cgroup at a time. The room behind the key lets an index of
@@ -379,12 +235,7 @@ struct demarc_scratch {
 	struct demarc_path_key key;
 	char room[8];
 };
-struct {
-	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
-	__uint(max_entries, 1);
-	__type(key, __u32);
-	__type(value, struct demarc_scratch);
-} scratch SEC(".maps");
+MAP(scratch, PERCPU_ARRAY, 0, 1, __u32, struct demarc_scratch);
 
 /* Who the self-test's packets pretend to be. Writer: core; readers: the
  * selftest programs, which are never attached. */
@@ -394,21 +245,11 @@ struct demarc_selftest {
 	__u32 peer;
 	__u32 proof; /* `cuts`: 1 = what it finds is spared */
 };
-struct {
-	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, 1);
-	__type(key, __u32);
-	__type(value, struct demarc_selftest);
-} selftest SEC(".maps");
+ONE(selftest, struct demarc_selftest);
 
 /* Questions to the decision itself, answered in place. Writer: core; reader:
  * judge, which is never attached. */
-struct {
-	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, DEMARC_QUESTIONS);
-	__type(key, __u32);
-	__type(value, struct demarc_query);
-} questions SEC(".maps");
+MAP(questions, ARRAY, 0, DEMARC_QUESTIONS, __u32, struct demarc_query);
 
 static __always_inline void fault(__u32 which)
 {

@@ -169,7 +169,8 @@ static __always_inline int parse_icmp(struct __sk_buff *skb, struct packet *p)
 	return 0;
 }
 
-static __always_inline int parse_sctp(struct __sk_buff *skb, struct packet *p)
+/* The ports that UDP, UDP-Lite and SCTP begin with. */
+static __always_inline int parse_ports(struct __sk_buff *skb, struct packet *p)
 {
 	__u16 ports[2];
 
@@ -204,7 +205,7 @@ GLOBAL int parse(struct __sk_buff *skb, __u32 network, struct packet *p)
 	case PROTO_ICMP6:
 		return parse_icmp(skb, p);
 	case PROTO_SCTP:
-		return parse_sctp(skb, p);
+		return parse_ports(skb, p);
 	}
 	return 0;
 }

@@ -7,14 +7,12 @@
 #ifndef DEMARC_REFUSAL_H
 #define DEMARC_REFUSAL_H
 
-#define REFUSE_BY_DROPPING 2 /* demarc_crossing.flags */
-
 /* Whether a crossing that concerns a refused flow says to stay silent. */
 static __always_inline bool says_drop(__u32 slot, __u32 index)
 {
 	struct demarc_crossing *crossing = index == DEMARC_NO_CROSSING_INDEX ? 0 : table_crossing(slot, index);
 
-	return crossing && crossing->flags & REFUSE_BY_DROPPING;
+	return crossing && crossing->flags & DEMARC_CROSSING_DROP;
 }
 
 /* What will not go away when it is tried again, between peers that belong to us: a

@@ -87,14 +87,51 @@ struct bpf_iter__tcp {
 	struct sock_common *sk_common;
 };
 
+typedef struct {
+	unsigned int val;
+} kuid_t;
+
+struct super_block {
+	unsigned int s_dev;
+};
+
 struct inode {
 	unsigned short i_mode;
+	kuid_t i_uid;
+	struct super_block *i_sb;
+	unsigned long i_ino;
 	__u32 i_rdev;
 };
 
+struct qstr {
+	const unsigned char *name;
+};
+
+struct dentry {
+	struct qstr d_name;
+	struct inode *d_inode;
+};
+
+struct vfsmount {
+	struct super_block *mnt_sb;
+};
+
+struct path {
+	struct dentry *dentry;
+};
+
 struct file {
+	struct path f_path;
 	struct inode *f_inode;
 	void *private_data;
+};
+
+struct mm_struct {
+	struct file *exe_file;
+};
+
+struct bpf_map {
+	unsigned int id;
 };
 
 struct fdtable {
@@ -139,10 +176,6 @@ struct nsproxy {
 	struct net *net_ns;
 };
 
-typedef struct {
-	unsigned int val;
-} kuid_t;
-
 struct cred {
 	kuid_t uid;
 };
@@ -160,6 +193,7 @@ struct task_struct {
 	struct css_set *cgroups;
 	struct nsproxy *nsproxy;
 	const struct cred *cred;
+	struct mm_struct *mm;
 	struct files_struct *files;
 	char comm[16];
 };
