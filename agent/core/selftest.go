@@ -32,7 +32,8 @@ const (
 // judged by the image, and with it a sample of the rest; so is all of a small image.
 // The rest of a large one is asked right after the flip, before anybody is told that
 // the image is in force: the same programs have answered the same about the generation
-// in force.
+// in force. After a boot, too: what nobody has asked about yet is in force a moment
+// earlier then, in the place of nothing.
 type selftest struct {
 	objects *objects
 	gen     *generation
@@ -56,7 +57,7 @@ type former struct {
 	gone  []*image.Rule // that the new image has not
 }
 
-func newSelftest(o *objects, g, inForce *generation) (*selftest, error) {
+func newSelftest(o *objects, g, inForce *generation, boot bool) (*selftest, error) {
 	state, err := readState(o)
 	if err != nil {
 		return nil, err
@@ -70,7 +71,7 @@ func newSelftest(o *objects, g, inForce *generation) (*selftest, error) {
 	}
 	t.compare()
 	t.stride = 1
-	if inForce != nil {
+	if inForce != nil || boot {
 		t.stride += len(t.gen.image.Rules) / maxSample
 	}
 	t.offset = rand.IntN(t.stride)
@@ -258,7 +259,7 @@ func (t *selftest) askSubjects(out []image.Query, before bool) []image.Query {
 	for i := 0; i < len(subjects); i += 1 + len(subjects)*2*len(proofs)/(maxQuestions/2) {
 		zone, known := t.zones[subjects[i]]
 		was, knew := t.former.zones[subjects[i]]
-		if urgent := !known || !knew || zone != was || i%t.stride == t.offset; urgent != before {
+		if urgent := !known || t.former.image != nil && (!knew || zone != was) || i%t.stride == t.offset; urgent != before {
 			continue
 		}
 		for j, q := range proofs {
