@@ -21,6 +21,7 @@ const (
 	maxQuestions = 1 << 20
 	maxPackets   = 20_000
 	maxSample    = 1024 // rules that have not changed and are asked about before the flip
+	bootSample   = 128  // rules that are asked about before it after a boot
 	maxUrgent    = 128  // packets before it, where there are more rules than that
 )
 
@@ -70,9 +71,11 @@ func newSelftest(o *objects, g, inForce *generation, boot bool) (*selftest, erro
 		t.former = former{sites: newSites(img, img.Index()), image: img, zones: zonesOf(img)}
 	}
 	t.compare()
-	t.stride = 1
-	if inForce != nil || boot {
+	switch t.stride = 1; {
+	case inForce != nil:
 		t.stride += len(t.gen.image.Rules) / maxSample
+	case boot:
+		t.stride += len(t.gen.image.Rules) / bootSample
 	}
 	t.offset = rand.IntN(t.stride)
 	return t, nil
