@@ -23,7 +23,7 @@ func (c *Core) apply(b []byte, how change, by string) (_ *proto.Status, err erro
 	if err := checkTrial(how.within); err != nil {
 		return nil, err
 	}
-	g, err := c.offered(b)
+	g, err := c.offered(b, how.previewed)
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	begun := false
@@ -118,12 +118,13 @@ func (c *Core) rollback(by string) (*proto.Status, error) {
 
 // change says how an image comes into force.
 type change struct {
-	durable bool          // on disk, too: it is not from there
-	boot    bool          // it is from there, and until it is in force nothing is
-	within  time.Duration // somebody has to confirm it; 0 = it is for good
-	preview func() error  // runs when everything is ready, and ends it with an error; nil = none
-	spare   time.Duration // live connections that it cuts go on; 0 = they do not
-	shadow  time.Duration // it does not: it is asked beside what is; 0 = it does
+	durable   bool          // on disk, too: it is not from there
+	boot      bool          // it is from there, and until it is in force nothing is
+	previewed string        // its digest, in hex, in the place of its bytes; "" = they are there
+	within    time.Duration // somebody has to confirm it; 0 = it is for good
+	preview   func() error  // runs when everything is ready, and ends it with an error; nil = none
+	spare     time.Duration // live connections that it cuts go on; 0 = they do not
+	shadow    time.Duration // it does not: it is asked beside what is; 0 = it does
 }
 
 // install puts a verified generation in force. Each step is undone if a later one fails; what was in force stays in its

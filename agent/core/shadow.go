@@ -22,7 +22,7 @@ func (c *Core) beginShadow(b []byte, lasting time.Duration, by string) (*proto.S
 	if lasting < minTrial || lasting > maxShadow {
 		return nil, proto.Refuse(fmt.Sprintf("give a time from %v to %v", minTrial, maxShadow), "shadow for %v is out of bounds", lasting)
 	}
-	g, err := c.offered(b)
+	g, err := c.offered(b, "")
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.settle()

@@ -87,8 +87,12 @@ func TestChange(t *testing.T) {
 			preview = milliseconds(monotonic() - begun)
 			check(t, err)
 		}
+		put := agent.ApplySparing
+		if previewed {
+			put = agent.ApplyPreviewed
+		}
 		asked = monotonic()
-		_, err = agent.Apply(ctx, encoded, 0)
+		_, err = put(ctx, encoded, 0, 0)
 		answered = monotonic()
 		check(t, err)
 		return asked, answered, preview
