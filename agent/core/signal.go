@@ -76,7 +76,7 @@ func (a *observers) attach(spec *ebpf.CollectionSpec, name string, maps map[stri
 	var l link.Link
 	if p := spec.Programs[name]; p.AttachType == ebpf.AttachTraceIter {
 		a.survey, err = link.AttachIter(link.IterOptions{Program: c.Programs[name]})
-	} else if l, err = attachProgram(c.Programs[name], p, dir); err == nil {
+	} else if l, err = attachProgram(c.Programs[name], p, dir, 0); err == nil {
 		a.links[name] = l
 	}
 	if err != nil {
