@@ -128,7 +128,6 @@ func open(config Config, log *slog.Logger, h hooks) (_ *Core, err error) {
 	if c.donated, err = c.donate(); err != nil {
 		return nil, err
 	}
-	c.observers = observe(c.objects, c.tree.dir, !config.Sealed)
 	if err := c.useKeys(); err != nil {
 		return nil, err
 	}
@@ -149,6 +148,7 @@ func open(config Config, log *slog.Logger, h hooks) (_ *Core, err error) {
 	if c.canary, err = openCanary(c.tree); err != nil {
 		c.stand("no canary, which would prove that the kernel enforces: %v", err)
 	}
+	c.observers = observe(c.objects, c.tree.dir, !config.Sealed, &t.types)
 	c.guard, t.shield = t.shield, nil
 	if c.guard != nil {
 		if err := errors.Join(c.guard.raise(c.tree, c.pins), c.guard.cover(c.guarded())); err != nil {

@@ -45,6 +45,7 @@ type trial struct {
 	dry       bool     // nothing may stay
 	made      []string // directories that go again if so, deepest first
 	tree      *tree
+	types     btf.Cache // of the kernel
 	spec      *ebpf.CollectionSpec
 	committed bool // a former core finished its start here
 	maps      map[string]*ebpf.Map
@@ -262,7 +263,7 @@ func (t *trial) namespace() error {
 }
 
 func (t *trial) btf() error {
-	_, err := btf.LoadKernelSpec()
+	_, err := t.types.Kernel()
 	return err
 }
 
@@ -292,7 +293,7 @@ func (t *trial) load() (err error) {
 			delete(t.spec.Programs, name)
 		}
 	}
-	t.objects, err = loadObjects(t.spec, t.maps)
+	t.objects, err = loadObjects(t.spec, t.maps, &t.types)
 	return err
 }
 

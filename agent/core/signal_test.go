@@ -7,6 +7,7 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
+	"github.com/cilium/ebpf/btf"
 	"golang.org/x/sys/unix"
 
 	"github.com/demarc/demarc/bpf/abi"
@@ -78,7 +79,7 @@ func TestSignalMemory(t *testing.T) {
 	const identities, most = abi.SeenMax, 16 << 20
 	spec, err := readSpec(&tree{})
 	must(t, err)
-	o, err := loadObjects(spec, nil)
+	o, err := loadObjects(spec, nil, btf.NewCache())
 	must(t, err)
 	t.Cleanup(o.Close)
 	sum := uint64(0)

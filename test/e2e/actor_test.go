@@ -110,28 +110,56 @@ func call[R any](a *actor, method string, args any) R {
 	return reply
 }
 
+// timeToAnswer is how long a loaded machine may take for what happens at once;
+// timeOfSilence is how long who should get no answer waits for one.
+const (
+	timeToAnswer  = 10 * time.Second
+	timeOfSilence = 200 * time.Millisecond
+)
+
+// patience is how long to wait for an answer that has to come, or must not.
+func patience(comes bool) time.Duration {
+	if comes {
+		return timeToAnswer
+	}
+	return timeOfSilence
+}
+
 // dial connects, and keeps the connection as a stream if it came about.
 func (a *actor) dial(to netip.AddrPort) DialReply {
 	a.t.Helper()
 	return call[DialReply](a, "Dial", DialArgs{To: to.String(), Timeout: time.Second})
 }
 
-// reaches says whether a connection comes about and its first bytes come back.
+// reaches says whether a connection comes about, by the first SYN, and its first
+// bytes come back.
 func (a *actor) reaches(to netip.AddrPort) bool {
 	a.t.Helper()
-	r := a.dial(to)
+	return a.reachesWithin(to, timeToAnswer)
+}
+
+// reachesWithin gives up earlier than reaches, for who may get no answer.
+func (a *actor) reachesWithin(to netip.AddrPort, patience time.Duration) bool {
+	a.t.Helper()
+	r := call[DialReply](a, "Dial", DialArgs{To: to.String(), Timeout: patience})
 	if r.Error != "" {
 		return false
 	}
-	ok := call[string](a, "Exchange", ExchangeArgs{Stream: r.Stream, Bytes: 16, Timeout: 2 * time.Second}) == ""
+	ok := call[string](a, "Exchange", ExchangeArgs{Stream: r.Stream, Bytes: 16, Timeout: timeToAnswer}) == ""
 	call[bool](a, "Close", r.Stream)
-	return ok
+	return ok && r.Lost == 0
 }
 
 // datagrams sends that many, one after the other has been answered or given up.
 func (a *actor) datagrams(to netip.AddrPort, count int) DatagramReply {
 	a.t.Helper()
-	return call[DatagramReply](a, "Datagrams", DatagramArgs{To: to.String(), Count: count, Timeout: 300 * time.Millisecond})
+	return a.datagramsWithin(to, count, timeToAnswer)
+}
+
+// datagramsWithin gives each up earlier.
+func (a *actor) datagramsWithin(to netip.AddrPort, count int, patience time.Duration) DatagramReply {
+	a.t.Helper()
+	return call[DatagramReply](a, "Datagrams", DatagramArgs{To: to.String(), Count: count, Timeout: patience})
 }
 
 // serve answers TCP and UDP on a port of every address.
@@ -176,6 +204,7 @@ type DialArgs struct {
 type DialReply struct {
 	Stream int
 	Local  string
+	Lost   int    // SYNs that were sent again
 	Error  string // errno's text, or "timeout"
 	Took   time.Duration
 }
@@ -189,6 +218,9 @@ func (a *Actor) Dial(args DialArgs, reply *DialReply) error {
 		reply.Error = problem(err)
 		return nil
 	}
+	if reply.Lost, err = lostOf(c); err != nil {
+		return err
+	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.last++
@@ -197,8 +229,17 @@ func (a *Actor) Dial(args DialArgs, reply *DialReply) error {
 	return nil
 }
 
+// dialStream connects. Its time begins at connect(2) and not before: however late a
+// loaded machine gets there, a SYN leaves.
 func dialStream(args DialArgs) (net.Conn, error) {
-	d := net.Dialer{Timeout: args.Timeout}
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	d := net.Dialer{Control: func(string, string, syscall.RawConn) error {
+		if args.Timeout > 0 {
+			time.AfterFunc(args.Timeout, cancel)
+		}
+		return nil
+	}}
 	d.SetMultipathTCP(false)
 	if args.From != "" {
 		from, err := netip.ParseAddrPort(args.From)
@@ -207,7 +248,24 @@ func dialStream(args DialArgs) (net.Conn, error) {
 		}
 		d.LocalAddr = net.TCPAddrFromAddrPort(from)
 	}
-	return d.Dial("tcp", args.To)
+	return d.DialContext(ctx, "tcp", args.To)
+}
+
+// lostOf is how many segments of a stream's own way were lost: sent again, and not
+// because the machine was too slow for the first ones to be acknowledged in time.
+func lostOf(c net.Conn) (lost int, err error) {
+	raw, err := c.(*net.TCPConn).SyscallConn()
+	if err != nil {
+		return 0, err
+	}
+	var bad error
+	err = raw.Control(func(fd uintptr) {
+		var info *unix.TCPInfo
+		if info, bad = unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO); bad == nil {
+			lost = int(info.Total_retrans) - int(info.Dsack_dups)
+		}
+	})
+	return lost, errors.Join(err, bad)
 }
 
 // problem is an error as the application would name it.
@@ -217,7 +275,7 @@ func problem(err error) string {
 	switch {
 	case errors.As(err, &errno):
 		return errno.Error()
-	case errors.As(err, &timeout) && timeout.Timeout():
+	case errors.As(err, &timeout) && timeout.Timeout(), errors.Is(err, context.Canceled):
 		return "timeout"
 	}
 	return err.Error()

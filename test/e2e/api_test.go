@@ -97,7 +97,7 @@ func TestCLI(t *testing.T) {
 	if r := call[DialReply](local, "Dial", DialArgs{To: e.at4(7000).String(), Timeout: 50 * time.Millisecond}); r.Error != "timeout" {
 		t.Errorf("caller without a proof: %q", r.Error)
 	}
-	eventually(t, 2*time.Second, "all events arrive", func() bool { return len(e.node.Flows()) >= 12 })
+	eventually(t, timeToAnswer, "all events arrive", func() bool { return len(e.node.Flows()) >= 12 })
 
 	t.Run("flows", func(t *testing.T) {
 		for _, c := range []struct {

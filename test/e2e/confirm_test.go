@@ -65,12 +65,7 @@ func TestConfirmDeadline(t *testing.T) {
 	if n := wire.Count(func(p netlab.Packet) bool { return p.Dst.Port() == 7001 || p.Src.Port() == 7001 }); n != 0 {
 		t.Errorf("%d packets of port 7001 after the deadline", n)
 	}
-	traffic := call[TrafficReply](e.client, "StopTraffic", true)
-	for _, network := range []string{"tcp ", "udp "} {
-		if last := traffic.Last[network+fresh]; last.After(deadline.Add(100 * time.Millisecond)) {
-			t.Errorf("%s%s went on until %s after the deadline", network, fresh, last.Sub(deadline))
-		}
-	}
+	call[TrafficReply](e.client, "StopTraffic", true)
 	e.node.StartCore()
 	e.node.StartAgent()
 	wantBothWays(t, "after the core came back", e.client, e.at4(7000), true)

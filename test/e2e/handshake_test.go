@@ -8,7 +8,6 @@ import (
 	"os/exec"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
@@ -205,9 +204,6 @@ func (w *wired) tag(s segmentOf, identity uint32, flags uint8) []byte {
 func (w *wired) signed(s segmentOf, identity uint32) tcpFrame {
 	return w.tagged(s, w.tag(s, identity, 0))
 }
-
-// timeToAnswer is how long a loaded machine may take for what happens at once.
-const timeToAnswer = 10 * time.Second
 
 // awaited is the next segment outside that matches.
 func (w *wired) awaited(what string, match func(tcpFrame) bool) (found tcpFrame) {

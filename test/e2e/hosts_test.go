@@ -119,13 +119,13 @@ func TestThreeHosts(t *testing.T) {
 // cookies: once is enough.
 func (a *actor) checkReach(t *testing.T, at netip.AddrPort, want, udp bool) {
 	t.Helper()
-	if got := a.reaches(at); got != want {
+	if got := a.reachesWithin(at, patience(want)); got != want {
 		t.Errorf("TCP %s to %s: %v, want %v", filepath.Base(a.dir), at, got, want)
 	}
 	if !udp {
 		return
 	}
-	r := a.datagrams(at, 3)
+	r := a.datagramsWithin(at, 3, patience(want))
 	if want && r.Answered != 3 || !want && r.Answered > 0 {
 		t.Errorf("UDP %s to %s: %d of 3 answered, want %v: %v", filepath.Base(a.dir), at, r.Answered, want, r.Errors)
 	}
@@ -165,10 +165,10 @@ func TestOtherKeyring(t *testing.T) {
 	web := startActor(t, ns, other.Cgroup("/lab/web"))
 	f.serve()
 	at := netip.AddrPortFrom(f.hosts["api"].IP4, 8080)
-	if web.reaches(at) {
+	if web.reachesWithin(at, timeOfSilence) {
 		t.Error("TCP with another key is admitted")
 	}
-	if n := web.datagrams(at, 3).Answered; n != 0 {
+	if n := web.datagramsWithin(at, 3, timeOfSilence).Answered; n != 0 {
 		t.Errorf("%d datagrams with another key are answered", n)
 	}
 	place := netlab.Place{Address: at.Addr(), Port: 8080}
@@ -202,7 +202,7 @@ func TestTranslation(t *testing.T) {
 				if c.name == "destination" {
 					at = netip.MustParseAddrPort("10.66.9.9:80")
 				}
-				if got := f.actors["web"].reaches(at); got != declared {
+				if got := f.actors["web"].reachesWithin(at, patience(declared)); got != declared {
 					t.Errorf("reaches %s: %v", at, got)
 				}
 				if !declared {

@@ -81,7 +81,7 @@ func TestLearnPods(t *testing.T) {
 	if !web.reaches(to) {
 		t.Error("under the learned policy the cache is out of reach")
 	}
-	if cache.reaches(netip.AddrPortFrom(webNS.IP4, 8080)) {
+	if cache.reachesWithin(netip.AddrPortFrom(webNS.IP4, 8080), timeOfSilence) {
 		t.Error("the cache reaches the pod, which it never did")
 	}
 	if said := demarc("policy", "learn", "--from", flows, "--base", learned); !strings.Contains(said, "allows all that can be proposed") {

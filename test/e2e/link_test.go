@@ -4,6 +4,9 @@ import (
 	"bytes"
 	"net"
 	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -196,4 +199,50 @@ func TestD12HotPlug(t *testing.T) {
 	e.told("moved", "raw-socket")
 	b.checkReach(t, e.partner4(7000), true, true)
 	b.checkReach(t, e.partner6(7000), true, true)
+}
+
+// A thousand devices that come at once keep no other from being guarded: each is a
+// boundary soon, also the one behind them all, and what is in force goes on
+// meanwhile. When they go, nothing of them stays.
+func TestD12Storm(t *testing.T) {
+	e := newEstate(t, false)
+	e.enforce()
+	before := e.node.Status().Links
+	crowd, late := e.lab.Island("crowd"), e.lab.Island("late")
+	a := startActor(t, late, e.node.Cgroup("/lab/web"))
+	frame := ethernet(e.host.NextDoorMAC(1), net.HardwareAddr{2, 0, 0, 0, 0, 1}, whole(udp, place(hidden4, 5000), place(e.peer.IP4, 7001), 0))
+
+	const size = 1000
+	start := time.Now()
+	e.host.Crowd(crowd, size)
+	made := time.Now()
+	c := e.host.Plug(late)
+	e.control()
+	guarded(t, e.node, c.Door)
+	eventually(t, waitGuarded, "the crowd is guarded both ways", func() bool {
+		ways := 0
+		for _, l := range e.node.Status().Links {
+			if strings.Contains(l.Name, " crowd") && l.Attached {
+				ways++
+			}
+		}
+		return ways == 2*size
+	})
+	t.Logf("%d devices made in %v, guarded %v later", size, made.Sub(start).Round(time.Millisecond), time.Since(made).Round(time.Millisecond))
+	e.forget()
+	a.frames(byPacket, frame)
+	e.nothing("behind the crowd")
+	e.told("behind the crowd", "raw-socket")
+	a.checkReach(t, e.partner4(7000), true, true)
+
+	e.host.Disperse()
+	eventually(t, waitGuarded, "the crowd's links to go", func() bool { return len(e.node.Status().Links) == len(before)+2 })
+	pins, err := os.ReadDir(filepath.Join(e.node.Dir(), "bpf", "demarc", "links"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(pins) != len(before)+2 {
+		t.Errorf("%d links are pinned, and %d are in force", len(pins), len(before)+2)
+	}
+	e.control()
 }

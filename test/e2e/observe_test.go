@@ -47,6 +47,23 @@ func TestObserve(t *testing.T) {
 		Protocol  string
 		Port      uint16
 	}
+	count := func() (audits int) {
+		for key, n := range e.node.Counts() {
+			if key.Verdict == abi.Audit {
+				audits += int(n)
+			}
+		}
+		return audits
+	}
+	audits := func() (told int) {
+		for _, f := range e.node.Flows() {
+			if f.Verdict == abi.Audit {
+				told++
+			}
+		}
+		return told
+	}
+	eventually(t, timeToAnswer, "every audit that is counted is told", func() bool { return audits() >= count() })
 	told := map[kind]int{}
 	for _, f := range e.node.Flows() {
 		switch f.Verdict {
@@ -56,20 +73,13 @@ func TestObserve(t *testing.T) {
 			t.Errorf("denied: %s", netlab.Describe(f))
 		}
 	}
-	var counted, all int
 	for key, n := range e.node.Counts() {
-		if key.Verdict == abi.Audit {
-			counted += int(n)
-		}
 		if key.Verdict == abi.Deny {
 			t.Errorf("%d denials with %s are counted", n, key.Reason)
 		}
 	}
-	for _, n := range told {
-		all += n
-	}
-	if counted != all {
-		t.Errorf("%d audits counted, %d told", counted, all)
+	if counted, told := count(), audits(); counted != told {
+		t.Errorf("%d audits counted, %d told", counted, told)
 	}
 	// A connection would have been stopped at its call, its SYN at both ends, and
 	// its SYN-ACK; a datagram at both ends. Later packets of a flow are told of no

@@ -185,7 +185,8 @@ func (r *routed) checkTranslation(t *testing.T, wire *netlab.Wire, path string, 
 			}
 		}
 		families.Go(func() {
-			if got, want := r.actors["web"].reaches(stream), reason == abi.Undecided; got != want {
+			want := reason == abi.Undecided
+			if got := r.actors["web"].reachesWithin(stream, patience(want)); got != want {
 				t.Errorf("reaches %s: %v, want %v", stream, got, want)
 			}
 			if reason != abi.Undecided {
@@ -200,10 +201,7 @@ func (r *routed) checkTranslation(t *testing.T, wire *netlab.Wire, path string, 
 					any = netip.IPv6Unspecified()
 				}
 				from := netip.AddrPortFrom(any, uint16(20_000+r.flows.Add(1)))
-				args := DatagramArgs{To: datagram.String(), From: from.String(), Count: 2, Timeout: 300 * time.Millisecond}
-				if reason == abi.Undecided {
-					args.Timeout = timeToAnswer
-				}
+				args := DatagramArgs{To: datagram.String(), From: from.String(), Count: 2, Timeout: patience(reason == abi.Undecided)}
 				got := call[DatagramReply](r.actors["web"], "Datagrams", args)
 				if want := map[bool]int{true: 2}[reason == abi.Undecided]; got.Answered != want {
 					t.Errorf("datagrams to %s: %+v, want %d answered", datagram, got, want)

@@ -83,13 +83,15 @@ func TestQuarantine(t *testing.T) {
 
 	e.demarc(t, "release", "db")
 	eventually(t, 20*time.Second, "what was cut is possible again", func() bool {
-		stream, datagram := bothWays(e.client, e.at4(7000))
+		stream, datagram := bothWays(e.client, e.at4(7000), timeOfSilence)
 		return stream && datagram
 	})
 	reply := call[TrafficReply](e.client, "StopTraffic", true)
 	for _, to := range kept {
-		if silence := reply.Silence["tcp "+to]; silence > 2*time.Second {
-			t.Errorf("forensic stream %s was silent for %s", to, silence)
+		for _, network := range []string{"tcp ", "udp "} {
+			if n := reply.Lost[network+to]; n != 0 {
+				t.Errorf("forensic flow %s%s lost %d", network, to, n)
+			}
 		}
 	}
 	log, problems, code := e.node.Demarc("audit", "show")

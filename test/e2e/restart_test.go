@@ -69,7 +69,12 @@ func TestRestart100(t *testing.T) {
 	for _, problem := range r.Problems {
 		t.Error(problem)
 	}
-	if rate < 200 || r.Exchanged < 4*restarts || r.Connected < restarts {
+	for name, n := range r.Lost {
+		if n != 0 {
+			t.Errorf("%s lost %d", name, n)
+		}
+	}
+	if r.Tried < 20*restarts || r.Exchanged < 4*restarts || r.Connected < restarts {
 		t.Errorf("too little traffic to prove anything")
 	}
 	if e.node.Status().State != "enforcing" {
@@ -102,7 +107,7 @@ func TestHalfOpenRecovery(t *testing.T) {
 			if r.Error != "" {
 				t.Fatalf("dial %s from %s: %s", to, from, r.Error)
 			}
-			if problem := call[string](e.client, "Exchange", ExchangeArgs{Stream: r.Stream, Bytes: 16, Timeout: time.Second}); problem != "" {
+			if problem := call[string](e.client, "Exchange", ExchangeArgs{Stream: r.Stream, Bytes: 16, Timeout: timeToAnswer}); problem != "" {
 				t.Errorf("exchange with %s: %s", to, problem)
 			}
 			call[bool](e.client, "Vanish", r.Stream)

@@ -242,11 +242,7 @@ func (s *soak) end() {
 		for _, p := range r.Problems {
 			t.Errorf("host %d: %s", i, p)
 		}
-		silence := time.Duration(0)
-		for _, d := range r.Silence {
-			silence = max(silence, d)
-		}
-		t.Logf("host %d: %d round trips, %d connections, %d denied calls; the longest silence %s", i, r.Exchanged, r.Connected, r.Tried, silence.Round(time.Millisecond))
+		t.Logf("host %d: %d round trips, %d connections, %d denied calls; lost %v", i, r.Exchanged, r.Connected, r.Tried, r.Lost)
 		if r.Connected == 0 || r.Exchanged == 0 || r.Tried == 0 {
 			t.Errorf("host %d: no load", i)
 		}

@@ -179,6 +179,7 @@ type AttemptArgs struct {
 type AttemptReply struct {
 	Tried    int
 	Through  map[string]int
+	At       map[string][]time.Time // each was tried
 	Problems []string
 }
 
@@ -186,13 +187,14 @@ type AttemptReply struct {
 type attempts struct {
 	traffic
 	through map[string]int
+	at      map[string][]time.Time
 	tried   int
 }
 
 // StartAttempts starts trying.
 func (a *Actor) StartAttempts(args AttemptArgs, _ *bool) error {
 	ctx, cancel := context.WithCancel(context.Background())
-	f := &attempts{traffic: traffic{cancel: cancel}, through: map[string]int{}}
+	f := &attempts{traffic: traffic{cancel: cancel}, through: map[string]int{}, at: map[string][]time.Time{}}
 	for _, to := range args.To {
 		at, err := netip.ParseAddrPort(to)
 		if err != nil {
@@ -211,28 +213,32 @@ func (a *Actor) StopAttempts(_ bool, reply *AttemptReply) error {
 	f := a.attempts
 	f.cancel()
 	f.all.Wait()
-	*reply = AttemptReply{Tried: f.tried, Through: f.through, Problems: f.reply.Problems}
+	*reply = AttemptReply{Tried: f.tried, Through: f.through, At: f.at, Problems: f.reply.Problems}
 	return nil
 }
 
 // try opens a flow and uses it. Port 7003 must always work; what becomes of the
 // others depends on the moment.
 func (f *attempts) try(network string, to netip.AddrPort) error {
-	d := net.Dialer{Timeout: 30 * time.Millisecond}
 	patience := 30 * time.Millisecond
 	if to.Port() == 7003 {
-		d.Timeout, patience = 5*time.Second, 5*time.Second
+		patience = timeToAnswer
 	}
-	d.SetMultipathTCP(false)
-	c, err := d.Dial(network, to.String())
+	dial := func() (net.Conn, error) { return dialStream(DialArgs{To: to.String(), Timeout: patience}) }
+	if network == "udp" {
+		dial = func() (net.Conn, error) { return net.Dial(network, to.String()) }
+	}
+	at, name := time.Now(), fmt.Sprintf("%s/%d", network, to.Port())
+	c, err := dial()
 	if err == nil {
 		defer c.Close()
 		err = exchange(c, 16, patience)
 	}
 	f.mu.Lock()
 	f.tried++
+	f.at[name] = append(f.at[name], at)
 	if err == nil {
-		f.through[fmt.Sprintf("%s/%d", network, to.Port())]++
+		f.through[name]++
 	}
 	f.mu.Unlock()
 	if err != nil && to.Port() == 7003 {

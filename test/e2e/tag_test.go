@@ -53,7 +53,18 @@ func TestTagOnTheWire(t *testing.T) {
 					t.Fatal("the declared connection does not come about")
 				}
 				var syns, answers, others int
-				for _, s := range door.segments() {
+				var all []tcpFrame
+				eventually(t, timeToAnswer, "both ends of the connection", func() bool {
+					all = append(all, door.segments()...)
+					ends := map[netip.AddrPort]bool{}
+					for _, s := range all {
+						if s.flags&1 != 0 {
+							ends[s.src] = true
+						}
+					}
+					return len(ends) == 2
+				})
+				for _, s := range all {
 					var want [][]byte
 					switch s.flags & (flagSYN | flagACK) {
 					case flagSYN:
@@ -201,12 +212,12 @@ func TestForgedTag(t *testing.T) {
 					return answered
 				}
 				if c.reason == abi.Undecided {
-					eventually(t, 2*time.Second, "answer to a SYN with a true tag", look)
+					eventually(t, timeToAnswer, "answer to a SYN with a true tag", look)
 					return
 				}
 				// Where it was refused, it was refused for good: the answer would
 				// have left in the same softirq.
-				eventually(t, 2*time.Second, "denial with "+c.reason.String(), func() bool { return e.node.Denied(c.reason) > before })
+				eventually(t, timeToAnswer, "denial with "+c.reason.String(), func() bool { return e.node.Denied(c.reason) > before })
 				look()
 				if answered {
 					t.Error("the listener answered")

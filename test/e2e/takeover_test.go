@@ -2,7 +2,6 @@ package e2e_test
 
 import (
 	"testing"
-	"time"
 
 	"github.com/demarc/demarc/test/netlab"
 )
@@ -35,13 +34,13 @@ func TestTakenOverPort(t *testing.T) {
 					t.Fatal(problem)
 				}
 			}
-			eventually(t, time.Second, "the question arrives", func() bool { return got(server, to) == 1 })
+			eventually(t, timeToAnswer, "the question arrives", func() bool { return got(server, to) == 1 })
 			if problem := send(server, to, caller); problem != "" {
 				t.Fatal(problem)
 			}
-			eventually(t, time.Second, "the answer arrives", func() bool { return got(e.client, caller) == 1 })
+			eventually(t, timeToAnswer, "the answer arrives", func() bool { return got(e.client, caller) == 1 })
 			server.stop()
-			eventually(t, time.Second, "the port is free", func() bool { return serve(impostor, to) == "" })
+			eventually(t, timeToAnswer, "the port is free", func() bool { return serve(impostor, to) == "" })
 
 			wires := []*netlab.Wire{e.web.Wire(), e.db.Wire()}
 			for range 3 {

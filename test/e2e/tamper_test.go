@@ -65,7 +65,7 @@ func TestX21TamperUnderTraffic(t *testing.T) {
 			if r := e.client.dial(to); r.Error == "" {
 				t.Errorf("%s: connected to %s", what, to)
 			}
-			e.client.datagrams(to, 3)
+			e.client.datagramsWithin(to, 3, timeOfSilence)
 		}
 		if n := wire.Count(undeclared) - before; n != 0 {
 			t.Errorf("%s: %d undeclared packets on the wire", what, n)

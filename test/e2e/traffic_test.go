@@ -24,11 +24,11 @@ type TrafficArgs struct {
 
 // TrafficReply is what came of it.
 type TrafficReply struct {
-	Exchanged int                      // round trips on the streams that were kept open
-	Connected int                      // connections made and used
-	Tried     int                      // denied calls
-	Last      map[string]time.Time     // of the last round trip, by "tcp " or "udp " and server
-	Silence   map[string]time.Duration // longest between two round trips
+	Exchanged int                  // round trips on the streams that were kept open
+	Connected int                  // connections made and used
+	Tried     int                  // denied calls
+	Last      map[string]time.Time // of the last round trip, by "tcp " or "udp " and server
+	Lost      map[string]int       // segments, or datagrams without an answer, by the same; of datagrams when it has stopped
 	Problems  []string
 }
 
@@ -44,7 +44,7 @@ type traffic struct {
 func (a *Actor) StartTraffic(args TrafficArgs, _ *bool) error {
 	ctx, cancel := context.WithCancel(context.Background())
 	f := &traffic{cancel: cancel}
-	f.reply.Last, f.reply.Silence = map[string]time.Time{}, map[string]time.Duration{}
+	f.reply.Last, f.reply.Lost = map[string]time.Time{}, map[string]int{}
 	for _, to := range args.Streams {
 		c, err := dialStream(DialArgs{To: to, Timeout: 5 * time.Second})
 		if err != nil {
@@ -98,7 +98,7 @@ func (a *Actor) Traffic(_ bool, reply *TrafficReply) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	*reply = f.reply
-	reply.Last, reply.Silence, reply.Problems = maps.Clone(f.reply.Last), maps.Clone(f.reply.Silence), slices.Clone(f.reply.Problems)
+	reply.Last, reply.Lost, reply.Problems = maps.Clone(f.reply.Last), maps.Clone(f.reply.Lost), slices.Clone(f.reply.Problems)
 	return nil
 }
 
@@ -137,8 +137,15 @@ func (f *traffic) note(n *int) {
 func (f *traffic) use(ctx context.Context, c net.Conn, name string) {
 	defer c.Close()
 	defer context.AfterFunc(ctx, func() { _ = c.SetDeadline(time.Now()) })()
+	defer func() {
+		lost, err := lostOf(c)
+		if err != nil {
+			f.fail(err)
+		}
+		f.lose(name, lost)
+	}()
 	for ctx.Err() == nil {
-		if err := exchange(c, 200, 5*time.Second); err != nil {
+		if err := exchange(c, 200, 2*timeToAnswer); err != nil {
 			if ctx.Err() == nil {
 				f.fail(fmt.Errorf("stream %s > %s broke: %w", c.LocalAddr(), c.RemoteAddr(), err))
 			}
@@ -148,26 +155,46 @@ func (f *traffic) use(ctx context.Context, c net.Conn, name string) {
 	}
 }
 
-// converse does the same with datagrams, of which some may be lost or refused.
+// converse does the same with datagrams, of which some may be lost or refused. An
+// answer that comes late is no loss.
 func (f *traffic) converse(ctx context.Context, c net.Conn, name string) {
 	defer c.Close()
+	open := 0 // sent, and not answered yet
+	answered := func(within time.Duration) bool {
+		if c.SetReadDeadline(time.Now().Add(within)) != nil {
+			return false
+		}
+		if _, err := c.Read(make([]byte, 200)); err != nil {
+			return false
+		}
+		open--
+		f.exchanged(name)
+		return true
+	}
 	for ctx.Err() == nil {
-		if err := exchange(c, 200, 100*time.Millisecond); err != nil {
+		if _, err := c.Write(make([]byte, 200)); err != nil {
 			time.Sleep(time.Millisecond)
 			continue
 		}
-		f.exchanged(name)
+		open++
+		for answered(100*time.Millisecond) && open > 0 {
+		}
 	}
+	for open > 0 && answered(time.Second) {
+	}
+	f.lose(name, open)
+}
+
+func (f *traffic) lose(name string, n int) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.reply.Lost[name] += n
 }
 
 func (f *traffic) exchanged(name string) {
 	f.mu.Lock()
 	f.reply.Exchanged++
-	now := time.Now()
-	if last, ok := f.reply.Last[name]; ok {
-		f.reply.Silence[name] = max(f.reply.Silence[name], now.Sub(last))
-	}
-	f.reply.Last[name] = now
+	f.reply.Last[name] = time.Now()
 	f.mu.Unlock()
 	time.Sleep(2 * time.Millisecond)
 }

@@ -14,20 +14,14 @@ import (
 )
 
 // bothWays tries a TCP connection and a datagram.
-func bothWays(a *actor, to netip.AddrPort) (tcp, udp bool) {
+func bothWays(a *actor, to netip.AddrPort, patience time.Duration) (tcp, udp bool) {
 	a.t.Helper()
-	r := call[DialReply](a, "Dial", DialArgs{To: to.String(), Timeout: 150 * time.Millisecond})
-	if r.Error == "" {
-		tcp = call[string](a, "Exchange", ExchangeArgs{Stream: r.Stream, Bytes: 16, Timeout: time.Second}) == ""
-		call[bool](a, "Close", r.Stream)
-	}
-	d := call[DatagramReply](a, "Datagrams", DatagramArgs{To: to.String(), Count: 1, Timeout: 150 * time.Millisecond})
-	return tcp, d.Answered == 1
+	return a.reachesWithin(to, patience), a.datagramsWithin(to, 1, patience).Answered == 1
 }
 
 func wantBothWays(t *testing.T, what string, a *actor, to netip.AddrPort, want bool) {
 	t.Helper()
-	if tcp, udp := bothWays(a, to); tcp != want || udp != want {
+	if tcp, udp := bothWays(a, to, patience(want)); tcp != want || udp != want {
 		t.Errorf("%s to %s: tcp %t, udp %t, want %t", what, to, tcp, udp, want)
 	}
 }

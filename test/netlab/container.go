@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"os/exec"
+	"strconv"
 	"time"
 
 	"github.com/vishvananda/netlink"
@@ -119,6 +121,33 @@ func (h *Host) Plug(ns *Namespace) *Container {
 		c.route(c.device, everything6, gateway6),
 	), "add default routes in %s", name)
 	return c
+}
+
+// Crowd gives a namespace many devices, crowd0 and so on, each with a door of the
+// same name at the host, as fast as the kernel makes them.
+func (h *Host) Crowd(ns *Namespace, size int) {
+	h.lab.t.Helper()
+	for i := range size {
+		name := fmt.Sprintf("crowd%d", i)
+		h.lab.check(h.links.LinkAdd(&netlink.Veth{
+			LinkAttrs: netlink.LinkAttrs{Name: name, Group: crowdGroup}, PeerName: name, PeerNamespace: netlink.NsFd(ns.file.Fd()),
+		}), "make door %s", name)
+	}
+}
+
+// crowdGroup is the device group of crowds.
+const crowdGroup = 77
+
+// Disperse takes all devices of crowds away in one go.
+func (h *Host) Disperse() {
+	h.lab.t.Helper()
+	h.lab.check(h.Do(func() error {
+		out, err := exec.Command("ip", "link", "del", "group", strconv.Itoa(crowdGroup)).CombinedOutput()
+		if err != nil {
+			return fmt.Errorf("%w: %s", err, out)
+		}
+		return nil
+	}), "remove the crowd of %s", h.Name)
 }
 
 // Bridged makes a container on a bridge of the host's, as Docker does. Its
