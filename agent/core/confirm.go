@@ -36,9 +36,7 @@ func checkTrial(within time.Duration) error {
 	return nil
 }
 
-// Confirm keeps the change that waits for it.
-func (c *Core) Confirm() (*proto.Status, error) { return c.confirm("core") }
-
+// confirm keeps the change that waits for it.
 func (c *Core) confirm(by string) (*proto.Status, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
