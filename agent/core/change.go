@@ -15,8 +15,10 @@ const maxSpare = 24 * time.Hour
 // apply puts an image in force: it is verified, written beside what is in force,
 // tested there, and takes over in one step. On an error nothing has changed.
 func (c *Core) apply(b []byte, how change, by string) (_ *proto.Status, err error) {
-	if err := checkTrial(how.within); err != nil {
-		return nil, err
+	if how.within != 0 {
+		if err := checkTime("confirm within", how.within, minTrial, maxTrial); err != nil {
+			return nil, err
+		}
 	}
 	g, err := c.offered(b)
 	c.mu.Lock()

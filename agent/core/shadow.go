@@ -1,7 +1,6 @@
 package core
 
 import (
-	"fmt"
 	"time"
 
 	"github.com/demarc/demarc/agent/core/proto"
@@ -15,8 +14,8 @@ const maxShadow = 7 * 24 * time.Hour
 // image is verified, filled and tested as if it were applied; no verdict depends on
 // it. Another change ends that, and so does a core that starts.
 func (c *Core) beginShadow(b []byte, lasting time.Duration, by string) (*proto.Status, error) {
-	if lasting < minTrial || lasting > maxShadow {
-		return nil, proto.Refuse(fmt.Sprintf("give a time from %v to %v", minTrial, maxShadow), "shadow for %v is out of bounds", lasting)
+	if err := checkTime("shadow for", lasting, minTrial, maxShadow); err != nil {
+		return nil, err
 	}
 	g, err := c.offered(b)
 	c.mu.Lock()
