@@ -83,7 +83,7 @@ func TestSignalMemory(t *testing.T) {
 	must(t, err)
 	t.Cleanup(o.Close)
 	sum := uint64(0)
-	for _, name := range []string{"tellings", "seen", "marks", "hops", "signals", "lineages"} {
+	for _, name := range []string{"tellings", "seen", "marks", "hops", "signals", "lineages", "families"} {
 		m := o.Maps[name]
 		entries := map[string]uint32{"tellings": 2 * identities, "seen": identities}[name]
 		if entries > 0 {
