@@ -9,19 +9,16 @@ import (
 	"github.com/demarc/demarc/bpf/abi"
 )
 
-// Apply puts an image in force: it is verified, written beside what is in force,
-// tested there, and takes over in one step. On an error nothing has changed.
-// Unless it is confirmed within a time, the kernel takes it back; 0 = it is for good.
-func (c *Core) Apply(b []byte, within time.Duration) (*proto.Status, error) {
-	return c.apply(b, change{within: within}, "core")
-}
-
 // maxSpare bounds the time that live connections go on that a change cuts.
 const maxSpare = 24 * time.Hour
 
+// apply puts an image in force: it is verified, written beside what is in force,
+// tested there, and takes over in one step. On an error nothing has changed.
 func (c *Core) apply(b []byte, how change, by string) (_ *proto.Status, err error) {
-	if err := checkTrial(how.within); err != nil {
-		return nil, err
+	if how.within != 0 {
+		if err := checkTime("confirm within", how.within, minTrial, maxTrial); err != nil {
+			return nil, err
+		}
 	}
 	g, err := c.offered(b, how.previewed)
 	c.mu.Lock()
@@ -79,10 +76,8 @@ func (c *Core) admissible(g *generation) error {
 	return proto.Refuse("raise metadata.version", "version %d was in force already with other content", c.floor.Version)
 }
 
-// Rollback goes back to the previous image; the present one becomes the previous.
+// rollback goes back to the previous image; the present one becomes the previous.
 // What waits to be confirmed is taken back at once.
-func (c *Core) Rollback() (*proto.Status, error) { return c.rollback("core") }
-
 func (c *Core) rollback(by string) (*proto.Status, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
