@@ -78,7 +78,7 @@ func (a *observers) attach(p *ebpf.Program, spec *ebpf.ProgramSpec, dir string) 
 	var l link.Link
 	if spec.AttachType == ebpf.AttachTraceIter {
 		a.survey, err = link.AttachIter(link.IterOptions{Program: p})
-	} else if l, err = attachProgram(p, spec, dir); err == nil {
+	} else if l, err = attachProgram(p, spec, dir, 0); err == nil {
 		a.links[spec.Name] = l
 	}
 	if err != nil {
