@@ -20,7 +20,7 @@ func (c *Core) apply(b []byte, how change, by string) (_ *proto.Status, err erro
 			return nil, err
 		}
 	}
-	g, err := c.offered(b)
+	g, err := c.offered(b, how.previewed)
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	begun := false
@@ -113,11 +113,13 @@ func (c *Core) rollback(by string) (*proto.Status, error) {
 
 // change says how an image comes into force.
 type change struct {
-	durable bool          // on disk, too: it is not from there
-	within  time.Duration // somebody has to confirm it; 0 = it is for good
-	preview func() error  // runs when everything is ready, and ends it with an error; nil = none
-	spare   time.Duration // live connections that it cuts go on; 0 = they do not
-	shadow  time.Duration // it does not: it is asked beside what is; 0 = it does
+	durable   bool          // on disk, too: it is not from there
+	boot      bool          // it is from there, and until it is in force nothing is
+	previewed string        // its digest, in hex, in the place of its bytes; "" = they are there
+	within    time.Duration // somebody has to confirm it; 0 = it is for good
+	preview   func() error  // runs when everything is ready, and ends it with an error; nil = none
+	spare     time.Duration // live connections that it cuts go on; 0 = they do not
+	shadow    time.Duration // it does not: it is asked beside what is; 0 = it does
 }
 
 // install puts a verified generation in force. Each step is undone if a later one fails; what was in force stays in its
@@ -158,7 +160,7 @@ func (c *Core) install(g *generation, how change) (err error) {
 	})
 	var questions *selftest
 	if !ready {
-		if questions, err = c.fill(g, &s); err != nil {
+		if questions, err = c.fill(g, &s, how.boot); err != nil {
 			return err
 		}
 	}
@@ -254,14 +256,14 @@ func (c *Core) install(g *generation, how change) (err error) {
 
 // fill makes the tables of a generation in its slot, which nobody may write any more
 // then, and the questions about them.
-func (c *Core) fill(g *generation, s *scanner) (questions *selftest, err error) {
+func (c *Core) fill(g *generation, s *scanner, boot bool) (questions *selftest, err error) {
 	if err := s.prepare(); err != nil {
 		return nil, err
 	}
 	asking := make(chan error, 1)
 	go func() {
 		var err error
-		questions, err = newSelftest(c.objects, g, c.active)
+		questions, err = newSelftest(c.objects, g, c.active, boot)
 		asking <- err
 	}()
 	if err := errors.Join(g.fill(c.objects), <-asking); err != nil {

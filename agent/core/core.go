@@ -195,33 +195,43 @@ func (c *Core) resume(committed bool) error {
 	}
 	c.readFloor()
 	g, err := c.stored(activeImage)
-	previous, badPrevious := c.stored(previousImage)
-	if badPrevious != nil {
-		c.log.Warn("previous image cannot be used", "problem", badPrevious)
-	} else if previous != nil {
-		c.previous = previous.describe()
-		c.raiseFloor(previous.floor())
-	}
 	switch {
 	case err != nil && committed:
 		c.stand("%v; what was in force goes on: apply an image", err)
-		return nil
+	case err != nil:
+		if g = c.storedPrevious(); g == nil {
+			return proto.Refuse(fmt.Sprintf("remove %s and .b to start without a policy", c.store.file(activeImage, "a")), "%w", err)
+		}
+		c.stand("%v; the image before it is in force", err)
 	case g == nil && committed:
 		c.stand("the image in force is not on disk: apply one")
-		return nil
-	case err != nil && previous != nil:
-		c.stand("%v; the image before it is in force", err)
-		g, c.previous = previous, nil
-	case err != nil:
-		return proto.Refuse(fmt.Sprintf("remove %s and .b to start without a policy", c.store.file(activeImage, "a")), "%w", err)
-	case g == nil:
-		return nil
 	}
-	c.raiseFloor(g.floor())
-	if committed {
-		c.recoverClaims(g)
+	if g != nil {
+		c.raiseFloor(g.floor())
+		if committed {
+			c.recoverClaims(g)
+		}
+		if bad := c.install(g, change{boot: !committed}); bad != nil {
+			return bad
+		}
 	}
-	return c.install(g, change{})
+	if err == nil || committed { // whatever is enforced is by now
+		if previous := c.storedPrevious(); previous != nil {
+			c.previous = previous.describe()
+		}
+	}
+	return nil
+}
+
+// storedPrevious is what rollback would return to; nil = nothing that can be used.
+func (c *Core) storedPrevious() *generation {
+	g, err := c.stored(previousImage)
+	if err != nil {
+		c.log.Warn("previous image cannot be used", "problem", err)
+	} else if g != nil {
+		c.raiseFloor(g.floor())
+	}
+	return g
 }
 
 // stored reads and verifies an image as if it came now: the keys may be others.

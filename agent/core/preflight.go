@@ -86,8 +86,8 @@ var checks = []struct {
 	{"clock", "", "read CLOCK_BOOTTIME and the wall clock", "set the clock, then restart demarc-core", (*trial).clock},
 	{"cgroup2", "", "find the cgroup2 mount by its type, and cgroup_root in it", "mount cgroup2", (*trial).cgroup2},
 	{"cgroup namespace", "cgroup2", "compare /proc/self/ns/cgroup with the initial one", "run in the host's cgroup namespace (cgroup: host)", (*trial).namespace},
-	{"btf", "", "read the kernel's type information", "use a kernel with CONFIG_DEBUG_INFO_BTF", (*trial).btf},
 	{"pins", "cgroup2", "compare what is pinned below bpffs with what this version would pin", "", (*trial).pins},
+	{"btf", "", "read the kernel's type information", "use a kernel with CONFIG_DEBUG_INFO_BTF", (*trial).btf},
 	{"read-only maps", "", "look for BPF file systems that others than root may write to", "chmod 0700 them", (*trial).donation},
 	{"devices", "", "look for places for programs at devices, and for the devices that are named",
 		`use a kernel with tcx (6.6 or later), or set "devices" to []`, (*trial).devices},
@@ -101,6 +101,7 @@ var checks = []struct {
 }
 
 func (t *trial) run() []Check {
+	go t.btf() // it takes a while, and the check waits for it
 	results := make([]Check, len(checks))
 	failed := map[string]bool{}
 	for i, c := range checks {

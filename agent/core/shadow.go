@@ -17,7 +17,7 @@ func (c *Core) beginShadow(b []byte, lasting time.Duration, by string) (*proto.S
 	if err := checkTime("shadow for", lasting, minTrial, maxShadow); err != nil {
 		return nil, err
 	}
-	g, err := c.offered(b)
+	g, err := c.offered(b, "")
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.settle()
