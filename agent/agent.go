@@ -13,7 +13,7 @@ import (
 
 	"github.com/demarc/demarc/agent/coreclient"
 	"github.com/demarc/demarc/agent/journal"
-	"github.com/demarc/demarc/bpf/abi"
+	"github.com/demarc/demarc/bpf/abi/record"
 	"github.com/demarc/demarc/exporter"
 	"github.com/demarc/demarc/identity"
 	"github.com/demarc/demarc/identity/cri"
@@ -109,7 +109,7 @@ func (a *Agent) openJournal() error {
 		return err
 	}
 	a.service.journal, a.service.metrics.journal, l.born = j, j, j.Born
-	for ring := range abi.Rings {
+	for ring := range record.Rings {
 		id, places := j.Resume(ring)
 		for _, p := range places {
 			l.resume[ring].Resume(p.CPU, p.Seq)

@@ -10,7 +10,7 @@ import (
 	"github.com/cilium/ebpf/btf"
 	"golang.org/x/sys/unix"
 
-	"github.com/demarc/demarc/bpf/abi"
+	"github.com/demarc/demarc/bpf/abi/record"
 )
 
 // What observes loads here, can change no verdict, and attaches. At a cgroup that means
@@ -76,7 +76,7 @@ func returnsOne(all asm.Instructions) bool {
 // does something and has something done to it; and one identity more takes nothing from
 // those.
 func TestSignalMemory(t *testing.T) {
-	const identities, most = abi.SeenMax, 16 << 20
+	const identities, most = record.SeenMax, 16 << 20
 	spec, err := readSpec(&tree{})
 	must(t, err)
 	o, err := loadObjects(spec, nil, btf.NewCache())
