@@ -72,6 +72,12 @@ func build(c *Config, log *zap.Logger, l *link) (*Agent, error) {
 			return nil, err
 		}
 	}
+	if c.Detect != nil && c.Detect.Record != "" {
+		var err error
+		if s.detection.record, err = openRecording(c.Detect.Record); err != nil {
+			return nil, err
+		}
+	}
 	a.tasks = append(a.tasks, s.detection)
 	s.metrics = &metrics{link: l, binder: s.binder, detection: s.detection}
 	if c.Metrics != "" {
