@@ -35,6 +35,7 @@
 #include "young.h"
 #include "stream.h"
 #include "datagram.h"
+#include "glance.h"
 #include "skb.h"
 #include "socket.h"
 #include "handshake.h"
@@ -125,7 +126,11 @@ int sock_ops(struct bpf_sock_ops *ctx)
 SEC("cgroup_skb/egress")
 int egress(struct __sk_buff *skb)
 {
-	return skb_hook(skb, true);
+	int pass = skb_hook(skb, true);
+
+	if (pass && worth_a_look(skb))
+		bpf_tail_call(skb, &observers, 0); /* which returns 1, too */
+	return pass;
 }
 
 SEC("cgroup_skb/ingress")
