@@ -46,11 +46,11 @@ static __always_inline bool asks_for_name(struct __sk_buff *skb, bool ipv4)
 	return data + port + sizeof(__be16) <= end && *(__be16 *)(data + port) == bpf_htons(DNS_PORT);
 }
 
-static __always_inline bool worth_a_look(struct __sk_buff *skb)
+static __always_inline bool worth_a_look(struct __sk_buff *skb, __u8 protocol)
 {
 	bool ipv4 = skb->protocol == bpf_htons(ETH_P_IP);
 
-	switch (protocol_of(skb)) {
+	switch (protocol) {
 	case PROTO_TCP:
 		return skb->len <= BANNER_MOST && has_room_for_banner(skb, ipv4) && begins_connection(skb);
 	case PROTO_UDP:

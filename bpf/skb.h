@@ -136,11 +136,11 @@ static __always_inline bool judge_packet(struct __sk_buff *skb, struct bpf_sock 
 /* Whether a packet says to be TCP is enough at first: what it is, and what its socket is,
  * is found out by a closer look; a TCP socket's verdict lets nothing else through, as only
  * its own packets meet it. */
-static __always_inline int skb_hook(struct __sk_buff *skb, bool outgoing)
+static __always_inline int skb_hook(struct __sk_buff *skb, __u8 protocol, bool outgoing)
 {
 	struct bpf_sock *sk = skb->sk;
 
-	return sk && judge_packet(skb, sk, cookie_of(skb), protocol_of(skb) == PROTO_TCP, sk->state, outgoing);
+	return sk && judge_packet(skb, sk, cookie_of(skb), protocol == PROTO_TCP, sk->state, outgoing);
 }
 
 /* The self-test's packets: who opens (outgoing) or accepts a flow comes from a map,
