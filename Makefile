@@ -161,12 +161,13 @@ bench: ## the largest policies, CHANGES (50) of one, STARTS (20) of the core, RO
 	exit $$status
 
 REPEAT ?= 200000
-bench-micro: ## single packets, REPEAT (200000) times, net of an empty program; events through the agent, up to a million a second; a scrape of its metrics
+bench-micro: ## single packets, REPEAT (200000) times, net of an empty program; events through the agent, up to a million a second; 200 workloads; a scrape of its metrics
 	scripts/install bench
 	@mkdir -p $(BIN)
 	status=0; \
 	REPEAT=$(REPEAT) BENCH_JSON=$(CURDIR)/$(BIN)/bench-micro.json test/run -count=1 -v -timeout 20m -run '^TestPackets$$' ./test/bench || status=1; \
 	REPEAT=$(REPEAT) BENCH_JSON=$(CURDIR)/$(BIN)/bench-events.json test/run -count=1 -v -timeout 20m -run '^TestEvents$$' ./test/bench || status=1; \
+	REPEAT=$(REPEAT) BENCH_JSON=$(CURDIR)/$(BIN)/bench-workloads.json test/run -count=1 -v -timeout 10m -run '^TestWorkloads$$' ./test/bench || status=1; \
 	REPEAT=$(REPEAT) BENCH_JSON=$(CURDIR)/$(BIN)/bench-scrape.json test/run -count=1 -v -timeout 10m -run '^TestScrape$$' ./test/bench || status=1; \
 	exit $$status
 

@@ -54,6 +54,23 @@ func TestStatusFollowsTheCore(t *testing.T) {
 	}
 }
 
+// What was previewed is applied without being sent again; what was not is sent.
+func TestApplyPreviewed(t *testing.T) {
+	r := start(t, newStandIn(), nil)
+	for i, previewed := range []bool{true, false} {
+		img := compile(t, strings.Replace(source, "version: 1", fmt.Sprintf("version: %d", i+1), 1))
+		if previewed {
+			if _, err := r.client.Preview(t.Context(), img); err != nil {
+				t.Fatal(err)
+			}
+		}
+		s, err := r.client.ApplyPreviewed(t.Context(), img, 0, 0)
+		if err != nil || s.Policy == nil || s.Policy.Version != uint64(i+1) {
+			t.Fatalf("previewed %v: %+v, %v", previewed, s, err)
+		}
+	}
+}
+
 func TestApplyAndRollback(t *testing.T) {
 	core := newStandIn()
 	r := start(t, core, nil)

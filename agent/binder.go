@@ -86,10 +86,7 @@ func (b *binder) reconcile() {
 	inv, _, bad := b.source.Current()
 	b.containers.follow(inv)
 	v := b.link.view()
-	var problems []string
-	if bad != nil {
-		problems = append(problems, oneLine(bad))
-	}
+	problems := linesOf(bad)
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	defer func() {
@@ -187,13 +184,28 @@ func (b *binder) status() *api.Inventory {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	s := &api.Inventory{File: b.source.Path(), Read: read, Bound: len(b.made), Problems: slices.Clone(b.problems)}
-	if bad != nil && len(s.Problems) == 0 {
-		s.Problems = []string{oneLine(bad)}
+	if len(s.Problems) == 0 {
+		s.Problems = linesOf(bad)
 	}
 	if inv != nil {
 		s.Workloads = len(inv.Workloads)
 	}
 	return s
+}
+
+// linesOf are the problems that a source has: each that it joined is one.
+func linesOf(err error) (lines []string) {
+	if err == nil {
+		return nil
+	}
+	all := []error{err}
+	if of, ok := err.(interface{ Unwrap() []error }); ok && err.Error() == errors.Join(of.Unwrap()...).Error() {
+		all = of.Unwrap()
+	}
+	for _, e := range all {
+		lines = append(lines, oneLine(e))
+	}
+	return lines
 }
 
 // oneLine is an error with its hint and its parts in one line.

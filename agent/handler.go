@@ -403,15 +403,21 @@ func (s *service) apply(w http.ResponseWriter, r *http.Request) (any, error) {
 		}
 	}
 	start := time.Now()
-	t, f, err := s.offered(w, r)
-	if err != nil {
-		s.metrics.count(0, 0, err)
-		return nil, err
+	previewed := r.URL.Query().Get("previewed")
+	t, put := title{}, func(c core) (*proto.Status, error) { return c.ApplyPreviewed(previewed, within, spare) }
+	if previewed == "" {
+		var f *os.File
+		var err error
+		if t, f, err = s.offered(w, r); err != nil {
+			s.metrics.count(0, 0, err)
+			return nil, err
+		}
+		defer f.Close()
+		put = func(c core) (*proto.Status, error) { return c.ApplySparing(f, within, spare) }
 	}
-	defer f.Close()
 	offered := time.Now()
-	s.log.Info("apply", zap.String("name", t.name), zap.Uint64("version", t.version), zap.Duration("within", within), zap.Duration("grandfather", spare), zap.Uint32("uid", uid(r)))
-	err = s.link.change(func(c core) (*proto.Status, error) { return c.ApplySparing(f, within, spare) })
+	s.log.Info("apply", zap.String("name", t.name), zap.Uint64("version", t.version), zap.String("previewed", previewed), zap.Duration("within", within), zap.Duration("grandfather", spare), zap.Uint32("uid", uid(r)))
+	err := s.link.change(put)
 	s.metrics.count(offered.Sub(start), time.Since(offered), err)
 	if err != nil {
 		s.log.Warn("apply refused", zap.Error(err))

@@ -8,10 +8,10 @@ import (
 	"time"
 
 	"github.com/cilium/ebpf"
-	"github.com/cilium/ebpf/ringbuf"
 	"golang.org/x/sys/unix"
 
 	"github.com/demarc/demarc/agent/core/proto"
+	"github.com/demarc/demarc/agent/ring"
 	"github.com/demarc/demarc/bpf/abi"
 	"github.com/demarc/demarc/policy/image"
 )
@@ -47,11 +47,11 @@ type room struct{ Counts, Bindings int }
 
 // donated are the maps behind the descriptors that the core donated.
 type donated struct {
-	rings    [abi.AllRings]*ringbuf.Reader
-	buffers  [abi.AllRings]*ebpf.Map      // of the rings; closing one would end its reader's polling
-	records  [abi.AllRings]ringbuf.Record // owned by the ring's reader
-	returned [abi.AllRings]atomic.Uint64  // by Next
-	waiting  [abi.AllRings]atomic.Bool    // in Next
+	rings    [abi.AllRings]*ring.Reader
+	records  [abi.AllRings][]byte        // owned by the ring's reader
+	empty    [abi.AllRings]bool          // nothing was left behind the last record; the reader's, too
+	returned [abi.AllRings]atomic.Uint64 // by Next
+	waiting  [abi.AllRings]atomic.Bool   // in Next
 	ids      [abi.AllRings]uint64
 	counts   *ebpf.Map
 	states   *ebpf.Map
@@ -70,18 +70,9 @@ func openMaps(d *proto.Descriptors) (_ kernel, err error) {
 		}
 	}()
 	for i, f := range []*os.File{abi.RingDenied: d.Denied, abi.RingAllowed: d.Allowed, abi.RingSignals: d.Signals} {
-		if m.buffers[i], err = openMap(f, ebpf.RingBuf); err != nil {
+		if err := m.openRing(i, f); err != nil {
 			return nil, fmt.Errorf("open %s ring: %w", ringNames[i], err)
 		}
-		if m.rings[i], err = ringbuf.NewReader(m.buffers[i]); err != nil {
-			return nil, fmt.Errorf("open %s ring: %w", ringNames[i], err)
-		}
-		info, err := m.buffers[i].Info()
-		if err != nil {
-			return nil, fmt.Errorf("identify %s ring: %w", ringNames[i], err)
-		}
-		id, _ := info.ID() // 0 where the kernel tells none
-		m.ids[i] = uint64(id)
 	}
 	for _, o := range []struct {
 		name string
@@ -100,6 +91,26 @@ func openMaps(d *proto.Descriptors) (_ kernel, err error) {
 		}
 	}
 	return m, nil
+}
+
+func (m *donated) openRing(i int, f *os.File) error {
+	buffer, err := openMap(f, ebpf.RingBuf)
+	if err != nil {
+		return err
+	}
+	defer buffer.Close()
+	info, err := buffer.Info()
+	if err != nil {
+		return err
+	}
+	id, _ := info.ID() // 0 where the kernel tells none
+	m.ids[i] = uint64(id)
+	fd, err := unix.FcntlInt(uintptr(buffer.FD()), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("duplicate descriptor: %w", err)
+	}
+	m.rings[i], err = ring.Open(fd, buffer.MaxEntries())
+	return err
 }
 
 var ringNames = [abi.AllRings]string{abi.RingDenied: "denied", abi.RingAllowed: "allowed", abi.RingSignals: "signals"}
@@ -126,23 +137,24 @@ func openMap(f *os.File, kind ebpf.MapType) (*ebpf.Map, error) {
 const rest = 25 * time.Millisecond
 
 func (m *donated) Next(ring int) ([]byte, bool, error) {
-	if r := &m.records[ring]; r.RawSample != nil && r.Remaining == 0 {
+	if m.empty[ring] {
 		time.Sleep(rest)
 	}
 	m.waiting[ring].Store(true)
-	err := m.rings[ring].ReadInto(&m.records[ring])
+	record, more, err := m.rings[ring].Read(m.records[ring])
 	m.waiting[ring].Store(false)
 	m.returned[ring].Add(1)
-	if errors.Is(err, ringbuf.ErrClosed) {
-		err = os.ErrClosed
+	m.empty[ring] = err == nil && !more
+	if err == nil {
+		m.records[ring] = record
 	}
-	return m.records[ring].RawSample, m.records[ring].Remaining > 0, err
+	return record, more, err
 }
 
 func (m *donated) Drained() bool {
 	for i := range m.rings {
 		before := m.returned[i].Load()
-		if !m.waiting[i].Load() || m.rings[i].AvailableBytes() > 0 {
+		if !m.waiting[i].Load() || m.rings[i].Available() > 0 {
 			return false
 		}
 		// What was just taken out is on its way through Next.
@@ -197,7 +209,7 @@ func (m *donated) Positions(ring int) (last []uint64, read bool, err error) {
 	for _, s := range cpus {
 		last = append(last, s.Seq)
 	}
-	return last, m.rings[ring].AvailableBytes() == 0, nil
+	return last, m.rings[ring].Available() == 0, nil
 }
 
 func (m *donated) Faults() (faults [abi.Faults]uint64, err error) {
@@ -245,9 +257,6 @@ func (m *donated) Close() error {
 		if r != nil {
 			errs = append(errs, r.Close())
 		}
-	}
-	for _, o := range m.buffers {
-		errs = append(errs, o.Close())
 	}
 	for _, o := range []*ebpf.Map{m.counts, m.states, m.faults, m.bindings, m.active} {
 		errs = append(errs, o.Close())

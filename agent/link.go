@@ -28,6 +28,7 @@ type core interface {
 	Hello() (*proto.Hello, *proto.Descriptors, error)
 	Status() (*proto.Status, error)
 	ApplySparing(image *os.File, within, spare time.Duration) (*proto.Status, error)
+	ApplyPreviewed(digest string, within, spare time.Duration) (*proto.Status, error)
 	Preview(image *os.File) (*proto.Preview, error)
 	Shadow(image *os.File, lasting time.Duration) (*proto.Status, error)
 	Unshadow() (*proto.Status, error)

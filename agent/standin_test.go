@@ -84,6 +84,7 @@ type standIn struct {
 	up          bool
 	closed      chan struct{} // of the current connection
 	images      [][]byte      // applied ones, the active one last
+	previewed   []byte        // last
 	epoch       uint32
 	claims      map[string]uint32
 	asked       []string // claims in the order they were asked for
@@ -169,7 +170,12 @@ func (s *standIn) status() *proto.Status {
 		Active:      &proto.Generation{Epoch: s.epoch, Name: img.Name, Version: img.Version, Digest: hex.EncodeToString(sum[:]), Mode: "enforce", Since: time.Unix(1000, 0).UTC()}}
 }
 
-func (c *connection) Preview(*os.File) (*proto.Preview, error) { return &proto.Preview{}, nil }
+func (c *connection) Preview(f *os.File) (_ *proto.Preview, err error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.previewed, err = readImage(f)
+	return &proto.Preview{}, err
+}
 
 func (c *connection) Shadow(*os.File, time.Duration) (*proto.Status, error) {
 	return nil, proto.Refuse("", "no policy is active")
@@ -195,9 +201,26 @@ func (c *connection) ApplySparing(f *os.File, _, _ time.Duration) (*proto.Status
 	if err != nil {
 		return nil, err
 	}
-	c.images = append(c.images, b)
-	c.epoch++
-	return c.status(), nil
+	return c.put(b), nil
+}
+
+func (c *connection) ApplyPreviewed(digest string, _, _ time.Duration) (*proto.Status, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if err := c.ask(); err != nil {
+		return nil, err
+	}
+	if sum := sha256.Sum256(c.previewed); hex.EncodeToString(sum[:]) != digest {
+		return nil, proto.Refuse("apply the image itself", "it was not previewed")
+	}
+	return c.put(c.previewed), nil
+}
+
+// put has an image in force.
+func (s *standIn) put(b []byte) *proto.Status {
+	s.images = append(s.images, b)
+	s.epoch++
+	return s.status()
 }
 
 func (c *connection) Rollback() (*proto.Status, error) {

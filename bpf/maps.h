@@ -213,14 +213,20 @@ MAP(tellings, HASH, BPF_F_NO_PREALLOC, 2 * DEMARC_SEEN_MAX, __u32, struct demarc
  * counted. */
 MAP(seen, HASH, BPF_F_NO_PREALLOC, DEMARC_SEEN_MAX, __u32, struct demarc_seen);
 
-/* Connections that came in or go back to one, by cookie. A place may be taken by
- * another: a miss only loses what would have been told. */
-MAP(marks, ARRAY, 0, DEMARC_MARKS, __u32, struct demarc_mark);
+/* Connections that came in or are opened, by cookie. No room: the connection is not told
+ * apart, and that is told as lost. */
+MAP(marks, ARRAY, 0, DEMARC_MARK_BUCKETS, __u32, struct demarc_marks);
 
+/* How many came before, by tuple, from when a connection is there at its opener until it
+ * is at its listener, which are microseconds. A place may be taken by another. */
 MAP(hops, ARRAY, 0, DEMARC_HOPS, __u32, struct demarc_hop);
 
 /* What is known of a workload's task. Miss: nothing. */
 MAP(lineages, TASK_STORAGE, BPF_F_NO_PREALLOC, 0, int, struct demarc_lineage);
+
+/* What passed through a workload's task and those that it started; only where something
+ * did. Miss: nothing. */
+MAP(families, TASK_STORAGE, BPF_F_NO_PREALLOC, 0, int, struct demarc_family);
 
 /* What each ring was given and what it lost. Reader: agent. */
 MAP(ring_state, PERCPU_ARRAY, 0, DEMARC_RINGS, __u32, struct demarc_ring_state);

@@ -105,20 +105,6 @@ static __always_inline void ends_turned(struct sock *sk, struct demarc_tuple *t)
 	t->proto = own.proto;
 }
 
-static __always_inline struct demarc_mark *mark_place(__u64 cookie)
-{
-	__u32 index = cookie & (DEMARC_MARKS - 1);
-
-	return bpf_map_lookup_elem(&marks, &index);
-}
-
-static __always_inline struct demarc_mark *mark_of(__u64 cookie)
-{
-	struct demarc_mark *m = cookie ? mark_place(cookie) : 0;
-
-	return m && m->cookie == cookie ? m : 0;
-}
-
 static __always_inline __u64 hash_of(const struct demarc_tuple *t)
 {
 	return mix(address_hash(t->saddr) ^ mix(address_hash(t->daddr) ^ ((__u64)t->sport << 16 | t->dport))) | 1;

@@ -40,6 +40,8 @@ static __noinline int carries_banner(struct __sk_buff *skb)
 		return 0;
 	if (!about(&o, bpf_skb_cgroup_id(skb)))
 		return 0;
+	if (m)
+		m->ssh = 1;
 	/* Of a connection that came in it is this end that is told: somebody serves there. */
 	__builtin_memcpy(&o.opener, &p.tuple, sizeof(o.opener));
 	if (m && m->inbound) {

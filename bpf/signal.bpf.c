@@ -29,6 +29,7 @@
 #include "outcome.h"
 #include "parse.h"
 #include "signal.h"
+#include "mark.h"
 #include "observe.h"
 #include "relay.h"
 #include "escape.h"
@@ -73,15 +74,14 @@ static __noinline int opening(struct outcome *o, __u64 cookie)
 	}
 	l = lineage_of(task, o);
 	tell_netns(o, task, l, netns_of(task));
-	m = mark_place(cookie);
+	m = mark_new(cookie, o->query.subject, o->query.now);
 	if (m) {
-		__builtin_memset(m, 0, sizeof(*m));
-		m->cookie = cookie;
 		m->pid = task->tgid;
 		bpf_probe_read_kernel(m->comm, sizeof(m->comm), task->comm);
-		m->subject = o->query.subject;
 		m->origin = l ? l->origin : 0;
 		m->hops = l ? l->hops : 0;
+	} else if (s) {
+		__sync_fetch_and_add(&s->missed, 1);
 	}
 	if (!l || !l->hops)
 		return 0;
@@ -117,6 +117,7 @@ static __noinline int failed(struct outcome *o, __u64 cookie, int error)
 		e->pid = m ? m->pid : 0;
 		bpf_ringbuf_submit(e, 0);
 	}
+	mark_rekey(cookie, cookie, 0);
 	count_failure(o);
 	return 0;
 }
@@ -126,13 +127,22 @@ static __noinline int came_in(struct outcome *o, __u64 cookie)
 {
 	__u32 index = cookie & (DEMARC_YOUNG - 1);
 	struct demarc_young *place = bpf_map_lookup_elem(&young, &index);
-	struct demarc_mark *m = mark_place(cookie);
+	struct demarc_mark *m;
+	struct demarc_told *s;
 	struct demarc_tuple t;
 	struct demarc_hop *hop;
 	__u64 hash;
 
-	if (!o || !m)
+	if (!o)
 		return 0;
+	o->query.now = recently();
+	m = mark_new(cookie, o->query.subject, o->query.now);
+	if (!m) {
+		s = told_of(o->query.subject, DEMARC_INGRESS, o->query.now);
+		if (s)
+			__sync_fetch_and_add(&s->missed, 1);
+		return 0;
+	}
 	__builtin_memset(&t, 0, sizeof(t));
 	__builtin_memcpy(t.saddr, o->opener.daddr, 16);
 	__builtin_memcpy(t.daddr, o->opener.saddr, 16);
@@ -140,10 +150,7 @@ static __noinline int came_in(struct outcome *o, __u64 cookie)
 	t.dport = o->opener.sport;
 	hash = hash_of(&t);
 	hop = hop_place(&t);
-	__builtin_memset(m, 0, sizeof(*m));
-	m->cookie = cookie;
 	m->inbound = 1;
-	m->subject = o->query.subject;
 	m->origin = place && place->cookie == cookie ? place->kept.peer : 0;
 	m->hops = hop && hop->tuple == hash ? hop->hops : 0;
 	return 0;
@@ -185,8 +192,9 @@ int BPF_PROG(sock_state, struct sock *sk, int before, int after)
 	__u64 cookie;
 
 	if ((after == CLOSE && before != SYN_SENT) || after == FIN_WAIT1 || after == LAST_ACK) {
-		m = mark_of(sk->__sk_common.skc_cookie.counter);
-		return m ? ending(sk, m, after == CLOSE) : 0;
+		cookie = sk->__sk_common.skc_cookie.counter;
+		m = mark_of(cookie);
+		return m ? ending(sk, m, cookie, after == CLOSE) : 0;
 	}
 	if (after != SYN_SENT && before != SYN_SENT && after != LISTEN && (before != SYN_RECV || after != ESTABLISHED))
 		return 0;
@@ -321,7 +329,7 @@ int surveyed(struct bpf_iter__task_file *ctx)
 	struct task_struct *task = ctx->task;
 	struct file *file = ctx->file;
 
-	if (!task || task->tgid != survey.tgid) {
+	if (!task || task->tgid != survey.strand.pid) {
 		tell_survey();
 		begin_survey(task);
 	}

@@ -6,34 +6,43 @@
 /* The first file of a process; 0 = the round is over. */
 static __noinline int begin_survey(struct task_struct *task)
 {
+	struct demarc_strand *s = &survey.strand;
+	struct demarc_family *f;
 	struct demarc_lineage *l;
 	struct outcome o;
 
 	__builtin_memset(&survey.passing, 0, sizeof(survey.passing));
-	survey.tgid = 0;
+	__builtin_memset(&survey.others, 0, sizeof(survey.others));
 	survey.ours = false;
+	s->pid = 0;
 	if (!task) {
-		survey.round++;
+		survey.round = 0;
 		return 0;
 	}
-	survey.tgid = task->tgid;
+	if (!survey.round)
+		survey.round = recently() >> 20 | 1;
+	s->pid = task->tgid;
 	survey.ours = about(&o, cgroup_of_task(task));
 	if (!survey.ours)
 		return 0;
 	survey.cgroup = o.cgroup;
-	survey.uid = BPF_CORE_READ(task, cred, uid.val);
-	survey.start = BPF_CORE_READ(task, group_leader, start_boottime);
-	bpf_probe_read_kernel(survey.comm, sizeof(survey.comm), task->comm);
+	survey.subject = o.query.subject;
+	s->uid = BPF_CORE_READ(task, cred, uid.val);
+	s->start = BPF_CORE_READ(task, group_leader, start_boottime);
+	bpf_probe_read_kernel(s->comm, sizeof(s->comm), task->comm);
 	l = lineage_of(task, &o);
 	if (!l)
 		return 0;
-	survey.passing.origin = l->origin;
-	__builtin_memcpy(survey.passing.ways, l->ended, sizeof(l->ended));
-	__builtin_memset(l->ended, 0, sizeof(l->ended));
-	__builtin_memcpy(&survey.passing.on, &l->on, sizeof(l->on));
 	tell_netns(&o, task, l, netns_of(task));
-	if (!l->netns && o.query.now - survey.start > SETTLED)
+	if (!l->netns && o.query.now - s->start > SETTLED)
 		l->netns = netns_of(task);
+	f = elder_of(task, false);
+	if (f)
+		fold(&survey.others, &f->passing);
+	f = family_of(task, false);
+	if (f)
+		fold(&survey.others, &f->passing);
+	survey_ended(l);
 	return 0;
 }
 
@@ -70,7 +79,7 @@ static __noinline int survey_file(struct task_struct *task, struct file *file)
 	if (sk && sk->__sk_common.skc_family == AF_PACKET)
 		return survey.ours ? tell_packet_socket(task) : 0;
 	if (sk && sk->sk_protocol == PROTO_TCP)
-		survey_connection(sk);
+		survey_connection(task, sk);
 	return 0;
 }
 

@@ -23,6 +23,7 @@ import (
 	"github.com/demarc/demarc/agent/core/audit"
 	"github.com/demarc/demarc/agent/core/proto"
 	"github.com/demarc/demarc/agent/detect"
+	"github.com/demarc/demarc/policy/envelope"
 	"github.com/demarc/demarc/policy/image"
 )
 
@@ -103,7 +104,26 @@ func (c *Client) Apply(ctx context.Context, img []byte, within time.Duration) (*
 // ApplySparing is Apply that lets live connections go on for a time which the image
 // cuts.
 func (c *Client) ApplySparing(ctx context.Context, img []byte, within, spare time.Duration) (*Status, error) {
-	query := url.Values{}
+	return c.apply(ctx, url.Values{}, img, within, spare)
+}
+
+// ApplyPreviewed is ApplySparing of an image that was just previewed. If that does not
+// lie ready any more, the image is sent again.
+func (c *Client) ApplyPreviewed(ctx context.Context, img []byte, within, spare time.Duration) (*Status, error) {
+	encoded, _, err := envelope.Open(img)
+	if err != nil {
+		return nil, fmt.Errorf("open image: %w", err)
+	}
+	digest := sha256.Sum256(encoded)
+	s, err := c.apply(ctx, url.Values{"previewed": {hex.EncodeToString(digest[:])}}, nil, within, spare)
+	var refused *Error
+	if errors.As(err, &refused) && refused.Code == http.StatusUnprocessableEntity {
+		return c.ApplySparing(ctx, img, within, spare)
+	}
+	return s, err
+}
+
+func (c *Client) apply(ctx context.Context, query url.Values, img []byte, within, spare time.Duration) (*Status, error) {
 	for name, d := range map[string]time.Duration{"within": within, "grandfather": spare} {
 		if d != 0 {
 			query.Set(name, d.String())

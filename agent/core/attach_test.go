@@ -97,7 +97,7 @@ func TestAdoptOtherPrograms(t *testing.T) {
 		t.Fatal(err)
 	}
 	// As if another build had attached these.
-	if err := c.links.open["egress"].Update(c.objects.Programs["selftest_egress"]); err != nil {
+	if err := c.links.open[hook{program: "egress"}].Update(c.objects.Programs["selftest_egress"]); err != nil {
 		t.Fatal(err)
 	}
 	other, err := ebpf.NewProgram(&ebpf.ProgramSpec{
@@ -108,7 +108,7 @@ func TestAdoptOtherPrograms(t *testing.T) {
 	defer other.Close()
 	naming := c.objects.Programs["cgroup_mkdir"]
 	c.objects.Programs["cgroup_mkdir"] = other
-	err = c.links.replace("cgroup_mkdir")
+	err = c.links.replace(hook{program: "cgroup_mkdir"})
 	c.objects.Programs["cgroup_mkdir"] = naming
 	must(t, err)
 	before := linkIDs(t, c)
@@ -123,7 +123,7 @@ func TestAdoptOtherPrograms(t *testing.T) {
 		t.Errorf("links before %v, after %v", before, after)
 	}
 	for _, name := range []string{"egress", "cgroup_mkdir"} {
-		if same, err := c.links.current(name); !same || err != nil {
+		if same, err := runs(c.links.open[hook{program: name}], c.objects.Programs[name]); !same || err != nil {
 			t.Errorf("%s runs other code: %v", name, err)
 		}
 	}

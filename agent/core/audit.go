@@ -78,15 +78,14 @@ func (j *journal) path() string { return filepath.Join(j.dir, "audit.log") }
 // no reason not to go on: the chain breaks there for good, and everybody can see it.
 func openJournal(dir string, kernel *ebpf.Map) (_ *journal, broken error, err error) {
 	j := &journal{dir: dir, kernel: kernel, spare: auditSpare}
-	found, broken := j.end()
+	last, prev, broken := j.end()
 	if err := kernel.Lookup(uint32(0), &j.head); err != nil {
 		return nil, nil, fmt.Errorf("read end of the audit log: %w", err)
 	}
-	last, prev := found.head, found.prev
 	j.fresh = j.head.Seq == 0
 	switch {
 	// A core that ended between writing the line and telling the kernel.
-	case j.head == last, j.fresh, last.Seq == j.head.Seq+1 && prev == j.head.Hash:
+	case j.head == last, j.fresh, last.Seq == j.head.Seq+1 && prev == hex.EncodeToString(j.head.Hash[:]):
 		j.head = last
 	case broken == nil:
 		broken = fmt.Errorf("audit log ends with record %d, but record %d was written", last.Seq, j.head.Seq)
@@ -95,14 +94,9 @@ func openJournal(dir string, kernel *ebpf.Map) (_ *journal, broken error, err er
 	return j, broken, nil
 }
 
-// ending is the last whole line of the log.
-type ending struct {
-	head audit.Head
-	prev [32]byte // hash of the line before it
-}
-
-// end finds the last line. A torn one was never acknowledged and is cut off.
-func (j *journal) end() (e ending, broken error) {
+// end finds the last line, and the hash of the one before it. A torn one was never
+// acknowledged and is cut off.
+func (j *journal) end() (last audit.Head, prev string, broken error) {
 	files := append([]string{j.path()}, j.older()...)
 	for _, name := range files {
 		b, err := os.ReadFile(name)
@@ -110,12 +104,12 @@ func (j *journal) end() (e ending, broken error) {
 			continue
 		}
 		if err != nil {
-			return e, fmt.Errorf("read audit log: %w", err)
+			return last, "", fmt.Errorf("read audit log: %w", err)
 		}
 		whole := bytes.LastIndexByte(b, '\n') + 1
 		if whole < len(b) {
 			if err := os.Truncate(name, int64(whole)); err != nil {
-				return e, fmt.Errorf("cut torn record off: %w", err)
+				return last, "", fmt.Errorf("cut torn record off: %w", err)
 			}
 		}
 		if whole == 0 { // it was about to be begun
@@ -124,15 +118,11 @@ func (j *journal) end() (e ending, broken error) {
 		line := b[bytes.LastIndexByte(b[:whole-1], '\n')+1 : whole-1]
 		r, head, err := audit.Parse(line)
 		if err != nil {
-			return e, fmt.Errorf("last line of %s: %w", name, err)
+			return last, "", fmt.Errorf("last line of %s: %w", name, err)
 		}
-		e.head = head
-		if prev, err := hex.DecodeString(r.Prev); err == nil && len(prev) == len(e.prev) {
-			e.prev = [32]byte(prev)
-		}
-		return e, nil
+		return head, r.Prev, nil
 	}
-	return e, nil
+	return last, "", nil
 }
 
 // older lists the files that are full, the newest first.

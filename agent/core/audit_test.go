@@ -88,7 +88,7 @@ func TestI14AuditDiskFull(t *testing.T) {
 	if !errors.As(err, &refused) || !strings.Contains(err.Error(), "nothing is changed without a record of it") || !strings.Contains(err.Error(), "no space left on device") {
 		t.Errorf("apply: %v", err)
 	}
-	must(t, c.links.open["egress"].(interface{ Detach() error }).Detach())
+	must(t, c.links.open[hook{program: "egress"}].Detach())
 	c.upkeep() // what is broken is mended all the same
 	c.upkeep()
 	s := c.Status()

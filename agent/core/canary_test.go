@@ -38,14 +38,14 @@ func TestV7Canary(t *testing.T) {
 		// Every link is where it should be; what judges does not.
 		spec := c.objects.spec.Programs["egress"]
 		blind := foreignProgram(t, spec)
-		must(t, c.links.open["egress"].Update(blind))
-		must(t, c.links.note("egress"))
+		egress := hook{program: "egress"}
+		must(t, c.links.open[egress].Update(blind))
+		must(t, c.links.note(egress, c.links.open[egress].Link))
 		s = c.Status()
 		if told := strings.Join(s.Problems, "; "); s.State != proto.StateDegraded || !strings.HasPrefix(told, "canary: a datagram that nobody declared ") {
 			t.Errorf("judged by a program that lets everything pass: %v, %s", s.State, told)
 		}
-		must(t, c.links.open["egress"].Update(c.objects.Programs["egress"]))
-		must(t, c.links.note("egress"))
+		must(t, c.links.put(egress))
 		if s := c.Status(); s.State != want {
 			t.Errorf("put back: %v, %v", s.State, s.Problems)
 		}

@@ -1,6 +1,7 @@
 package core
 
 import (
+	"fmt"
 	"runtime"
 	"syscall"
 	"unsafe"
@@ -21,4 +22,14 @@ func setCapabilities(keep uint64) error {
 	runtime.KeepAlive(&header)
 	runtime.KeepAlive(&data)
 	return err
+}
+
+// readCapabilities returns the effective ones of this thread.
+func readCapabilities() (uint64, error) {
+	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	var data [2]unix.CapUserData
+	if err := unix.Capget(&header, &data[0]); err != nil {
+		return 0, fmt.Errorf("read capabilities: %w", err)
+	}
+	return uint64(data[1].Effective)<<32 | uint64(data[0].Effective), nil
 }

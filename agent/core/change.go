@@ -9,21 +9,18 @@ import (
 	"github.com/demarc/demarc/bpf/abi"
 )
 
-// Apply puts an image in force: it is verified, written beside what is in force,
-// tested there, and takes over in one step. On an error nothing has changed.
-// Unless it is confirmed within a time, the kernel takes it back; 0 = it is for good.
-func (c *Core) Apply(b []byte, within time.Duration) (*proto.Status, error) {
-	return c.apply(b, change{within: within}, "core")
-}
-
 // maxSpare bounds the time that live connections go on that a change cuts.
 const maxSpare = 24 * time.Hour
 
+// apply puts an image in force: it is verified, written beside what is in force,
+// tested there, and takes over in one step. On an error nothing has changed.
 func (c *Core) apply(b []byte, how change, by string) (_ *proto.Status, err error) {
-	if err := checkTrial(how.within); err != nil {
-		return nil, err
+	if how.within != 0 {
+		if err := checkTime("confirm within", how.within, minTrial, maxTrial); err != nil {
+			return nil, err
+		}
 	}
-	g, err := c.offered(b)
+	g, err := c.offered(b, how.previewed)
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	begun := false
@@ -79,10 +76,8 @@ func (c *Core) admissible(g *generation) error {
 	return proto.Refuse("raise metadata.version", "version %d was in force already with other content", c.floor.Version)
 }
 
-// Rollback goes back to the previous image; the present one becomes the previous.
+// rollback goes back to the previous image; the present one becomes the previous.
 // What waits to be confirmed is taken back at once.
-func (c *Core) Rollback() (*proto.Status, error) { return c.rollback("core") }
-
 func (c *Core) rollback(by string) (*proto.Status, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -118,11 +113,13 @@ func (c *Core) rollback(by string) (*proto.Status, error) {
 
 // change says how an image comes into force.
 type change struct {
-	durable bool          // on disk, too: it is not from there
-	within  time.Duration // somebody has to confirm it; 0 = it is for good
-	preview func() error  // runs when everything is ready, and ends it with an error; nil = none
-	spare   time.Duration // live connections that it cuts go on; 0 = they do not
-	shadow  time.Duration // it does not: it is asked beside what is; 0 = it does
+	durable   bool          // on disk, too: it is not from there
+	boot      bool          // it is from there, and until it is in force nothing is
+	previewed string        // its digest, in hex, in the place of its bytes; "" = they are there
+	within    time.Duration // somebody has to confirm it; 0 = it is for good
+	preview   func() error  // runs when everything is ready, and ends it with an error; nil = none
+	spare     time.Duration // live connections that it cuts go on; 0 = they do not
+	shadow    time.Duration // it does not: it is asked beside what is; 0 = it does
 }
 
 // install puts a verified generation in force. Each step is undone if a later one fails; what was in force stays in its
@@ -163,7 +160,7 @@ func (c *Core) install(g *generation, how change) (err error) {
 	})
 	var questions *selftest
 	if !ready {
-		if questions, err = c.fill(g, &s); err != nil {
+		if questions, err = c.fill(g, &s, how.boot); err != nil {
 			return err
 		}
 	}
@@ -259,14 +256,14 @@ func (c *Core) install(g *generation, how change) (err error) {
 
 // fill makes the tables of a generation in its slot, which nobody may write any more
 // then, and the questions about them.
-func (c *Core) fill(g *generation, s *scanner) (questions *selftest, err error) {
+func (c *Core) fill(g *generation, s *scanner, boot bool) (questions *selftest, err error) {
 	if err := s.prepare(); err != nil {
 		return nil, err
 	}
 	asking := make(chan error, 1)
 	go func() {
 		var err error
-		questions, err = newSelftest(c.objects, g, c.active)
+		questions, err = newSelftest(c.objects, g, c.active, boot)
 		asking <- err
 	}()
 	if err := errors.Join(g.fill(c.objects), <-asking); err != nil {

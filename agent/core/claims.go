@@ -118,15 +118,10 @@ func (c *Core) rebind(path string) error {
 		anything, errs = anything || changed, append(errs, err)
 	}
 	if anything {
-		state, err := readState(c.objects)
-		if err != nil {
-			return err
-		}
-		c.active.epoch = state.NextEpoch()
-		c.renew(&state)
-		if err := writeState(c.objects, state); err != nil {
-			return err
-		}
+		errs = append(errs, changeState(c.objects, func(s *abi.State) {
+			c.active.epoch = s.NextEpoch()
+			c.renew(s)
+		}))
 	}
 	return errors.Join(errs...)
 }

@@ -92,16 +92,17 @@ func TestC13PendingUntilNamed(t *testing.T) {
 	m.mkdir(box)
 	m.mkdir("/system.slice/docker.service")
 	m.mkdir("/kubepods/besteffort/pod3/4")
+	m.mkdir("/libpod_parent/libpod-5")
 	m.mkdir("/kubepodsx")
 	const pending, nobody = uint32(image.Pending), uint32(image.Unmanaged)
 	look := func() map[string]uint32 {
 		ids := map[string]uint32{}
-		for _, p := range []string{pod1, box, "/system.slice/docker.service", "/kubepods/besteffort/pod3/4", "/kubepodsx"} {
+		for _, p := range []string{pod1, box, "/system.slice/docker.service", "/kubepods/besteffort/pod3/4", "/libpod_parent/libpod-5", "/kubepodsx"} {
 			ids[p] = identity(t, c, p)
 		}
 		return ids
 	}
-	want := map[string]uint32{pod1: pending, box: pending, "/system.slice/docker.service": nobody, "/kubepods/besteffort/pod3/4": pending, "/kubepodsx": nobody}
+	want := map[string]uint32{pod1: pending, box: pending, "/system.slice/docker.service": nobody, "/kubepods/besteffort/pod3/4": pending, "/libpod_parent/libpod-5": pending, "/kubepodsx": nobody}
 	if diff := cmp.Diff(want, look()); diff != "" {
 		t.Errorf("born (-want +got):\n%s", diff)
 	}

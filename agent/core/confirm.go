@@ -28,17 +28,15 @@ func (g *generation) fallbackWord(before abi.State) uint64 {
 	return abi.MakeActive(abi.ActiveSlot(before.Active), abi.ActiveFlags(before.Active), g.epoch+1)
 }
 
-// checkTrial refuses times that cannot be meant.
-func checkTrial(within time.Duration) error {
-	if within != 0 && (within < minTrial || within > maxTrial) {
-		return proto.Refuse(fmt.Sprintf("give a time from %v to %v", minTrial, maxTrial), "confirm within %v is out of bounds", within)
+// checkTime refuses times that cannot be meant.
+func checkTime(what string, given, least, most time.Duration) error {
+	if given < least || given > most {
+		return proto.Refuse(fmt.Sprintf("give a time from %v to %v", least, most), "%s %v is out of bounds", what, given)
 	}
 	return nil
 }
 
-// Confirm keeps the change that waits for it.
-func (c *Core) Confirm() (*proto.Status, error) { return c.confirm("core") }
-
+// confirm keeps the change that waits for it.
 func (c *Core) confirm(by string) (*proto.Status, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -54,12 +52,7 @@ func (c *Core) confirm(by string) (*proto.Status, error) {
 	if err := c.store.commit(); err != nil {
 		return nil, err
 	}
-	state, err := readState(c.objects)
-	if err != nil {
-		return nil, err
-	}
-	state.Deadline = 0
-	if err := writeState(c.objects, state); err != nil {
+	if err := changeState(c.objects, func(s *abi.State) { s.Deadline = 0 }); err != nil {
 		return nil, err
 	}
 	c.keep(c.fallback)
@@ -101,12 +94,11 @@ func (c *Core) settle() {
 // fallBack ends an unconfirmed change: what was in force before it is in force
 // again.
 func (c *Core) fallBack(by, why string) error {
-	state, err := readState(c.objects)
-	if err != nil {
-		return err
-	}
-	state.Active, state.Deadline = state.Fallback, 0
-	if err := writeState(c.objects, state); err != nil {
+	var word uint64
+	if err := changeState(c.objects, func(s *abi.State) {
+		word = s.Fallback
+		s.Active, s.Deadline = word, 0
+	}); err != nil {
 		return err
 	}
 	tried, g := c.active, c.fallback
@@ -118,7 +110,7 @@ func (c *Core) fallBack(by, why string) error {
 	} else {
 		tried.close()
 	}
-	g.epoch, g.flags = abi.ActiveEpoch(state.Active), abi.ActiveFlags(state.Active)
+	g.epoch, g.flags = abi.ActiveEpoch(word), abi.ActiveFlags(word)
 	_ = c.record(by, auditFallback, g, "version %d was taken back: %s", tried.image.Version, why)
 	c.log.Warn("change taken back", "why", why, "policy", tried.image.Name, "version", tried.image.Version)
 	return nil

@@ -17,7 +17,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/cilium/ebpf/link"
 	"golang.org/x/sys/unix"
 
 	"github.com/demarc/demarc/agent/core/proto"
@@ -101,18 +100,21 @@ func open(config Config, log *slog.Logger, h hooks) (_ *Core, err error) {
 		return nil, err
 	}
 	c.tree, c.objects, t.objects = t.tree, t.objects, nil
-	c.links = &links{objects: c.objects, tree: c.tree, pins: c.pins, attaching: h.attaching,
-		open: map[string]link.Link{}, running: t.running()}
 	c.limits, c.trusted = t.limits, t.trusted
-	if c.devices, err = newBoundary(config.Devices, c.objects, c.pins, t.taps, log); err != nil {
+	c.links, t.links = newLinks(c.objects, t.links), nil
+	taps := newLinks(c.objects, t.taps)
+	for _, l := range []*links{c.links, taps} {
+		l.tree, l.pins, l.attaching = c.tree, c.pins, h.attaching
+	}
+	if c.devices, err = newBoundary(config.Devices, taps, log); err != nil {
 		return nil, err
 	}
-	c.devices.attaching, t.taps = h.attaching, nil
+	t.taps = nil
 	c.answers, t.answers = t.answers, nil
-	if t.committed {
-		c.links.open, t.links = t.links, nil
-	} else if err := c.begin(); err != nil {
-		return nil, err
+	if !t.committed {
+		if err := c.begin(); err != nil {
+			return nil, err
+		}
 	}
 	if err := c.begun(t.committed); err != nil {
 		return nil, err
@@ -126,7 +128,6 @@ func open(config Config, log *slog.Logger, h hooks) (_ *Core, err error) {
 	if c.donated, err = c.donate(); err != nil {
 		return nil, err
 	}
-	c.observers = observe(c.objects, c.tree.dir, !config.Sealed)
 	if err := c.useKeys(); err != nil {
 		return nil, err
 	}
@@ -147,9 +148,10 @@ func open(config Config, log *slog.Logger, h hooks) (_ *Core, err error) {
 	if c.canary, err = openCanary(c.tree); err != nil {
 		c.stand("no canary, which would prove that the kernel enforces: %v", err)
 	}
+	c.observers = observe(c.objects, c.tree.dir, !config.Sealed, &t.types)
 	c.guard, t.shield = t.shield, nil
 	if c.guard != nil {
-		if err := errors.Join(c.guard.raise(c.pins), c.guard.cover(c.guarded())); err != nil {
+		if err := errors.Join(c.guard.raise(c.tree, c.pins), c.guard.cover(c.guarded())); err != nil {
 			return nil, err
 		}
 	}
@@ -193,33 +195,43 @@ func (c *Core) resume(committed bool) error {
 	}
 	c.readFloor()
 	g, err := c.stored(activeImage)
-	previous, badPrevious := c.stored(previousImage)
-	if badPrevious != nil {
-		c.log.Warn("previous image cannot be used", "problem", badPrevious)
-	} else if previous != nil {
-		c.previous = previous.describe()
-		c.raiseFloor(previous.floor())
-	}
 	switch {
 	case err != nil && committed:
 		c.stand("%v; what was in force goes on: apply an image", err)
-		return nil
+	case err != nil:
+		if g = c.storedPrevious(); g == nil {
+			return proto.Refuse(fmt.Sprintf("remove %s and .b to start without a policy", c.store.file(activeImage, "a")), "%w", err)
+		}
+		c.stand("%v; the image before it is in force", err)
 	case g == nil && committed:
 		c.stand("the image in force is not on disk: apply one")
-		return nil
-	case err != nil && previous != nil:
-		c.stand("%v; the image before it is in force", err)
-		g, c.previous = previous, nil
-	case err != nil:
-		return proto.Refuse(fmt.Sprintf("remove %s and .b to start without a policy", c.store.file(activeImage, "a")), "%w", err)
-	case g == nil:
-		return nil
 	}
-	c.raiseFloor(g.floor())
-	if committed {
-		c.recoverClaims(g)
+	if g != nil {
+		c.raiseFloor(g.floor())
+		if committed {
+			c.recoverClaims(g)
+		}
+		if bad := c.install(g, change{boot: !committed}); bad != nil {
+			return bad
+		}
 	}
-	return c.install(g, change{})
+	if err == nil || committed { // whatever is enforced is by now
+		if previous := c.storedPrevious(); previous != nil {
+			c.previous = previous.describe()
+		}
+	}
+	return nil
+}
+
+// storedPrevious is what rollback would return to; nil = nothing that can be used.
+func (c *Core) storedPrevious() *generation {
+	g, err := c.stored(previousImage)
+	if err != nil {
+		c.log.Warn("previous image cannot be used", "problem", err)
+	} else if g != nil {
+		c.raiseFloor(g.floor())
+	}
+	return g
 }
 
 // stored reads and verifies an image as if it came now: the keys may be others.
@@ -273,7 +285,7 @@ func (c *Core) status() *proto.Status {
 	}
 	c.attend("canary", c.prove())
 	s.Keys, s.Proved, s.Drifts = c.keys.describe(), c.proved, c.drifts
-	taps, problems := c.devices.status()
+	taps, problems := c.devices.state()
 	s.Links, s.Problems = append(s.Links, taps...), append(s.Problems, problems...)
 	for _, l := range s.Links {
 		if l.Problem != "" {

@@ -195,12 +195,12 @@ func TestRestartAdopts(t *testing.T) {
 func linkIDs(t *testing.T, c *Core) map[string]uint32 {
 	t.Helper()
 	ids := map[string]uint32{}
-	for name, l := range c.links.open {
+	for h, l := range c.links.open {
 		info, err := l.Info()
 		if err != nil {
 			t.Fatal(err)
 		}
-		ids[name] = uint32(info.ID)
+		ids[h.program] = uint32(info.ID)
 	}
 	return ids
 }
@@ -385,8 +385,10 @@ func TestI05StatusIsProved(t *testing.T) {
 	}{
 		{"other state", func() error { return writeState(c.objects, abi.State{}) }, "the kernel's state is 0x0"},
 		{"pin removed", func() error { return os.Remove(c.pins.links("egress")) }, "link egress: lstat"},
-		{"program replaced", func() error { return c.links.open["ingress"].Update(c.objects.Programs["selftest_ingress"]) }, "link ingress: runs program"},
-		{"link detached", func() error { return c.links.open["connect4"].Detach() }, "link connect4: was detached"},
+		{"program replaced", func() error {
+			return c.links.open[hook{program: "ingress"}].Update(c.objects.Programs["selftest_ingress"])
+		}, "link ingress: runs program"},
+		{"link detached", func() error { return c.links.open[hook{program: "connect4"}].Detach() }, "link connect4: was detached"},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {

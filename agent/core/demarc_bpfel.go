@@ -56,6 +56,56 @@ type demarcDemarcEndpoint struct {
 	Talk     demarcDemarcTuple
 }
 
+type demarcDemarcFamily struct {
+	_       structs.HostLayout
+	Passing struct {
+		_     structs.HostLayout
+		Ways  [4]uint64
+		Parts [4]uint32
+		Trunk struct {
+			_      structs.HostLayout
+			Passed struct {
+				_         structs.HostLayout
+				Bytes     uint64
+				Back      uint64
+				Parts     uint32
+				PartsBack uint32
+			}
+			Ends    demarcDemarcTuple
+			Start   uint64
+			Pid     uint32
+			Uid     uint32
+			Inbound uint8
+			Ssh     uint8
+			Zero    [6]uint8
+			Comm    [16]int8
+		}
+		Next struct {
+			_      structs.HostLayout
+			Passed struct {
+				_         structs.HostLayout
+				Bytes     uint64
+				Back      uint64
+				Parts     uint32
+				PartsBack uint32
+			}
+			Ends    demarcDemarcTuple
+			Start   uint64
+			Pid     uint32
+			Uid     uint32
+			Inbound uint8
+			Ssh     uint8
+			Zero    [6]uint8
+			Comm    [16]int8
+		}
+		Origin uint32
+		Zero   uint32
+	}
+	Round uint32
+	Holds uint8
+	Zero  [3]uint8
+}
+
 type demarcDemarcFloor struct {
 	_       structs.HostLayout
 	Version uint64
@@ -116,24 +166,38 @@ type demarcDemarcLineage struct {
 	On      demarcDemarcTuple
 }
 
-type demarcDemarcMark struct {
-	_         structs.HostLayout
-	Cookie    uint64
-	Bytes     uint64
-	Back      uint64
-	Fresh     uint64
-	FreshBack uint64
-	Told      uint64
-	ToldBack  uint64
-	Round     uint32
-	Subject   uint32
-	Origin    uint32
-	Pid       uint32
-	Inbound   uint8
-	Hops      uint8
-	Closed    uint8
-	Zero      [5]uint8
-	Comm      [16]int8
+type demarcDemarcMarks struct {
+	_     structs.HostLayout
+	Keys  [8]uint64
+	Marks [8]struct {
+		_    structs.HostLayout
+		Seen uint64
+		Upto struct {
+			_         structs.HostLayout
+			Bytes     uint64
+			Back      uint64
+			Parts     uint32
+			PartsBack uint32
+		}
+		Fresh struct {
+			_         structs.HostLayout
+			Bytes     uint64
+			Back      uint64
+			Parts     uint32
+			PartsBack uint32
+		}
+		Told     uint64
+		ToldBack uint64
+		Round    uint32
+		Subject  uint32
+		Origin   uint32
+		Pid      uint32
+		Inbound  uint8
+		Hops     uint8
+		Ssh      uint8
+		Zero     [5]uint8
+		Comm     [16]int8
+	}
 }
 
 type demarcDemarcPendingBucket struct {
@@ -313,6 +377,7 @@ const (
 	demarcMapDeniedEvents          = "denied_events"
 	demarcMapDoors                 = "doors"
 	demarcMapEndpoints             = "endpoints"
+	demarcMapFamilies              = "families"
 	demarcMapFaults                = "faults"
 	demarcMapFlows                 = "flows"
 	demarcMapGraveyard             = "graveyard"
@@ -468,6 +533,7 @@ type demarcMapSpecs struct {
 	DeniedEvents  *ebpf.MapSpec `ebpf:"denied_events"`
 	Doors         *ebpf.MapSpec `ebpf:"doors"`
 	Endpoints     *ebpf.MapSpec `ebpf:"endpoints"`
+	Families      *ebpf.MapSpec `ebpf:"families"`
 	Faults        *ebpf.MapSpec `ebpf:"faults"`
 	Flows         *ebpf.MapSpec `ebpf:"flows"`
 	Graveyard     *ebpf.MapSpec `ebpf:"graveyard"`
@@ -555,6 +621,7 @@ type demarcMaps struct {
 	DeniedEvents  *ebpf.Map `ebpf:"denied_events"`
 	Doors         *ebpf.Map `ebpf:"doors"`
 	Endpoints     *ebpf.Map `ebpf:"endpoints"`
+	Families      *ebpf.Map `ebpf:"families"`
 	Faults        *ebpf.Map `ebpf:"faults"`
 	Flows         *ebpf.Map `ebpf:"flows"`
 	Graveyard     *ebpf.Map `ebpf:"graveyard"`
@@ -603,6 +670,7 @@ func (m *demarcMaps) Close() error {
 		m.DeniedEvents,
 		m.Doors,
 		m.Endpoints,
+		m.Families,
 		m.Faults,
 		m.Flows,
 		m.Graveyard,

@@ -7,9 +7,7 @@ import (
 	"log/slog"
 	"maps"
 	"math"
-	"os"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -44,84 +42,26 @@ func (d netdev) programs() []string {
 	return []string{"tc_ingress", "tc_egress"}
 }
 
-var devicePrograms = []string{"tc_ingress", "tc_door", "tc_egress"}
-
-// hook is one program at one device.
-type hook struct {
-	program string
-	device  int // index
-}
-
-// String is the name of its pin.
-func (h hook) String() string { return h.program + "_" + strconv.Itoa(h.device) }
-
-// parseHook takes the name of a pin apart.
-func parseHook(pin string) (hook, bool) {
-	for _, program := range devicePrograms {
-		if number, ours := strings.CutPrefix(pin, program+"_"); ours {
-			index, err := strconv.Atoi(number)
-			h := hook{program, index}
-			return h, err == nil && index > 0 && h.String() == pin
-		}
-	}
-	return hook{}, false
-}
-
-// errAway is that a link's device was removed, or moved to another namespace.
-var errAway = errors.New("its device is gone")
-
-// leadsTo checks that a link is attached where the hook says.
-func (h hook) leadsTo(l link.Link, spec *ebpf.ProgramSpec) error {
-	info, err := l.Info()
-	if err != nil {
-		return fmt.Errorf("cannot be read: %w", err)
-	}
-	switch at := info.TCX(); {
-	case at == nil:
-		return fmt.Errorf("is a link of type %v, not of a device", info.Type)
-	case ebpf.AttachType(at.AttachType) != spec.AttachType:
-		return fmt.Errorf("is attached as %v, not %v", ebpf.AttachType(at.AttachType), spec.AttachType)
-	case int(at.Ifindex) != h.device:
-		return errAway
-	}
-	return nil
-}
-
 // boundary keeps the device programs attached to the devices that were chosen,
 // while enforcement is on. It goes on while a policy is applied.
 type boundary struct {
-	choice    Devices
-	programs  map[string]*ebpf.Program // of the kernel, by name
-	specs     map[string]*ebpf.ProgramSpec
-	doors     *ebpf.Map
-	pins      pins
-	log       *slog.Logger
-	attaching func(name string) error // as that of links
-	watch     *deviceWatch            // nil = there is nothing to follow
+	*links // at devices
+	choice Devices
+	doors  *ebpf.Map
+	log    *slog.Logger
+	watch  *deviceWatch // nil = there is nothing to follow
 
-	mu      sync.Mutex
-	on      bool // there is a policy
-	open    map[hook]attachment
-	names   map[int]string // what devices were last called
-	problem string         // of the last time
-	taken   []string       // links that somebody detached, since they were last asked for
-	deaf    error          // why the watch ended
-}
-
-// attachment is an open link and the program that it is known to run.
-type attachment struct {
-	link.Link
-	program ebpf.ProgramID
+	mu      sync.Mutex // guards the links, too
+	on      bool       // there is a policy
+	problem string     // of the last time
+	taken   []string   // links that somebody detached, since they were last asked for
+	deaf    error      // why the watch ended
 }
 
 // newBoundary takes over links, which may be none.
-func newBoundary(choice Devices, o *objects, p pins, links map[hook]link.Link, log *slog.Logger) (*boundary, error) {
-	b := &boundary{choice: choice, programs: o.Programs, specs: o.spec.Programs, doors: o.Maps["doors"], pins: p, log: log,
-		open: map[hook]attachment{}, names: map[int]string{}}
-	for h, l := range links {
-		b.open[h] = attachment{Link: l}
-	}
-	if b.programs["tc_ingress"] == nil { // the kernel has no place for them
+func newBoundary(choice Devices, l *links, log *slog.Logger) (*boundary, error) {
+	b := &boundary{links: l, choice: choice, doors: l.objects.Maps["doors"], log: log}
+	if l.objects.Programs["tc_ingress"] == nil { // the kernel has no place for them
 		b.choice = Devices{}
 	}
 	if b.choice.none() {
@@ -186,31 +126,19 @@ func (b *boundary) end() {
 
 func (b *boundary) release() {
 	for h := range b.open {
-		b.detach(h)
+		b.letGo(h)
 	}
 	b.problem = ""
 }
 
-// adopt puts this core's programs into the links taken over and then follows the
-// devices. Where the code is the same, nothing is touched.
+// adopt puts this core's programs into the links taken over, once those of devices that
+// are gone are let go of.
 func (b *boundary) adopt() error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.on = true
-	_ = b.follow() // first of all lets go of devices that are gone
-	for h, a := range b.open {
-		same, err := runs(a, b.programs[h.program])
-		if err == nil && !same {
-			err = a.Update(b.programs[h.program])
-		}
-		if err == nil {
-			err = b.note(h, a.Link)
-		}
-		if err != nil {
-			return fmt.Errorf("update link %v: %w", h, err)
-		}
-	}
-	return nil
+	_ = b.follow()
+	return b.update()
 }
 
 // follow attaches to devices that should be a boundary and lets go of the others.
@@ -220,17 +148,19 @@ func (b *boundary) follow() error {
 	if err == nil {
 		wanted, missing := b.choose(all)
 		for h, a := range b.open {
-			if _, keep := wanted[h.device]; !keep || errors.Is(h.leadsTo(a, b.specs[h.program]), errAway) {
+			_, keep := wanted[h.device]
+			_, err := h.leadsTo(a, b.objects.spec.Programs[h.program], b.tree)
+			if !keep || errors.Is(err, errAway) {
 				if keep { // its device is here
 					b.taken = append(b.taken, b.label(h))
 				}
-				b.detach(h)
+				b.letGo(h)
 			}
 		}
 		err = b.attachAll(wanted, missing)
 		for h := range b.open { // what was an uplink may be a door now
 			if err == nil && !slices.Contains(wanted[h.device].programs(), h.program) {
-				b.detach(h)
+				b.letGo(h)
 			}
 		}
 	}
@@ -302,8 +232,10 @@ func (b *boundary) attachAll(wanted map[int]netdev, failed []error) error {
 			if _, attached := b.open[h]; attached {
 				continue
 			}
-			err := b.attach(h)
-			if err != nil && !errors.Is(err, unix.ENODEV) { // gone already; the watch will ring
+			switch err := b.attachOne(h, b.pins.links(h.String())); {
+			case err == nil:
+				b.log.Info("device is a boundary", "link", b.label(h))
+			case !errors.Is(err, unix.ENODEV): // gone already; the watch will ring
 				failed = append(failed, err)
 			}
 		}
@@ -315,49 +247,6 @@ func (b *boundary) attachAll(wanted map[int]netdev, failed []error) error {
 		return failed[0]
 	}
 	return fmt.Errorf("%w, and %d more", failed[0], len(failed)-1)
-}
-
-// label is what people call a hook.
-func (b *boundary) label(h hook) string {
-	if name := b.names[h.device]; name != "" {
-		return h.program + " " + name
-	}
-	return fmt.Sprintf("%s device %d", h.program, h.device)
-}
-
-// attach puts a program before those that are there already, so that none of them
-// can take a packet past it.
-func (b *boundary) attach(h hook) error {
-	name := b.label(h)
-	if b.attaching != nil {
-		if err := b.attaching(name); err != nil {
-			return fmt.Errorf("attach %s: %w", name, err)
-		}
-	}
-	fresh, err := link.AttachTCX(link.TCXOptions{
-		Interface: h.device, Program: b.programs[h.program], Attach: b.specs[h.program].AttachType, Anchor: link.Head(),
-	})
-	if err != nil {
-		return fmt.Errorf("attach %s: %w", name, err)
-	}
-	if err := fresh.Pin(b.pins.links(h.String())); err != nil {
-		fresh.Close()
-		return fmt.Errorf("pin link %s: %w", name, err)
-	}
-	b.log.Info("device is a boundary", "link", name)
-	return b.note(h, fresh)
-}
-
-// note keeps a link, and which program it runs.
-func (b *boundary) note(h hook, l link.Link) error {
-	b.open[h] = attachment{Link: l}
-	info, err := l.Info()
-	if err != nil {
-		return fmt.Errorf("read link %s: %w", b.label(h), err)
-	}
-	b.open[h] = attachment{Link: l, program: info.Program}
-	b.pins.saw(b.pins.links(h.String()))
-	return nil
 }
 
 // makeDoor writes what the kernel must know of a door, and leaves what it learned.
@@ -374,11 +263,9 @@ func (b *boundary) makeDoor(d netdev) error {
 	return nil
 }
 
-func (b *boundary) detach(h hook) {
+func (b *boundary) letGo(h hook) {
 	b.log.Info("device is no boundary any more", "link", b.label(h))
-	os.Remove(b.pins.links(h.String()))
-	b.open[h].Close()
-	delete(b.open, h)
+	b.detachOne(h)
 	if h.program == "tc_door" { // whoever gets its index next is somebody else
 		if err := b.doors.Delete(uint32(h.device)); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
 			b.log.Error("degraded", "problem", fmt.Sprintf("delete door %d: %v", h.device, err))
@@ -386,36 +273,42 @@ func (b *boundary) detach(h hook) {
 	}
 }
 
-// status asks the kernel about every link, and says what is missing.
-func (b *boundary) status() (all []proto.Link, problems []string) {
+// state is the status of every link, and says what is missing.
+func (b *boundary) state() (all []proto.Link, problems []string) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	for h, a := range b.open {
-		s := proto.Link{Name: b.label(h)}
-		err := h.leadsTo(a, b.specs[h.program])
-		if info, bad := a.Info(); err == nil && bad == nil && info.Program != a.program {
-			err = fmt.Errorf("runs program %d, which is not ours", info.Program)
-		}
-		s.Attached = err == nil
-		if err == nil {
-			_, err = os.Lstat(b.pins.links(h.String()))
-		}
-		if err != nil {
-			s.Problem = fmt.Sprintf("link %s: %v", s.Name, err)
-		}
-		if info, err := b.programs[h.program].Info(); err == nil {
-			s.Program = info.Tag
-		}
-		all = append(all, s)
-	}
-	slices.SortFunc(all, func(x, y proto.Link) int { return strings.Compare(x.Name, y.Name) })
 	if b.problem != "" {
 		problems = append(problems, b.problem)
 	}
 	if b.deaf != nil {
 		problems = append(problems, b.deaf.Error()+": new devices are noticed late")
 	}
-	return all, problems
+	return b.status(), problems
+}
+
+// changed is what was not as it should be. Links that were detached are attached again by
+// follow, which looks at the same time; here it is told.
+func (b *boundary) changed() (all []incident) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if !b.on {
+		return nil
+	}
+	err := b.follow()
+	for _, name := range b.taken {
+		all = append(all, incident{fmt.Sprintf("link %s was detached", name), err})
+	}
+	b.taken = nil
+	what := pinning{pins: b.pins}
+	all = append(all, b.drift(&what)...)
+	return append(all, what.incidents()...)
+}
+
+// strangers are programs of others at guarded devices.
+func (b *boundary) strangers(seen *observers) ([]string, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.others(seen)
 }
 
 // close gives up the descriptors. What is attached stays attached.
@@ -501,14 +394,4 @@ func deviceNames(all []netdev) []string {
 	}
 	slices.Sort(names)
 	return names
-}
-
-// links are the open ones.
-func (b *boundary) links() (all []link.Link) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	for _, a := range b.open {
-		all = append(all, a.Link)
-	}
-	return all
 }

@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/btf"
 
 	"github.com/demarc/demarc/bpf/abi"
 	"github.com/demarc/demarc/policy"
@@ -212,7 +213,7 @@ func startJudge(t *testing.T) *kernelJudge {
 	if err != nil {
 		t.Fatal(err)
 	}
-	o, err := loadObjects(spec, nil)
+	o, err := loadObjects(spec, nil, btf.NewCache())
 	if err != nil {
 		t.Fatal(err)
 	}

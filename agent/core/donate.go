@@ -77,11 +77,8 @@ func (t *trial) donation() error {
 	return err
 }
 
-// Image returns the image in force in a file that nobody can change. The caller
-// closes it.
-func (c *Core) Image() (*os.File, error) { return c.imageOf(false) }
-
-// imageOf is Image, or the same of the one in shadow.
+// imageOf returns the image in force, or the one in shadow, in a file that nobody can
+// change. The caller closes it.
 func (c *Core) imageOf(shadow bool) (*os.File, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -16,7 +15,6 @@ import (
 	"unsafe"
 
 	"github.com/cilium/ebpf"
-	"github.com/cilium/ebpf/link"
 	"golang.org/x/sys/unix"
 
 	"github.com/demarc/demarc/bpf/abi"
@@ -27,7 +25,7 @@ import (
 var programsOnly = []string{
 	"replays", "pending_syns", "young", "sockets", "endpoints", "turns", "flows", "port_owners", "bound_ports", "clock",
 	"ring_state", "counts", "faults", "pending_seed", "scratch", "refusals_due",
-	"tellings", "seen", "marks", "hops", "lineages",
+	"tellings", "seen", "marks", "hops", "lineages", "families",
 }
 
 // freeze may be done again: a former core did.
@@ -77,10 +75,10 @@ func (c *Core) watch() {
 		return
 	}
 	var all []incident
-	for _, look := range []func() []incident{c.watchState, c.watchQuarantines, c.watchTables, c.watchLinks, c.watchPins, c.watchKeys, c.watchBindings, c.watchGuard} {
+	for _, look := range []func() []incident{c.watchState, c.watchQuarantines, c.watchTables, c.watchLinks, c.watchKeys, c.watchBindings, c.watchGuard} {
 		all = append(all, look()...)
 	}
-	all = append(all, c.devices.drift()...)
+	all = append(all, c.devices.changed()...)
 	c.drifts += uint64(len(all))
 	now := time.Now()
 	var err error
@@ -147,43 +145,6 @@ func (g *generation) misplaced(o *objects) (all []string) {
 	return all
 }
 
-// watchLinks attaches again what was detached, and gives links their program back.
-func (c *Core) watchLinks() (all []incident) {
-	l := c.links
-	for _, name := range attachOrder {
-		err := leadsTo(l.open[name], l.objects.spec.Programs[name], l.tree)
-		if err != nil {
-			all = append(all, incident{fmt.Sprintf("link %s %v", name, err), l.again(name)})
-			continue
-		}
-		info, err := l.open[name].Info()
-		if err == nil && info.Program != l.running[name] {
-			err = l.open[name].Update(l.objects.Programs[name])
-			if err == nil {
-				err = l.note(name)
-			}
-			all = append(all, incident{fmt.Sprintf("link %s ran program %d, which is not ours", name, info.Program), err})
-		}
-	}
-	return all
-}
-
-// again attaches a program beside a link that leads nowhere. The new link is pinned
-// by whoever looks at the pins: it must hold even where that is impossible.
-func (l *links) again(name string) error {
-	fresh, err := attachProgram(l.objects.Programs[name], l.objects.spec.Programs[name], l.tree.dir)
-	if err != nil {
-		return err
-	}
-	l.open[name].Close()
-	l.open[name] = fresh
-	if err := l.note(name); err != nil {
-		return err
-	}
-	l.pins.seen.Store(l.pins.links(name), uint64(0)) // what is there leads to the old one
-	return nil
-}
-
 func newPins(dir string) pins { return pins{dir: dir, seen: &sync.Map{}} }
 
 // saw notes that a pin leads where it should: another one in its place would be
@@ -228,35 +189,31 @@ func (p pins) again(path string, what pinnable) error {
 	return nil
 }
 
-// pinned lists what has to be pinned, by its path.
+// pinned lists the maps that have to be pinned, by their path.
 func (c *Core) pinned() map[string]pinnable {
 	all := map[string]pinnable{c.pins.audit(): c.journal.kernel}
 	for _, name := range keptMaps(c.objects.spec) {
 		all[c.pins.maps(name)] = c.objects.Maps[name]
 	}
-	for name, l := range c.links.open {
-		all[c.pins.links(name)] = l
-	}
-	if c.guard != nil {
-		for name, l := range c.guard.links {
-			all[c.pins.links(name)] = l
-		}
-	}
 	return all
 }
 
-// watchPins pins again what is not pinned any more: without pins, enforcement would
-// end with this core. `abi` comes last, as at a start.
-func (c *Core) watchPins() []incident {
+// watchLinks puts links back, and pins again what is not pinned any more: without pins,
+// enforcement would end with this core. `abi` comes last, as at a start.
+func (c *Core) watchLinks() []incident {
 	what := pinning{pins: c.pins}
-	all := c.pinned()
-	for _, path := range sortedKeys(all) {
-		what.look(path, all[path])
+	all := c.links.drift(&what)
+	if c.guard != nil {
+		all = append(all, c.guard.links.drift(&what)...)
+	}
+	maps := c.pinned()
+	for _, path := range sortedKeys(maps) {
+		what.look(path, maps[path])
 	}
 	if !c.pins.intact(c.pins.abi()) {
 		what.failed(c.pins.abi(), c.recommit())
 	}
-	return what.incidents()
+	return append(all, what.incidents()...)
 }
 
 func (c *Core) recommit() error {
@@ -357,45 +314,11 @@ func (c *Core) watchBindings() (all []incident) {
 	return all
 }
 
-// drift is the same of device links. Those that were detached are attached again by
-// follow, which looks at the same time; here it is told.
-func (b *boundary) drift() (all []incident) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if !b.on {
-		return nil
-	}
-	err := b.follow()
-	for _, name := range b.taken {
-		all = append(all, incident{fmt.Sprintf("link %s was detached", name), err})
-	}
-	b.taken = nil
-	what := pinning{pins: b.pins}
-	for _, h := range slices.SortedFunc(maps.Keys(b.open), func(x, y hook) int { return strings.Compare(x.String(), y.String()) }) {
-		a := b.open[h]
-		if info, err := a.Info(); err == nil && info.Program != a.program {
-			err := a.Update(b.programs[h.program])
-			if err == nil {
-				err = b.note(h, a.Link)
-			}
-			all = append(all, incident{fmt.Sprintf("link %s ran program %d, which is not ours", b.label(h), info.Program), err})
-		}
-		what.look(b.pins.links(h.String()), a.Link)
-	}
-	return append(all, what.incidents()...)
-}
-
-// queryEffective asks for what runs at a cgroup, and not only for what is attached to
-// it (BPF_F_QUERY_EFFECTIVE).
-const queryEffective = 1
-
 // watchOthers looks for programs of others at our hooks: on the managed root and
-// above it, and on devices. They cannot let pass what ours refuse, but may refuse more
-// or rewrite addresses; so they are a limit, and noted when they come and go. At a
-// device one that runs first decides alone, which is a problem.
+// above it, and on devices. They are a limit, and noted when they come and go.
 func (c *Core) watchOthers() {
-	others, err := c.others()
-	first, more := c.devices.others()
+	others, err := c.links.others(c.observers)
+	more, first := c.devices.strangers(c.observers)
 	others = append(others, more...)
 	for _, o := range others {
 		if !slices.Contains(c.foreign, o) {
@@ -410,55 +333,4 @@ func (c *Core) watchOthers() {
 	}
 	c.foreign = others
 	c.attend("hooks", errors.Join(err, first))
-}
-
-func (c *Core) others() (all []string, err error) {
-	root, err := os.Open(c.tree.dir)
-	if err != nil {
-		return nil, err
-	}
-	defer root.Close()
-	for _, name := range attachOrder[namers:] {
-		found, err := link.QueryPrograms(link.QueryOptions{
-			Target: int(root.Fd()), Attach: c.objects.spec.Programs[name].AttachType, QueryFlags: queryEffective})
-		if err != nil {
-			return nil, fmt.Errorf("look for programs at %s: %w", name, err)
-		}
-		for _, p := range found.Programs {
-			if p.ID != c.links.running[name] && !c.observers.owns(p.ID) {
-				all = append(all, foreign(p.ID, name))
-			}
-		}
-	}
-	return all, nil
-}
-
-func foreign(id ebpf.ProgramID, place string) string {
-	return fmt.Sprintf("program %d at %s is not ours (bpftool prog show id %d)", id, place, id)
-}
-
-// others lists other programs at guarded devices. The error is one that runs before
-// ours.
-func (b *boundary) others() (first error, all []string) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	for h, a := range b.open {
-		found, err := link.QueryPrograms(link.QueryOptions{Target: h.device, Attach: b.specs[h.program].AttachType})
-		if err != nil { // the device may have gone just now
-			continue
-		}
-		ours := false
-		for _, p := range found.Programs {
-			if p.ID == a.program {
-				ours = true
-				continue
-			}
-			all = append(all, foreign(p.ID, b.label(h)))
-			if !ours {
-				first = fmt.Errorf("program %d runs before ours at %s, and may let pass what it likes", p.ID, b.label(h))
-			}
-		}
-	}
-	slices.Sort(all)
-	return first, all
 }

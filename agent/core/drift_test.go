@@ -127,13 +127,13 @@ func TestX21Tamper(t *testing.T) {
 		}, "somebody else wrote the state", true},
 		{"rules replaced", func(t *testing.T) { must(t, c.objects.Maps["rules"].Put(g.slot, spare("rules"))) }, "table rules of slot", false},
 		{"crossings taken out", func(t *testing.T) { must(t, c.objects.Maps["crossings"].Delete(g.slot)) }, "table crossings of slot", false},
-		{"link detached", func(t *testing.T) { must(t, c.links.open["egress"].(interface{ Detach() error }).Detach()) }, "link egress was detached", false},
+		{"link detached", func(t *testing.T) { must(t, c.links.open[hook{program: "egress"}].Detach()) }, "link egress was detached", false},
 		{"another program in a link", func(t *testing.T) {
-			must(t, c.links.open["egress"].Update(foreignProgram(t, c.objects.spec.Programs["egress"])))
+			must(t, c.links.open[hook{program: "egress"}].Update(foreignProgram(t, c.objects.spec.Programs["egress"])))
 		}, "link egress ran program", false},
 		{"all links detached", func(t *testing.T) {
 			for _, name := range attachOrder[namers:] {
-				must(t, c.links.open[name].(interface{ Detach() error }).Detach())
+				must(t, c.links.open[hook{program: name}].Detach())
 			}
 		}, "link sock_ops was detached", false},
 		{"pin of a link removed", func(t *testing.T) { must(t, os.Remove(c.pins.links("ingress"))) }, "links/ingress was gone, or led elsewhere", false},
@@ -268,7 +268,9 @@ func TestI05Collected(t *testing.T) {
 	m := newMachine(t)
 	c := enforcing(t, m, shop(t, nil))
 	before := linkIDs(t, c)
-	c.links.open = map[string]link.Link{"egress": nil} // the others are forgotten, and this one, too
+	other, err := link.LoadPinnedLink(c.pins.links("egress"), nil)
+	must(t, err)
+	c.links.open = map[hook]attachment{{program: "egress"}: {Link: other}} // all of them are forgotten, and this one is another
 	for range 3 {
 		runtime.GC()
 	}
@@ -377,7 +379,7 @@ func TestI18HookFull(t *testing.T) {
 		t.Errorf("with the hook full: %v, %v", s.State, s.Problems)
 	}
 	// Detached, and no place to come back to: that is said, until there is one.
-	must(t, c.links.open["egress"].(interface{ Detach() error }).Detach())
+	must(t, c.links.open[hook{program: "egress"}].Detach())
 	others = append(others, fill()...)
 	c.upkeep()
 	s := c.Status()

@@ -3,9 +3,6 @@ package core
 import (
 	"errors"
 	"fmt"
-	"os"
-	"strconv"
-	"strings"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -29,12 +26,12 @@ func DropPrivileges() error {
 	for _, c := range keptCapabilities {
 		keep |= 1 << c
 	}
-	last, err := lastCapability()
-	if err != nil {
-		return fmt.Errorf("drop privileges: %w", err)
-	}
-	for c := 0; c <= last; c++ {
-		if err := onAllThreads(syscall.SYS_PRCTL, unix.PR_CAPBSET_DROP, uintptr(c), 0); err != nil {
+	for c := uintptr(0); ; c++ {
+		err := onAllThreads(syscall.SYS_PRCTL, unix.PR_CAPBSET_DROP, c, 0)
+		if errors.Is(err, unix.EINVAL) && c > unix.CAP_LAST_CAP { // this kernel knows no more
+			break
+		}
+		if err != nil {
 			return fmt.Errorf("drop capability %d from the bounding set: %w", c, err)
 		}
 	}
@@ -70,27 +67,4 @@ func onAllThreads(trap, a1, a2, a3 uintptr) error {
 		return errno
 	}
 	return nil
-}
-
-// lastCapability is the highest one that this kernel knows.
-func lastCapability() (int, error) {
-	text, err := os.ReadFile("/proc/sys/kernel/cap_last_cap")
-	if err != nil {
-		return 0, err
-	}
-	return strconv.Atoi(strings.TrimSpace(string(text)))
-}
-
-// readCapabilities returns the effective ones of this process.
-func readCapabilities() (uint64, error) {
-	text, err := os.ReadFile("/proc/self/status")
-	if err != nil {
-		return 0, fmt.Errorf("read capabilities: %w", err)
-	}
-	for line := range strings.Lines(string(text)) {
-		if hex, found := strings.CutPrefix(line, "CapEff:"); found {
-			return strconv.ParseUint(strings.TrimSpace(hex), 16, 64)
-		}
-	}
-	return 0, errors.New("read capabilities: /proc/self/status does not list them")
 }

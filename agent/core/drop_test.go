@@ -93,7 +93,7 @@ func (m *machine) daemonUnder(t *testing.T, command ...string) (*coreclient.Clie
 			t.Errorf("demarc-core: %v", err)
 		}
 	})
-	for end := time.Now().Add(20 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+	for end := time.Now().Add(time.Minute); ; time.Sleep(10 * time.Millisecond) {
 		client, err := coreclient.Dial(context.Background(), m.config.Socket())
 		if err == nil {
 			t.Cleanup(func() { client.Close() })
@@ -162,10 +162,10 @@ func TestDevicesAfterDrop(t *testing.T) {
 	}
 	at(t, 0, "pod")
 	plug(t, hostSide(t, "late"))
-	at(t, hotPlug, "pod", "late")
+	at(t, patience, "pod", "late")
 	unplug(t, "pod")
 	var names []string
-	for end := time.Now().Add(time.Second); time.Now().Before(end); time.Sleep(time.Millisecond) {
+	for end := time.Now().Add(patience); time.Now().Before(end); time.Sleep(time.Millisecond) {
 		s, err = client.Status()
 		must(t, err)
 		if names = linksOf(s); len(names) == 2 {

@@ -6,7 +6,6 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 
 	"github.com/cilium/ebpf"
@@ -14,14 +13,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// guardOrder lists the programs that keep others from what enforces (bpf/guard.bpf.c).
-var guardOrder = []string{"guard_links", "guard_maps", "guard_memory", "guard_mount", "guard_place", "guard_pins"}
-
-// guard is those programs, loaded. Where the kernel refuses BPF LSM there is none:
-// what root undoes is then seen and put back, not prevented.
+// guard is the programs that keep others from what enforces, loaded. Where the kernel
+// refuses BPF LSM there is none: what root undoes is then seen and put back, not
+// prevented.
 type guard struct {
-	*ebpf.Collection
-	links map[string]link.Link
+	*objects
+	links *links
 	ids   [2]map[uint32]bool // of the maps and links that it covers
 }
 
@@ -46,7 +43,8 @@ func newGuard() (_ *guard, err error) {
 	if err != nil {
 		return nil, err
 	}
-	g := &guard{Collection: c, links: map[string]link.Link{}}
+	o := &objects{Collection: c, spec: spec}
+	g := &guard{objects: o, links: newLinks(o, nil)}
 	if err := g.try(exe); err != nil {
 		g.close()
 		return nil, err
@@ -77,14 +75,15 @@ func (g *guard) try(file string) error {
 // close gives up the descriptors; what is pinned goes on.
 func (g *guard) close() {
 	if g != nil {
-		closeAll(g.links)
+		closeAll(g.links.open)
 		g.Close()
 	}
 }
 
 // raise attaches the programs and pins them in the place of a former core's, which
 // keep watch until then.
-func (g *guard) raise(p pins) error {
+func (g *guard) raise(t *tree, p pins) error {
+	g.links.tree, g.links.pins = t, p
 	var stat unix.Stat_t
 	if err := unix.Stat(p.dir, &stat); err != nil {
 		return fmt.Errorf("guard pins: %w", err)
@@ -94,19 +93,9 @@ func (g *guard) raise(p pins) error {
 		return fmt.Errorf("guard pins: %w", err)
 	}
 	for _, name := range guardOrder {
-		l, err := link.AttachLSM(link.LSMOptions{Program: g.Programs[name]})
-		if err != nil {
-			return fmt.Errorf("attach %s: %w", name, err)
+		if err := g.links.replace(hook{program: name}); err != nil {
+			return err
 		}
-		g.links[name] = l
-		os.Remove(p.aside(name)) // of an interrupted start
-		if err := l.Pin(p.aside(name)); err != nil {
-			return fmt.Errorf("pin link %s: %w", name, err)
-		}
-		if err := os.Rename(p.aside(name), p.links(name)); err != nil {
-			return fmt.Errorf("pin link %s: %w", name, err)
-		}
-		p.saw(p.links(name))
 	}
 	return nil
 }
@@ -162,13 +151,21 @@ func (c *Core) guarded() (ids [2]map[uint32]bool) {
 			}
 		}
 	}
-	links := slices.Concat(slices.Collect(maps.Values(c.links.open)), slices.Collect(maps.Values(c.guard.links)), c.devices.links())
-	if c.observers != nil {
-		links = slices.AppendSeq(links, maps.Values(c.observers.links))
-	}
-	for _, l := range links {
+	see := func(l link.Link) {
 		if info, err := l.Info(); err == nil {
 			ids[1][uint32(info.ID)] = true
+		}
+	}
+	c.devices.mu.Lock()
+	defer c.devices.mu.Unlock()
+	for _, all := range []*links{c.links, c.guard.links, c.devices.links} {
+		for _, l := range all.open {
+			see(l)
+		}
+	}
+	if c.observers != nil {
+		for _, l := range c.observers.links {
+			see(l)
 		}
 	}
 	return ids

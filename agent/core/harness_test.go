@@ -248,3 +248,18 @@ func as(t *testing.T, uid int, do func(), path string) {
 	}()
 	must(t, <-done)
 }
+
+// What root asks for on the socket, in short.
+
+func (c *Core) Apply(b []byte, within time.Duration) (*proto.Status, error) {
+	return c.apply(b, change{within: within}, "core")
+}
+
+func (c *Core) Shadow(b []byte, lasting time.Duration) (*proto.Status, error) {
+	return c.beginShadow(b, lasting, "core")
+}
+
+func (c *Core) EndShadow() (*proto.Status, error) { return c.stopShadow("core") }
+func (c *Core) Confirm() (*proto.Status, error)   { return c.confirm("core") }
+func (c *Core) Rollback() (*proto.Status, error)  { return c.rollback("core") }
+func (c *Core) Image() (*os.File, error)          { return c.imageOf(false) }

@@ -228,8 +228,7 @@ func (c *Core) sendWith(k *keyring.Key) error {
 	if err != nil || state.TagEpoch == uint64(k.Epoch) {
 		return err
 	}
-	state.TagEpoch = uint64(k.Epoch)
-	if err := writeState(c.objects, state); err != nil {
+	if err := changeState(c.objects, func(s *abi.State) { s.TagEpoch = uint64(k.Epoch) }); err != nil {
 		return err
 	}
 	c.log.Info("tag key changes", "sending", k.Epoch)

@@ -351,7 +351,7 @@ func TestKeysAreFollowed(t *testing.T) {
 	next.Send = time.Now().Truncate(time.Second)
 	must(t, keyring.Replace(m.config.Keyring, &keyring.Ring{Keys: append(ring.Keys, next)}))
 	b := &keyBench{Core: c, t: t}
-	for end := time.Now().Add(5 * upkeepInterval); ; time.Sleep(20 * time.Millisecond) {
+	for end := time.Now().Add(patience); ; time.Sleep(20 * time.Millisecond) {
 		state, err := readState(c.objects)
 		must(t, err)
 		if state.TagEpoch == 2 {

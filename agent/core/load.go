@@ -7,10 +7,12 @@ import (
 	"fmt"
 	"runtime"
 	"strings"
+	"sync"
 	"sync/atomic"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
+	"github.com/cilium/ebpf/btf"
 	"github.com/cilium/ebpf/features"
 	"golang.org/x/sys/unix"
 
@@ -51,21 +53,70 @@ func readSpec(t *tree) (*ebpf.CollectionSpec, error) {
 
 // loadObjects gives the programs to the kernel. They use the pinned maps where
 // there are any, else new ones.
-func loadObjects(spec *ebpf.CollectionSpec, pinned map[string]*ebpf.Map) (*objects, error) {
+func loadObjects(spec *ebpf.CollectionSpec, pinned map[string]*ebpf.Map, types *btf.Cache) (*objects, error) {
 	// Before Linux 5.11 maps count as locked memory. Such a kernel lacks more, and the
 	// limit must not hide what.
 	_ = unix.Setrlimit(unix.RLIMIT_MEMLOCK, &unix.Rlimit{Cur: unix.RLIM_INFINITY, Max: unix.RLIM_INFINITY})
-	c, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{MapReplacements: pinned})
+	c, errs := load(spec, pinned, types)
+	var err error
+	for _, name := range sortedKeys(errs) {
+		if err == nil {
+			err = errs[name]
+		}
+	}
+	if err == nil {
+		return &objects{Collection: c, spec: spec}, nil
+	}
+	c.Close()
 	if errors.Is(err, ebpf.ErrNotSupported) {
 		return nil, proto.Refuse("use a kernel that has it (6.1 or later)", "this kernel lacks a feature: load %w", err)
 	}
-	if err != nil {
-		if what := lacking(spec); what != "" {
-			return nil, proto.Refuse("use a kernel that has it (6.1 or later)", "this kernel lacks a feature: %s", what)
-		}
-		return nil, fmt.Errorf("load %s%w", kindOf(spec, err), err)
+	if what := lacking(spec); what != "" {
+		return nil, proto.Refuse("use a kernel that has it (6.1 or later)", "this kernel lacks a feature: %s", what)
 	}
-	return &objects{Collection: c, spec: spec}, nil
+	return nil, fmt.Errorf("load %s%w", kindOf(spec, err), err)
+}
+
+// load makes the maps that are not there yet, and then gives the programs to the
+// kernel, one to each processor: most of a start is the kernel's verifier. It returns
+// what was loaded, and why the other programs were not, by name; by "" what kept all
+// from it.
+func load(spec *ebpf.CollectionSpec, there map[string]*ebpf.Map, types *btf.Cache) (*ebpf.Collection, map[string]error) {
+	part := *spec
+	part.Programs = nil
+	all, err := ebpf.NewCollectionWithOptions(&part, ebpf.CollectionOptions{MapReplacements: there, Cache: types})
+	if err != nil {
+		return &ebpf.Collection{}, map[string]error{"": err}
+	}
+	all.Programs = map[string]*ebpf.Program{}
+	part.Variables = nil
+	errs := map[string]error{}
+	names := make(chan string)
+	var mu sync.Mutex // guards the two maps of results
+	var workers sync.WaitGroup
+	for range min(runtime.GOMAXPROCS(0), len(spec.Programs)) {
+		workers.Go(func() {
+			for name := range names {
+				one := part
+				one.Programs = map[string]*ebpf.ProgramSpec{name: spec.Programs[name]}
+				c, err := ebpf.NewCollectionWithOptions(&one, ebpf.CollectionOptions{MapReplacements: all.Maps, Cache: types})
+				mu.Lock()
+				if err != nil {
+					errs[name] = err
+				} else {
+					all.Programs[name] = c.DetachProgram(name)
+					c.Close()
+				}
+				mu.Unlock()
+			}
+		})
+	}
+	for _, name := range sortedKeys(spec.Programs) {
+		names <- name
+	}
+	close(names)
+	workers.Wait()
+	return all, errs
 }
 
 // lacking names the first kind of program or helper function of these programs that

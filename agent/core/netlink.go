@@ -7,6 +7,7 @@ import (
 	"iter"
 	"net/netip"
 	"os"
+	"syscall"
 
 	"golang.org/x/sys/unix"
 )
@@ -117,51 +118,29 @@ func dump(s int, ask, want uint16, payload []byte, each func([]byte)) error {
 		if sender, ok := from.(*unix.SockaddrNetlink); !ok || sender.Pid != 0 {
 			continue // not the kernel
 		}
-		for m := range messages(b[:n]) {
-			if m.sequence != uint32(ask) {
+		messages, err := syscall.ParseNetlinkMessage(b[:n])
+		if err != nil {
+			return fmt.Errorf("list devices: read an answer: %w", err)
+		}
+		for _, m := range messages {
+			if m.Header.Seq != uint32(ask) {
 				continue
 			}
-			changed = changed || m.flags&unix.NLM_F_DUMP_INTR != 0
-			switch m.kind {
+			changed = changed || m.Header.Flags&unix.NLM_F_DUMP_INTR != 0
+			switch m.Header.Type {
 			case want:
-				each(m.payload)
+				each(m.Data)
 			case unix.NLMSG_ERROR:
-				if len(m.payload) < 4 {
+				if len(m.Data) < 4 {
 					return errors.New("list devices: an answer is too short")
 				}
-				return fmt.Errorf("list devices: %w", unix.Errno(-int32(binary.NativeEndian.Uint32(m.payload))))
+				return fmt.Errorf("list devices: %w", unix.Errno(-int32(binary.NativeEndian.Uint32(m.Data))))
 			case unix.NLMSG_DONE:
 				if changed {
 					return errChanged
 				}
 				return nil
 			}
-		}
-	}
-}
-
-type message struct {
-	kind, flags uint16
-	sequence    uint32
-	payload     []byte
-}
-
-// messages walks struct nlmsghdr. What does not fit ends it.
-func messages(b []byte) iter.Seq[message] {
-	return func(yield func(message) bool) {
-		for len(b) >= unix.SizeofNlMsghdr {
-			length := int(binary.NativeEndian.Uint32(b))
-			if length < unix.SizeofNlMsghdr || length > len(b) {
-				return
-			}
-			m := message{
-				kind: binary.NativeEndian.Uint16(b[4:]), flags: binary.NativeEndian.Uint16(b[6:]),
-				sequence: binary.NativeEndian.Uint32(b[8:]), payload: b[unix.SizeofNlMsghdr:length],
-			}
-			if !yield(m) {
-				return
-			}
-			b = b[min(align(length), len(b)):]
 		}
 	}
 }
@@ -175,13 +154,10 @@ func attributes(b []byte) iter.Seq2[uint16, []byte] {
 			if length < unix.SizeofNlAttr || length > len(b) || !yield(kind, b[unix.SizeofNlAttr:length]) {
 				return
 			}
-			b = b[min(align(length), len(b)):]
+			b = b[min((length+3)&^3, len(b)):] // where the next one begins
 		}
 	}
 }
-
-// align rounds up to where the next message or attribute begins.
-func align(n int) int { return (n + 3) &^ 3 }
 
 func attribute(kind uint16, value uint32) []byte {
 	b := binary.NativeEndian.AppendUint16(nil, unix.SizeofNlAttr+4)

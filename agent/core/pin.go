@@ -121,14 +121,13 @@ func checkOwner(path string, mode fs.FileMode) error {
 // mend tells what to do about pins that cannot be adopted.
 const mend = "stop demarc-core and run `demarc-core detach --yes`; nothing is enforced until it is started again"
 
-// adopt opens the pinned maps and links of a finished start, if they are exactly
-// what this core would pin. The caller closes them.
-func (p pins) adopt(spec *ebpf.CollectionSpec, t *tree) (maps map[string]*ebpf.Map, links map[string]link.Link, err error) {
-	maps, links = map[string]*ebpf.Map{}, map[string]link.Link{}
+// adopt opens the pinned maps, and the links at the managed root, of a finished start,
+// if they are exactly what this core would pin. The caller closes them.
+func (p pins) adopt(spec *ebpf.CollectionSpec, t *tree) (maps map[string]*ebpf.Map, links map[hook]attachment, err error) {
+	maps = map[string]*ebpf.Map{}
 	defer func() {
 		if err != nil {
 			closeAll(maps)
-			closeAll(links)
 		}
 	}()
 	about, err := openPinnedMap(p.abi(), &cardSpec)
@@ -149,12 +148,33 @@ func (p pins) adopt(spec *ebpf.CollectionSpec, t *tree) (maps map[string]*ebpf.M
 			return nil, nil, err
 		}
 	}
-	for _, name := range attachOrder {
-		if links[name], err = openPinnedLink(p.links(name), spec.Programs[name], t); err != nil {
-			return nil, nil, err
+	hooks := make([]hook, len(attachOrder))
+	for i, name := range attachOrder {
+		hooks[i].program = name
+	}
+	links, err = p.openLinks(hooks, spec, t)
+	return maps, links, err
+}
+
+// openLinks opens pinned links. Those whose device is gone are among them, so that they
+// can be removed once it is certain that this core starts. The caller closes them.
+func (p pins) openLinks(hooks []hook, spec *ebpf.CollectionSpec, t *tree) (all map[hook]attachment, err error) {
+	all = map[hook]attachment{}
+	for _, h := range hooks {
+		path := p.links(h.String())
+		l, err := link.LoadPinnedLink(path, nil)
+		if err != nil {
+			closeAll(all)
+			return nil, proto.Refuse(mend, "adopt pins: open %s: %w", path, err)
+		}
+		program, err := h.leadsTo(l, spec.Programs[h.program], t)
+		all[h] = attachment{l, program}
+		if err != nil && !errors.Is(err, errAway) {
+			closeAll(all)
+			return nil, proto.Refuse(mend, "adopt pins: %s %w", path, err)
 		}
 	}
-	return maps, links, nil
+	return all, nil
 }
 
 func openPinnedMap(path string, spec *ebpf.MapSpec) (*ebpf.Map, error) {
@@ -169,47 +189,6 @@ func openPinnedMap(path string, spec *ebpf.MapSpec) (*ebpf.Map, error) {
 	return m, nil
 }
 
-func openPinnedLink(path string, spec *ebpf.ProgramSpec, t *tree) (link.Link, error) {
-	l, err := link.LoadPinnedLink(path, nil)
-	if err != nil {
-		return nil, proto.Refuse(mend, "adopt pins: open %s: %w", path, err)
-	}
-	if err := leadsTo(l, spec, t); err != nil {
-		l.Close()
-		return nil, proto.Refuse(mend, "adopt pins: %s %w", path, err)
-	}
-	return l, nil
-}
-
-// leadsTo checks that a link is attached where the program belongs.
-func leadsTo(l link.Link, spec *ebpf.ProgramSpec, t *tree) error {
-	info, err := l.Info()
-	if err != nil {
-		return fmt.Errorf("cannot be read: %w", err)
-	}
-	if spec.Type == ebpf.Tracing {
-		raw := info.RawTracepoint()
-		if raw == nil {
-			return fmt.Errorf("is a link of type %v, not a tracepoint", info.Type)
-		}
-		if raw.Name != spec.AttachTo {
-			return fmt.Errorf("is a link of tracepoint %s, not %s", raw.Name, spec.AttachTo)
-		}
-		return nil
-	}
-	switch at := info.Cgroup(); {
-	case at == nil:
-		return fmt.Errorf("is a link of type %v, not of a cgroup", info.Type)
-	case at.CgroupId == 0:
-		return errors.New("was detached")
-	case at.CgroupId != t.id:
-		return fmt.Errorf("leads to cgroup %d, not %d", at.CgroupId, t.id)
-	case ebpf.AttachType(at.AttachType) != spec.AttachType:
-		return fmt.Errorf("is attached as %v, not %v", ebpf.AttachType(at.AttachType), spec.AttachType)
-	}
-	return nil
-}
-
 // hooks lists the pins of devices. A directory that cannot be read has none.
 func (p pins) hooks() []hook {
 	var all []hook
@@ -220,29 +199,6 @@ func (p pins) hooks() []hook {
 		}
 	}
 	return all
-}
-
-// adoptDevices opens the pinned links of devices. Those whose device is gone are
-// among them, so that they can be removed once it is certain that this core
-// starts. The caller closes them.
-func (p pins) adoptDevices(spec *ebpf.CollectionSpec) (_ map[hook]link.Link, err error) {
-	all := map[hook]link.Link{}
-	defer func() {
-		if err != nil {
-			closeAll(all)
-		}
-	}()
-	for _, h := range p.hooks() {
-		path := p.links(h.String())
-		if all[h], err = link.LoadPinnedLink(path, nil); err != nil {
-			delete(all, h)
-			return nil, proto.Refuse(mend, "adopt pins: open %s: %w", path, err)
-		}
-		if err := h.leadsTo(all[h], spec.Programs[h.program]); err != nil && !errors.Is(err, errAway) {
-			return nil, proto.Refuse(mend, "adopt pins: %s %w", path, err)
-		}
-	}
-	return all, nil
 }
 
 // pinMaps makes the directory and pins the maps.
@@ -306,11 +262,9 @@ func (p pins) clear(spec *ebpf.CollectionSpec) error {
 	return nil
 }
 
-// closeAll closes whatever is open.
+// closeAll closes all of them.
 func closeAll[K comparable, C interface{ Close() error }](all map[K]C) {
 	for _, c := range all {
-		if any(c) != nil {
-			_ = c.Close()
-		}
+		_ = c.Close()
 	}
 }

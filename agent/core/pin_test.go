@@ -99,7 +99,7 @@ func TestI16BadPins(t *testing.T) {
 			must(t, os.Remove(c.pins.links("cgroup_mkdir")))
 			must(t, l.Pin(c.pins.links("cgroup_mkdir")))
 		}, "links/cgroup_mkdir is a link of tracepoint cgroup_rmdir"},
-		{"bad detached link", func(t *testing.T, c *Core) { must(t, c.links.open["egress"].Detach()) }, "links/egress was detached"},
+		{"bad detached link", func(t *testing.T, c *Core) { must(t, c.links.open[hook{program: "egress"}].Detach()) }, "links/egress was detached"},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {

@@ -12,7 +12,6 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/btf"
-	"github.com/cilium/ebpf/link"
 	"golang.org/x/sys/unix"
 
 	"github.com/demarc/demarc/agent/core/proto"
@@ -46,14 +45,15 @@ type trial struct {
 	dry       bool     // nothing may stay
 	made      []string // directories that go again if so, deepest first
 	tree      *tree
+	types     btf.Cache // of the kernel
 	spec      *ebpf.CollectionSpec
 	committed bool // a former core finished its start here
 	maps      map[string]*ebpf.Map
-	links     map[string]link.Link
-	taps      map[hook]link.Link // links of devices
-	noTCX     bool               // the kernel has no place for programs at devices
-	limits    []string           // what is not enforced, though a start is not refused
-	trusted   []envelope.Key     // keys that sign images; none = images need no signature
+	links     map[hook]attachment // at the managed root
+	taps      map[hook]attachment // at devices
+	noTCX     bool                // the kernel has no place for programs at devices
+	limits    []string            // what is not enforced, though a start is not refused
+	trusted   []envelope.Key      // keys that sign images; none = images need no signature
 	objects   *objects
 	answers   *refusals // nil = the machine does not let us
 	shield    *guard    // nil = the kernel loads no BPF LSM programs
@@ -86,8 +86,8 @@ var checks = []struct {
 	{"clock", "", "read CLOCK_BOOTTIME and the wall clock", "set the clock, then restart demarc-core", (*trial).clock},
 	{"cgroup2", "", "find the cgroup2 mount by its type, and cgroup_root in it", "mount cgroup2", (*trial).cgroup2},
 	{"cgroup namespace", "cgroup2", "compare /proc/self/ns/cgroup with the initial one", "run in the host's cgroup namespace (cgroup: host)", (*trial).namespace},
-	{"btf", "", "read the kernel's type information", "use a kernel with CONFIG_DEBUG_INFO_BTF", (*trial).btf},
 	{"pins", "cgroup2", "compare what is pinned below bpffs with what this version would pin", "", (*trial).pins},
+	{"btf", "", "read the kernel's type information", "use a kernel with CONFIG_DEBUG_INFO_BTF", (*trial).btf},
 	{"read-only maps", "", "look for BPF file systems that others than root may write to", "chmod 0700 them", (*trial).donation},
 	{"devices", "", "look for places for programs at devices, and for the devices that are named",
 		`use a kernel with tcx (6.6 or later), or set "devices" to []`, (*trial).devices},
@@ -101,6 +101,7 @@ var checks = []struct {
 }
 
 func (t *trial) run() []Check {
+	go t.btf() // it takes a while, and the check waits for it
 	results := make([]Check, len(checks))
 	failed := map[string]bool{}
 	for i, c := range checks {
@@ -140,18 +141,6 @@ func (t *trial) passed() error {
 		}
 	}
 	return nil
-}
-
-// running says which programs the adopted links run. A link that cannot be read
-// has none.
-func (t *trial) running() map[string]ebpf.ProgramID {
-	all := map[string]ebpf.ProgramID{}
-	for name, l := range t.links {
-		if info, err := l.Info(); err == nil {
-			all[name] = info.Program
-		}
-	}
-	return all
 }
 
 func (t *trial) privileges() error {
@@ -275,7 +264,7 @@ func (t *trial) namespace() error {
 }
 
 func (t *trial) btf() error {
-	_, err := btf.LoadKernelSpec()
+	_, err := t.types.Kernel()
 	return err
 }
 
@@ -290,7 +279,7 @@ func (t *trial) pins() (err error) {
 	if t.maps, t.links, err = p.adopt(t.spec, t.tree); err != nil {
 		return err
 	}
-	t.taps, err = p.adoptDevices(t.spec)
+	t.taps, err = p.openLinks(p.hooks(), t.spec, t.tree)
 	return err
 }
 
@@ -305,7 +294,7 @@ func (t *trial) load() (err error) {
 			delete(t.spec.Programs, name)
 		}
 	}
-	t.objects, err = loadObjects(t.spec, t.maps)
+	t.objects, err = loadObjects(t.spec, t.maps, &t.types)
 	return err
 }
 
@@ -321,7 +310,7 @@ func (t *trial) attach() (err error) {
 	}
 	defer func() { err = errors.Join(err, os.Remove(dir)) }()
 	for _, name := range attachOrder {
-		l, err := attachProgram(t.objects.Programs[name], t.spec.Programs[name], dir)
+		l, err := attachProgram(t.objects.Programs[name], t.spec.Programs[name], dir, 0)
 		if err != nil {
 			return fmt.Errorf("%s: %w", name, err)
 		}

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/btf"
 
 	"github.com/google/go-cmp/cmp"
 )
@@ -128,7 +129,7 @@ func TestLoadNamesProgram(t *testing.T) {
 	spec, err := readSpec(tree)
 	must(t, err)
 	spec.Programs["judge"].Instructions = spec.Programs["judge"].Instructions[:1]
-	if o, err := loadObjects(spec, nil); err == nil {
+	if o, err := loadObjects(spec, nil, btf.NewCache()); err == nil {
 		o.Close()
 		t.Error("loaded")
 	} else if !strings.Contains(err.Error(), "program judge") {

@@ -3,6 +3,7 @@ package core
 import (
 	"bytes"
 	"encoding/binary"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -27,7 +28,7 @@ var errPreview = errors.New("only a preview")
 // The image is filled and tested as if it were applied; the kernel then judges each
 // socket that a process holds by it, as it would at the socket's next packet.
 func (c *Core) Preview(b []byte) (*proto.Preview, error) {
-	g, err := c.offered(b)
+	g, err := c.offered(b, "")
 	if err != nil {
 		return nil, err
 	}
@@ -63,13 +64,16 @@ func (c *Core) Preview(b []byte) (*proto.Preview, error) {
 const preparedFor = time.Minute
 
 // offered opens what somebody wants to be in force. What was just previewed, to the
-// byte, need not be verified again.
-func (c *Core) offered(b []byte) (*generation, error) {
+// byte, need not be verified again, nor be here again: its digest is enough.
+func (c *Core) offered(b []byte, digest string) (*generation, error) {
 	c.mu.Lock()
 	p := c.prepared
 	c.mu.Unlock()
-	if p != nil && bytes.Equal(p.came, b) {
+	switch {
+	case p != nil && (bytes.Equal(p.came, b) || digest == hex.EncodeToString(p.digest[:])):
 		return p, nil
+	case digest != "":
+		return nil, proto.Refuse("apply the image itself", "no image with digest %.64q was just previewed", digest)
 	}
 	return openImage(b, c.trusted)
 }

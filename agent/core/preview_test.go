@@ -1,9 +1,12 @@
 package core
 
 import (
+	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"maps"
 	"strconv"
+	"strings"
 	"testing"
 	"time"
 
@@ -104,4 +107,36 @@ func TestPreviewed(t *testing.T) {
 			}
 		})
 	}
+}
+
+// What was previewed is applied by its digest alone, as it lies, and nothing else is.
+func TestAppliedByDigest(t *testing.T) {
+	c := newMachine(t).start()
+	present, previewed, other := shop(t, version(1)), shop(t, version(2)), shop(t, version(3))
+	must(t, second(c.Apply(present, 0)))
+	apply := func(b []byte) error {
+		sum := sha256.Sum256(b)
+		return second(c.apply(nil, change{previewed: hex.EncodeToString(sum[:])}, "core"))
+	}
+	refused := func(when string, b []byte) {
+		t.Helper()
+		before := c.active
+		if err := apply(b); err == nil || !strings.Contains(err.Error(), "was just previewed") || c.active != before {
+			t.Errorf("%s: %v", when, err)
+		}
+	}
+	refused("nothing is previewed", present)
+	must(t, second(c.Preview(previewed)))
+	refused("another one is", other)
+	refused("nor is no digest one", nil)
+	ids := maps.Clone(c.prepared.ids)
+	must(t, apply(previewed))
+	if c.active.image.Version != 2 || !maps.Equal(ids, c.active.ids) {
+		t.Errorf("version %d is in force, filled again: %v", c.active.image.Version, !maps.Equal(ids, c.active.ids))
+	}
+	refused("it is in force", other)
+	must(t, second(c.Preview(other)))
+	c.prepared.since = c.prepared.since.Add(-preparedFor)
+	c.upkeep()
+	refused("it lay for too long", other)
 }

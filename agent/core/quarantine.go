@@ -38,9 +38,8 @@ func (c *Core) quarantine(id uint32, lasting time.Duration, reason string, autom
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.settle()
-	name, err := c.mayQuarantine(id, lasting, reason, automatic)
-	if err != nil {
-		c.peerRecord(by, auditRefused, c.active, "quarantine %s: %v", called(name, id), err)
+	if err := c.mayQuarantine(id, lasting, reason, automatic); err != nil {
+		c.peerRecord(by, auditRefused, c.active, "quarantine %s: %v", c.called(id), err)
 		return nil, err
 	}
 	clock, err := readBootClock()
@@ -58,7 +57,7 @@ func (c *Core) quarantine(id uint32, lasting time.Duration, reason string, autom
 	if automatic {
 		how = ", without anybody's order"
 	}
-	if err := c.record(by, auditQuarantine, c.active, "%s for %v%s: %s", called(name, id), lasting, how, reason); err != nil {
+	if err := c.record(by, auditQuarantine, c.active, "%s for %v%s: %s", c.called(id), lasting, how, reason); err != nil {
 		return nil, err
 	}
 	c.quarantines[id] = q
@@ -66,7 +65,7 @@ func (c *Core) quarantine(id uint32, lasting time.Duration, reason string, autom
 		if delete(c.quarantines, id); had {
 			c.quarantines[id] = former
 		}
-		_ = c.record(by, auditFailed, c.active, "quarantine %s: %v", called(name, id), err)
+		_ = c.record(by, auditFailed, c.active, "quarantine %s: %v", c.called(id), err)
 		return nil, errors.Join(err, c.enforceQuarantines())
 	}
 	c.keepQuarantines()
@@ -83,36 +82,37 @@ func (c *Core) release(id uint32, by string) (*proto.Status, error) {
 	if !had {
 		return nil, proto.Refuse("see `demarc status` for those that are", "identity %d is not quarantined", id)
 	}
-	if err := c.record(by, auditRelease, c.active, "%s: %s", called(c.workloadOf(id), id), former.Reason); err != nil {
+	if err := c.record(by, auditRelease, c.active, "%s: %s", c.called(id), former.Reason); err != nil {
 		return nil, err
 	}
 	delete(c.quarantines, id)
 	if err := c.enforceQuarantines(); err != nil {
 		c.quarantines[id] = former
-		_ = c.record(by, auditFailed, c.active, "release %s: %v", called(c.workloadOf(id), id), err)
+		_ = c.record(by, auditFailed, c.active, "release %s: %v", c.called(id), err)
 		return nil, err
 	}
 	c.keepQuarantines()
 	return c.status(), nil
 }
 
-// mayQuarantine says whether an identity may be, and names it.
-func (c *Core) mayQuarantine(id uint32, lasting time.Duration, reason string, automatic bool) (name string, err error) {
-	switch {
-	case c.active == nil:
-		return "", proto.Refuse("apply a policy", "no policy is in force")
-	case lasting < minQuarantine || lasting > maxQuarantine:
-		return "", proto.Refuse(fmt.Sprintf("give a time from %v to %v", minQuarantine, maxQuarantine), "quarantine for %v is out of bounds", lasting)
-	case strings.TrimSpace(reason) == "" || len(reason) > maxReason || strings.ContainsFunc(reason, func(r rune) bool { return r < ' ' || r > '~' }):
-		return "", proto.Refuse(fmt.Sprintf("say why in at most %d printable ASCII characters", maxReason), "quarantine needs a reason")
+// mayQuarantine says whether an identity may be.
+func (c *Core) mayQuarantine(id uint32, lasting time.Duration, reason string, automatic bool) error {
+	if c.active == nil {
+		return proto.Refuse("apply a policy", "no policy is in force")
+	}
+	if err := checkTime("quarantine for", lasting, minQuarantine, maxQuarantine); err != nil {
+		return err
+	}
+	if strings.TrimSpace(reason) == "" || len(reason) > maxReason || strings.ContainsFunc(reason, func(r rune) bool { return r < ' ' || r > '~' }) {
+		return proto.Refuse(fmt.Sprintf("say why in at most %d printable ASCII characters", maxReason), "quarantine needs a reason")
 	}
 	w := c.workload(id)
 	if w == nil {
-		return "", proto.Refuse("see `demarc identities` for those that are", "identity %d is no workload of the policy in force", id)
+		return proto.Refuse("see `demarc identities` for those that are", "identity %d is no workload of the policy in force", id)
 	}
 	for _, r := range w.Roles {
 		if r.Name == managementRole && (r.Until == 0 || time.Now().Unix() < r.Until) {
-			return w.Name, proto.Refuse("whoever manages the host through it would be locked out; change the policy if that is meant",
+			return proto.Refuse("whoever manages the host through it would be locked out; change the policy if that is meant",
 				"workload %s has the role management", w.Name)
 		}
 	}
@@ -127,12 +127,12 @@ func (c *Core) mayQuarantine(id uint32, lasting time.Duration, reason string, au
 	switch {
 	case had:
 	case automatic && machines >= c.config.Blast:
-		return w.Name, proto.Refuse("look at them, and quarantine it yourself; quarantine_automatic in core.json is the bound",
+		return proto.Refuse("look at them, and quarantine it yourself; quarantine_automatic in core.json is the bound",
 			"%d workloads are quarantined without anybody's order already", machines)
 	case len(c.quarantines) >= abi.Quarantines:
-		return w.Name, proto.Refuse("release some", "%d workloads are quarantined already", len(c.quarantines))
+		return proto.Refuse("release some", "%d workloads are quarantined already", len(c.quarantines))
 	}
-	return w.Name, nil
+	return nil
 }
 
 func (c *Core) workload(id uint32) *image.Workload {
@@ -146,19 +146,12 @@ func (c *Core) workload(id uint32) *image.Workload {
 	return nil
 }
 
-func (c *Core) workloadOf(id uint32) string {
-	if w := c.workload(id); w != nil {
-		return w.Name
-	}
-	return ""
-}
-
 // called says which identity is meant.
-func called(name string, id uint32) string {
-	if name == "" {
-		return fmt.Sprintf("identity %d", id)
+func (c *Core) called(id uint32) string {
+	if w := c.workload(id); w != nil {
+		return fmt.Sprintf("workload %s (%d)", w.Name, id)
 	}
-	return fmt.Sprintf("workload %s (%d)", name, id)
+	return fmt.Sprintf("identity %d", id)
 }
 
 // enforceQuarantines makes the kernel's table the same as this core's. What was
@@ -185,16 +178,13 @@ func (c *Core) enforceQuarantines() error {
 			return fmt.Errorf("release identity %d: %w", id, err)
 		}
 	}
-	state, err := readState(c.objects)
-	if err != nil {
-		return err
-	}
-	state.Quarantines = uint64(len(c.quarantines))
-	if c.active != nil {
-		c.active.epoch = state.NextEpoch()
-		c.renew(&state)
-	}
-	return writeState(c.objects, state)
+	return changeState(c.objects, func(s *abi.State) {
+		s.Quarantines = uint64(len(c.quarantines))
+		if c.active != nil {
+			c.active.epoch = s.NextEpoch()
+			c.renew(s)
+		}
+	})
 }
 
 func (c *Core) kernelQuarantines() (map[uint32]uint64, error) {
@@ -225,7 +215,7 @@ func (c *Core) endQuarantines() {
 		}
 		ended = true
 		delete(c.quarantines, id)
-		_ = c.record("kernel", auditRelease, c.active, "%s: its time was over: %s", called(c.workloadOf(id), id), q.Reason)
+		_ = c.record("kernel", auditRelease, c.active, "%s: its time was over: %s", c.called(id), q.Reason)
 	}
 	if ended {
 		c.attend(quarantineTrouble, c.enforceQuarantines())
@@ -311,7 +301,9 @@ func (c *Core) listQuarantines() []proto.Quarantine {
 	var all []proto.Quarantine
 	for _, id := range slices.Sorted(maps.Keys(c.quarantines)) {
 		q := c.quarantines[id].Quarantine
-		q.Workload = c.workloadOf(id)
+		if w := c.workload(id); w != nil {
+			q.Workload = w.Name
+		}
 		all = append(all, q)
 	}
 	return all

@@ -29,7 +29,7 @@ func byMetadata(s image.Selector) bool {
 // directories, and names of units. What is there may do nothing until the agent has
 // named it.
 var (
-	containers     = []string{"/kubepods/", "/kubepods.slice/", "/docker/"}
+	containers     = []string{"/kubepods/", "/kubepods.slice/", "/docker/", "/libpod_parent/"}
 	containerUnits = []string{"cri-containerd-", "crio-", "docker-", "libpod-"}
 )
 

@@ -210,6 +210,16 @@ func kernelState(o *objects) (abi.State, error) {
 	return s, nil
 }
 
+// changeState writes the state with a change of it. Whoever does holds the core's mu.
+func changeState(o *objects, change func(*abi.State)) error {
+	state, err := readState(o)
+	if err == nil {
+		change(&state)
+		err = writeState(o, state)
+	}
+	return err
+}
+
 func writeState(o *objects, s abi.State) error {
 	if err := o.Maps["state"].Put(uint32(0), &s); err != nil {
 		return fmt.Errorf("write state: %w", err)

@@ -21,6 +21,7 @@ const (
 	maxQuestions = 1 << 20
 	maxPackets   = 20_000
 	maxSample    = 1024 // rules that have not changed and are asked about before the flip
+	bootSample   = 128  // rules that are asked about before it after a boot
 	maxUrgent    = 128  // packets before it, where there are more rules than that
 )
 
@@ -32,7 +33,8 @@ const (
 // judged by the image, and with it a sample of the rest; so is all of a small image.
 // The rest of a large one is asked right after the flip, before anybody is told that
 // the image is in force: the same programs have answered the same about the generation
-// in force.
+// in force. After a boot, too: what nobody has asked about yet is in force a moment
+// earlier then, in the place of nothing.
 type selftest struct {
 	objects *objects
 	gen     *generation
@@ -56,7 +58,7 @@ type former struct {
 	gone  []*image.Rule // that the new image has not
 }
 
-func newSelftest(o *objects, g, inForce *generation) (*selftest, error) {
+func newSelftest(o *objects, g, inForce *generation, boot bool) (*selftest, error) {
 	state, err := readState(o)
 	if err != nil {
 		return nil, err
@@ -69,9 +71,11 @@ func newSelftest(o *objects, g, inForce *generation) (*selftest, error) {
 		t.former = former{sites: newSites(img, img.Index()), image: img, zones: zonesOf(img)}
 	}
 	t.compare()
-	t.stride = 1
-	if inForce != nil {
+	switch t.stride = 1; {
+	case inForce != nil:
 		t.stride += len(t.gen.image.Rules) / maxSample
+	case boot:
+		t.stride += len(t.gen.image.Rules) / bootSample
 	}
 	t.offset = rand.IntN(t.stride)
 	return t, nil
@@ -258,7 +262,7 @@ func (t *selftest) askSubjects(out []image.Query, before bool) []image.Query {
 	for i := 0; i < len(subjects); i += 1 + len(subjects)*2*len(proofs)/(maxQuestions/2) {
 		zone, known := t.zones[subjects[i]]
 		was, knew := t.former.zones[subjects[i]]
-		if urgent := !known || !knew || zone != was || i%t.stride == t.offset; urgent != before {
+		if urgent := !known || t.former.image != nil && (!knew || zone != was) || i%t.stride == t.offset; urgent != before {
 			continue
 		}
 		for j, q := range proofs {

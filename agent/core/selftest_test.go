@@ -32,7 +32,7 @@ func TestSelftestFindsWrongTables(t *testing.T) {
 
 	// The packets bring real tags: were those of this boot's first minute taken for
 	// good, or later ones not, it would be seen.
-	other, err := newSelftest(c.objects, g, nil)
+	other, err := newSelftest(c.objects, g, nil, false)
 	must(t, err)
 	other.stale = !other.stale
 	if err := other.before(); err == nil || !strings.Contains(err.Error(), "the packet ") {
@@ -122,7 +122,7 @@ func TestSelftestFindsWrongTables(t *testing.T) {
 
 // testAll asks everything that there is to ask about a filled generation.
 func testAll(c *Core, g *generation) error {
-	test, err := newSelftest(c.objects, g, nil)
+	test, err := newSelftest(c.objects, g, nil, false)
 	if err != nil {
 		return err
 	}
@@ -166,9 +166,9 @@ func TestSelftestAsksWhatChangedFirst(t *testing.T) {
 		}
 		return all
 	}
-	whole, err := newSelftest(c.objects, g, nil)
+	whole, err := newSelftest(c.objects, g, nil, false)
 	must(t, err)
-	part, err := newSelftest(c.objects, g, former)
+	part, err := newSelftest(c.objects, g, former, false)
 	must(t, err)
 	part.now = whole.now
 	all, first, then := asked(whole, true), asked(part, true), asked(part, false)

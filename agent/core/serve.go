@@ -260,11 +260,13 @@ func wellFormed(q proto.Request, files int) bool {
 		want.Path = q.Path
 	case proto.OpApply:
 		// What does not fit a time.Duration would come out as another time.
-		want.Within, want.Spare = q.Within, q.Spare
+		want.Within, want.Spare, want.Digest = q.Within, q.Spare, q.Digest
 		if q.Within < 0 || q.Within > maxTrial.Milliseconds() || q.Spare < 0 || q.Spare > maxSpare.Milliseconds() {
 			return false
 		}
-		wantFiles = 1
+		if q.Digest == "" {
+			wantFiles = 1
+		}
 	case proto.OpPreview:
 		wantFiles = 1
 	case proto.OpShadow:
@@ -301,8 +303,11 @@ func (c *Core) answer(q proto.Request, files []*os.File, by string) (r proto.Res
 		r.Status = c.Status()
 	case proto.OpApply:
 		var image []byte
-		if image, err = readImage(files[0]); err == nil {
-			r.Status, err = c.apply(image, change{within: time.Duration(q.Within) * time.Millisecond, spare: time.Duration(q.Spare) * time.Millisecond}, by)
+		if q.Digest == "" {
+			image, err = readImage(files[0])
+		}
+		if err == nil {
+			r.Status, err = c.apply(image, change{previewed: q.Digest, within: time.Duration(q.Within) * time.Millisecond, spare: time.Duration(q.Spare) * time.Millisecond}, by)
 		}
 	case proto.OpPreview:
 		var image []byte

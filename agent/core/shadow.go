@@ -1,7 +1,6 @@
 package core
 
 import (
-	"fmt"
 	"time"
 
 	"github.com/demarc/demarc/agent/core/proto"
@@ -11,18 +10,14 @@ import (
 // maxShadow bounds the time that an image is in shadow.
 const maxShadow = 7 * 24 * time.Hour
 
-// Shadow has live traffic judged by an image beside the one in force, for a time. The
+// beginShadow has live traffic judged by an image beside the one in force, for a time. The
 // image is verified, filled and tested as if it were applied; no verdict depends on
 // it. Another change ends that, and so does a core that starts.
-func (c *Core) Shadow(b []byte, lasting time.Duration) (*proto.Status, error) {
-	return c.beginShadow(b, lasting, "core")
-}
-
 func (c *Core) beginShadow(b []byte, lasting time.Duration, by string) (*proto.Status, error) {
-	if lasting < minTrial || lasting > maxShadow {
-		return nil, proto.Refuse(fmt.Sprintf("give a time from %v to %v", minTrial, maxShadow), "shadow for %v is out of bounds", lasting)
+	if err := checkTime("shadow for", lasting, minTrial, maxShadow); err != nil {
+		return nil, err
 	}
-	g, err := c.offered(b)
+	g, err := c.offered(b, "")
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.settle()
@@ -67,9 +62,7 @@ func (c *Core) cast(g *generation, state abi.State, lasting time.Duration) error
 	return nil
 }
 
-// EndShadow ends a shadow before its time is over.
-func (c *Core) EndShadow() (*proto.Status, error) { return c.stopShadow("core") }
-
+// stopShadow ends a shadow before its time is over.
 func (c *Core) stopShadow(by string) (*proto.Status, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()

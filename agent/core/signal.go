@@ -1,10 +1,12 @@
 package core
 
 import (
+	"errors"
 	"fmt"
 	"slices"
 
 	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/btf"
 	"github.com/cilium/ebpf/link"
 )
 
@@ -39,7 +41,7 @@ var neverSeen = []string{
 // observe loads and attaches what this kernel takes, at tracepoints and at the managed
 // root. What it does not is a limit of detection, and no error. Without packets no
 // packet is looked at.
-func observe(o *objects, dir string, packets bool) *observers {
+func observe(o *objects, dir string, packets bool, types *btf.Cache) *observers {
 	all := &observers{links: map[string]link.Link{}, inside: o.Maps["observers"], blind: slices.Clone(neverSeen)}
 	all.sealPackets() // one of a core that crashed may still look
 	spec, err := loadSignal()
@@ -47,12 +49,24 @@ func observe(o *objects, dir string, packets bool) *observers {
 		all.blind = append(all.blind, fmt.Sprintf("read observers: %v", err))
 		return all
 	}
-	programs := spec.Programs
-	for _, name := range sortedKeys(programs) {
-		spec.Programs = map[string]*ebpf.ProgramSpec{name: programs[name]}
-		err := errPackets
-		if packets || name != "payload" {
-			err = all.attach(spec, name, o.Maps, dir)
+	if !packets {
+		delete(spec.Programs, "payload")
+		all.blind = append(all.blind, fmt.Sprintf(`%s: the configuration says "observe_packets": false`, observed["payload"]))
+	}
+	shared := map[string]*ebpf.Map{}
+	for name := range spec.Maps {
+		if o.Maps[name] != nil && kept(name) {
+			shared[name] = o.Maps[name]
+		}
+	}
+	c, errs := load(spec, shared, types)
+	defer c.Close()
+	for _, name := range sortedKeys(spec.Programs) {
+		err := errors.Join(errs[""], errs[name])
+		if err != nil {
+			err = fmt.Errorf("load %w", err)
+		} else {
+			err = all.attach(c.Programs[name], spec.Programs[name], dir)
 		}
 		if err != nil {
 			all.blind = append(all.blind, fmt.Sprintf("%s: %v", observed[name], err))
@@ -61,27 +75,14 @@ func observe(o *objects, dir string, packets bool) *observers {
 	return all
 }
 
-var errPackets = fmt.Errorf(`the configuration says "observe_packets": false`)
-
-func (a *observers) attach(spec *ebpf.CollectionSpec, name string, maps map[string]*ebpf.Map, dir string) error {
-	shared := map[string]*ebpf.Map{}
-	for m := range spec.Maps {
-		if maps[m] != nil && kept(m) {
-			shared[m] = maps[m]
-		}
-	}
-	c, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{MapReplacements: shared})
-	if err != nil {
-		return fmt.Errorf("load %w", err)
-	}
-	defer c.Close()
+func (a *observers) attach(p *ebpf.Program, spec *ebpf.ProgramSpec, dir string) (err error) {
 	var l link.Link
-	if p := spec.Programs[name]; p.AttachType == ebpf.AttachTraceIter {
-		a.survey, err = link.AttachIter(link.IterOptions{Program: c.Programs[name]})
-	} else if name == "payload" {
-		err = a.inside.Put(uint32(0), c.Programs[name])
-	} else if l, err = attachProgram(c.Programs[name], p, dir); err == nil {
-		a.links[name] = l
+	if spec.AttachType == ebpf.AttachTraceIter {
+		a.survey, err = link.AttachIter(link.IterOptions{Program: p})
+	} else if spec.Name == "payload" {
+		err = a.inside.Put(uint32(0), p)
+	} else if l, err = attachProgram(p, spec, dir, 0); err == nil {
+		a.links[spec.Name] = l
 	}
 	if err != nil {
 		return fmt.Errorf("attach: %w", err)

@@ -56,6 +56,56 @@ type signalDemarcEndpoint struct {
 	Talk     signalDemarcTuple
 }
 
+type signalDemarcFamily struct {
+	_       structs.HostLayout
+	Passing struct {
+		_     structs.HostLayout
+		Ways  [4]uint64
+		Parts [4]uint32
+		Trunk struct {
+			_      structs.HostLayout
+			Passed struct {
+				_         structs.HostLayout
+				Bytes     uint64
+				Back      uint64
+				Parts     uint32
+				PartsBack uint32
+			}
+			Ends    signalDemarcTuple
+			Start   uint64
+			Pid     uint32
+			Uid     uint32
+			Inbound uint8
+			Ssh     uint8
+			Zero    [6]uint8
+			Comm    [16]int8
+		}
+		Next struct {
+			_      structs.HostLayout
+			Passed struct {
+				_         structs.HostLayout
+				Bytes     uint64
+				Back      uint64
+				Parts     uint32
+				PartsBack uint32
+			}
+			Ends    signalDemarcTuple
+			Start   uint64
+			Pid     uint32
+			Uid     uint32
+			Inbound uint8
+			Ssh     uint8
+			Zero    [6]uint8
+			Comm    [16]int8
+		}
+		Origin uint32
+		Zero   uint32
+	}
+	Round uint32
+	Holds uint8
+	Zero  [3]uint8
+}
+
 type signalDemarcFloor struct {
 	_       structs.HostLayout
 	Version uint64
@@ -116,24 +166,38 @@ type signalDemarcLineage struct {
 	On      signalDemarcTuple
 }
 
-type signalDemarcMark struct {
-	_         structs.HostLayout
-	Cookie    uint64
-	Bytes     uint64
-	Back      uint64
-	Fresh     uint64
-	FreshBack uint64
-	Told      uint64
-	ToldBack  uint64
-	Round     uint32
-	Subject   uint32
-	Origin    uint32
-	Pid       uint32
-	Inbound   uint8
-	Hops      uint8
-	Closed    uint8
-	Zero      [5]uint8
-	Comm      [16]int8
+type signalDemarcMarks struct {
+	_     structs.HostLayout
+	Keys  [8]uint64
+	Marks [8]struct {
+		_    structs.HostLayout
+		Seen uint64
+		Upto struct {
+			_         structs.HostLayout
+			Bytes     uint64
+			Back      uint64
+			Parts     uint32
+			PartsBack uint32
+		}
+		Fresh struct {
+			_         structs.HostLayout
+			Bytes     uint64
+			Back      uint64
+			Parts     uint32
+			PartsBack uint32
+		}
+		Told     uint64
+		ToldBack uint64
+		Round    uint32
+		Subject  uint32
+		Origin   uint32
+		Pid      uint32
+		Inbound  uint8
+		Hops     uint8
+		Ssh      uint8
+		Zero     [5]uint8
+		Comm     [16]int8
+	}
 }
 
 type signalDemarcPendingBucket struct {
@@ -323,6 +387,7 @@ const (
 	signalMapDeniedEvents          = "denied_events"
 	signalMapDoors                 = "doors"
 	signalMapEndpoints             = "endpoints"
+	signalMapFamilies              = "families"
 	signalMapFaults                = "faults"
 	signalMapFlows                 = "flows"
 	signalMapGraveyard             = "graveyard"
@@ -447,6 +512,7 @@ type signalMapSpecs struct {
 	DeniedEvents  *ebpf.MapSpec `ebpf:"denied_events"`
 	Doors         *ebpf.MapSpec `ebpf:"doors"`
 	Endpoints     *ebpf.MapSpec `ebpf:"endpoints"`
+	Families      *ebpf.MapSpec `ebpf:"families"`
 	Faults        *ebpf.MapSpec `ebpf:"faults"`
 	Flows         *ebpf.MapSpec `ebpf:"flows"`
 	Graveyard     *ebpf.MapSpec `ebpf:"graveyard"`
@@ -533,6 +599,7 @@ type signalMaps struct {
 	DeniedEvents  *ebpf.Map `ebpf:"denied_events"`
 	Doors         *ebpf.Map `ebpf:"doors"`
 	Endpoints     *ebpf.Map `ebpf:"endpoints"`
+	Families      *ebpf.Map `ebpf:"families"`
 	Faults        *ebpf.Map `ebpf:"faults"`
 	Flows         *ebpf.Map `ebpf:"flows"`
 	Graveyard     *ebpf.Map `ebpf:"graveyard"`
@@ -582,6 +649,7 @@ func (m *signalMaps) Close() error {
 		m.DeniedEvents,
 		m.Doors,
 		m.Endpoints,
+		m.Families,
 		m.Faults,
 		m.Flows,
 		m.Graveyard,

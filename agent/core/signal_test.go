@@ -7,6 +7,7 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
+	"github.com/cilium/ebpf/btf"
 	"golang.org/x/sys/unix"
 
 	"github.com/demarc/demarc/bpf/abi"
@@ -90,11 +91,11 @@ func TestSignalMemory(t *testing.T) {
 	const identities, most = abi.SeenMax, 16 << 20
 	spec, err := readSpec(&tree{})
 	must(t, err)
-	o, err := loadObjects(spec, nil)
+	o, err := loadObjects(spec, nil, btf.NewCache())
 	must(t, err)
 	t.Cleanup(o.Close)
 	sum := uint64(0)
-	for _, name := range []string{"tellings", "seen", "marks", "hops", "signals", "lineages"} {
+	for _, name := range []string{"tellings", "seen", "marks", "hops", "signals", "lineages", "families"} {
 		m := o.Maps[name]
 		entries := map[string]uint32{"tellings": 2 * identities, "seen": identities}[name]
 		if entries > 0 {

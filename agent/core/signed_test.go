@@ -476,6 +476,14 @@ func TestI14Disk(t *testing.T) {
 			if !errors.As(err, &r) || !strings.HasPrefix(r.Hint, "make room ") {
 				t.Errorf("%s, %s: no hint: %#v", tt.name, when, err)
 			}
+			// A dry run says what the change would say, and leaves as little behind.
+			_, err = c.Preview(shop(t, version(9)))
+			if err == nil || !strings.HasPrefix(err.Error(), "store image: ") || !strings.Contains(err.Error(), tt.want) || !errors.As(err, &r) || !strings.HasPrefix(r.Hint, "make room ") {
+				t.Errorf("%s, %s: preview says %v", tt.name, when, err)
+			}
+			if c.prepared != nil || !missing(c.store.file(nextImage, "a")) || !missing(c.store.file(nextImage, "b")) {
+				t.Errorf("%s, %s: a preview that was refused lies ready", tt.name, when)
+			}
 			if _, err := c.Rollback(); err == nil || !strings.Contains(err.Error(), tt.want) {
 				t.Errorf("%s, %s: rollback says %v", tt.name, when, err)
 			}
@@ -512,6 +520,9 @@ func TestI14Disk(t *testing.T) {
 		}
 		must(t, tt.undo())
 		c.upkeep()
+		if _, err := c.Preview(shop(t, version(9))); err != nil || c.prepared == nil {
+			t.Errorf("%s, and well again: preview says %v", tt.name, err)
+		}
 		if s, err := c.Apply(present, 0); err != nil || s.State != proto.StateEnforcing {
 			t.Errorf("%s, and well again: %+v, %v", tt.name, s, err)
 		}

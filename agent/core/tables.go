@@ -1,6 +1,7 @@
 package core
 
 import (
+	"errors"
 	"fmt"
 	"time"
 
@@ -16,12 +17,23 @@ type bootClock struct {
 	offset int64 // wall clock minus boot clock, in ns
 }
 
+// readBootClock reads the wall clock between two looks at the other, and again where
+// too much time was between these: another process may have had the processor.
 func readBootClock() (bootClock, error) {
-	var boot unix.Timespec
-	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &boot); err != nil {
-		return bootClock{}, fmt.Errorf("read boot clock: %w", err)
+	var c bootClock
+	closest := time.Hour
+	for tries := 0; tries < 20 && closest > wallTolerance/10; tries++ {
+		var before, after unix.Timespec
+		err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &before)
+		wall := time.Now().UnixNano()
+		if err := errors.Join(err, unix.ClockGettime(unix.CLOCK_BOOTTIME, &after)); err != nil {
+			return bootClock{}, fmt.Errorf("read boot clock: %w", err)
+		}
+		if gap := time.Duration(after.Nano() - before.Nano()); gap < closest {
+			closest, c.offset = gap, wall-before.Nano()-int64(gap/2)
+		}
 	}
-	return bootClock{offset: time.Now().UnixNano() - boot.Nano()}, nil
+	return c, nil
 }
 
 // now is the boot clock's time in ns.

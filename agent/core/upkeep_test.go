@@ -37,7 +37,7 @@ func TestWallFollowsClock(t *testing.T) {
 		err = writeState(c.objects, stepped)
 		c.mu.Unlock()
 		must(t, err)
-		for end := time.Now().Add(2 * upkeepInterval); wallOff(t, c) > wallTolerance; time.Sleep(time.Millisecond) {
+		for end := time.Now().Add(patience); wallOff(t, c) > wallTolerance; time.Sleep(time.Millisecond) {
 			if time.Now().After(end) {
 				t.Fatalf("a step of %v is not followed", step)
 			}

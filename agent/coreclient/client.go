@@ -74,6 +74,12 @@ func (c *Client) ApplySparing(image *os.File, within, spare time.Duration) (*pro
 	return c.status(proto.Request{Op: proto.OpApply, Within: within.Milliseconds(), Spare: spare.Milliseconds()}, image)
 }
 
+// ApplyPreviewed is ApplySparing of the image that was previewed last, by its digest,
+// in hex, which is that of the image without an envelope.
+func (c *Client) ApplyPreviewed(digest string, within, spare time.Duration) (*proto.Status, error) {
+	return c.status(proto.Request{Op: proto.OpApply, Digest: digest, Within: within.Milliseconds(), Spare: spare.Milliseconds()}, nil)
+}
+
 // Preview asks which live connections an image would cut.
 func (c *Client) Preview(image *os.File) (*proto.Preview, error) {
 	r, files, err := c.ask(proto.Request{Op: proto.OpPreview}, image)

@@ -110,6 +110,7 @@ type RelayConfig struct {
 	Unlike float64       `yaml:"unlike"` // share of all bytes that one side alone may have
 	Times  int           `yaml:"times"`  // so often within; a time is some seconds, or a process's life
 	Exact  float64       `yaml:"exact"`  // share up to which once is enough
+	Typed  uint64        `yaml:"typed"`  // small messages that it handed on one way, at least, in so many times
 	Within time.Duration `yaml:"within"`
 }
 
@@ -151,7 +152,7 @@ func DefaultConfig() *Config {
 		BruteForce: BruteForce{Count: 10, Total: 30, Within: 15 * time.Second, Services: []uint16{21, 22, 23, 3389, 5900}},
 		Forgery:    Scan{3, 5 * time.Minute},
 		Chain:      ChainConfig{Note: 2, Alert: 3},
-		Relay:      RelayConfig{Bytes: 4096, Unlike: 0.05, Times: 3, Exact: 0.01, Within: 10 * time.Minute},
+		Relay:      RelayConfig{Bytes: 4096, Unlike: 0.05, Times: 3, Exact: 0.01, Typed: 60, Within: 10 * time.Minute},
 		Transfer:   TransferConfig{Bytes: 8 << 20, OneWay: 0.9, Factor: 8},
 		DNS:        DNSConfig{Name: 52, Label: 30, Count: 100, Within: 5 * time.Minute},
 		ICMP:       ICMPConfig{Payload: 64, Count: 10, Within: time.Minute},

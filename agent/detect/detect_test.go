@@ -256,6 +256,58 @@ func TestDetectors(t *testing.T) {
 					Values: Values{Received: 1000, Bytes: 1000, Answered: 10300, Back: 10000}}).wait(5 * time.Second)
 			}
 		}, []string{}},
+		{"relay by ssh -R, both of whose connections it opened", func(r *trace) {
+			for range 3 {
+				r.signal("web", Signal{Kind: Relay, Protocol: "tcp", Peer: peer("10.1.0.1:5432"), Comm: "x", PID: 7, Between: "opened", SSH: true,
+					Values: Values{Received: 20500, Bytes: 20000, Answered: 20500, Back: 20000}}).wait(5 * time.Second)
+			}
+		}, []string{"T1572 relay medium edge/web x[7]"}},
+		{"relay between two that it opened", func(r *trace) {
+			for range 3 {
+				r.signal("web", Signal{Kind: Relay, Protocol: "tcp", Peer: peer("10.1.0.1:5432"), Comm: "socat", PID: 7, Between: "opened",
+					Values: Values{Received: 500, Bytes: 500, Answered: 20000, Back: 20000}}).wait(5 * time.Second)
+			}
+		}, []string{"T1090.001 relay medium edge/web socat[7]"}},
+		{"OK copied from one place to another", func(r *trace) {
+			for range 50 {
+				r.signal("web", Signal{Kind: Relay, Protocol: "tcp", Peer: peer("10.1.0.1:5432"), Comm: "sync", PID: 7, Between: "opened",
+					Values: Values{Received: 1000000, Bytes: 1000000, Answered: 300, Back: 200}}).wait(5 * time.Second)
+			}
+		}, []string{}},
+		{"OK two peers are asked how they are", func(r *trace) {
+			for i := range 50 {
+				n := uint64(1000 + i)
+				r.signal("web", Signal{Kind: Relay, Protocol: "tcp", Peer: peer("10.1.0.1:2380"), Comm: "etcd", PID: 7, Between: "opened",
+					Values: Values{Received: n, Bytes: n, Answered: n, Back: n, Parts: [4]uint32{10, 10, 10, 10}}}).wait(5 * time.Second)
+			}
+		}, []string{}},
+		{"relay of what is typed, through ssh", func(r *trace) {
+			for i := range 5 {
+				n := uint32(10 + 3*i)
+				r.signal("web", Signal{Kind: Relay, Protocol: "tcp", Peer: peer("10.1.0.1:23"), Comm: "sshd", PID: 7, SSH: true,
+					Values: Values{Received: uint64(n) * 36, Bytes: uint64(n), Answered: uint64(n) * 40, Back: uint64(n) * 4, Parts: [4]uint32{n, n, n, n}}}).wait(5 * time.Second)
+			}
+		}, []string{"T1572 relay medium edge/web sshd[7]"}},
+		{"relay of what is typed", func(r *trace) {
+			for i := range 5 {
+				n := uint32(10 + 3*i)
+				r.signal("web", Signal{Kind: Relay, Protocol: "tcp", Peer: peer("10.1.0.1:23"), Comm: "socat", PID: 7,
+					Values: Values{Received: uint64(n), Bytes: uint64(n), Answered: uint64(n), Back: uint64(n), Parts: [4]uint32{n, n, n, n}}}).wait(5 * time.Second)
+			}
+		}, []string{"T1090.001 relay medium edge/web socat[7]"}},
+		{"OK a question for each question, of other lengths", func(r *trace) {
+			for i := range 100 {
+				n := uint32(10 + i)
+				r.signal("api", Signal{Kind: Relay, Protocol: "tcp", Peer: peer("10.1.0.1:6379"), Comm: "api", PID: 7,
+					Values: Values{Received: uint64(n) * 120, Bytes: uint64(n) * 30, Answered: uint64(n) * 110, Back: uint64(n) * 8, Parts: [4]uint32{n, n, n, n}}}).wait(5 * time.Second)
+			}
+		}, []string{}},
+		{"OK as often as the clock ticks", func(r *trace) {
+			for range 100 {
+				r.signal("api", Signal{Kind: Relay, Protocol: "tcp", Peer: peer("10.1.0.1:6379"), Comm: "api", PID: 7,
+					Values: Values{Received: 400, Bytes: 10, Answered: 400, Back: 10, Parts: [4]uint32{10, 10, 10, 10}}}).wait(5 * time.Second)
+			}
+		}, []string{}},
 		{"relay of a proxy", func(r *trace) {
 			r.signal("jump", Signal{Kind: Relay, Protocol: "tcp", Peer: peer("10.1.0.1:5432"), Comm: "ssh", PID: 7,
 				Values: Values{Received: 10000, Bytes: 10000, Answered: 20000, Back: 20000}})

@@ -21,6 +21,7 @@ type actor struct {
 	edges    edges           // that were used
 	volumes  volumes         // bytes that edges usually carry
 	relayed  relayed         // from its callers to others
+	typed    relayed         // the same, of little messages
 	names    burst           // long DNS names
 	echoes   burst           // large ICMP payloads
 	failures trail           // events of contacts that failed,

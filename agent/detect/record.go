@@ -59,6 +59,11 @@ func SignalOf(r *flow.Resolver, s *abi.Signal) *Signal {
 	case DNS:
 		out.Name, out.Exe = out.Exe, ""
 		out.Count = uint64(estimate(nameBits, s.Distinct) - estimate(nameBits, s.Distinct-nameStep))
+	case Relay:
+		out.Parts, out.SSH = s.Parts, s.SSH != 0
+		if int(s.Pairing) < len(pairings) {
+			out.Between = pairings[s.Pairing]
+		}
 	case Migrate:
 		out.Peer = flow.Endpoint{Identity: s.Peer}
 		out.Peer.Workload, out.Peer.Zone, _ = r.Book.Workload(s.Epoch, s.Peer)
@@ -89,6 +94,8 @@ func estimate(bits, set uint16) uint32 {
 	}
 	return uint32(math.Round(-float64(bits) * math.Log(1-float64(set)/float64(bits))))
 }
+
+var pairings = [...]string{abi.PairOpened: "opened", abi.PairAccepted: "accepted"}
 
 var causes = [...]string{abi.CauseRefused: "refused", abi.CauseTimeout: "timeout", abi.CauseReset: "reset", abi.CauseAbandoned: "abandoned", abi.CauseUnreachable: "unreachable", abi.CauseManager: "manager"}
 

@@ -33,7 +33,10 @@ const (
 	Chain SignalKind = 6
 	// Relay is a process whose accepted and opened connections carried about the same,
 	// in a few seconds: Received from who is relayed (Origin) and Answered to him, Bytes
-	// sent on to Peer and Back from there. The kernel tells it up to a difference of half.
+	// sent on to Peer and Back from there, in so many segments (Parts, in this order). The
+	// kernel tells it up to a difference of half. Between says what two connections of one
+	// kind are joined, if it is not one that came in and one that went out: then the larger
+	// one counts as that of who is relayed. SSH says that one of them is SSH.
 	Relay SignalKind = 7
 	// Raw is a raw or packet socket; Cause "refused" if it was not made.
 	Raw SignalKind = 8
@@ -130,7 +133,9 @@ type Signal struct {
 
 	// Where it comes from.
 	Hops           uint8  `json:"hops,omitempty"`
-	Origin         uint32 `json:"origin,omitempty"` // identity that opened the accepted connection; 0 = none, or not proven
+	Between        string `json:"between,omitempty"` // Relay: "opened", "accepted"
+	SSH            bool   `json:"ssh,omitempty"`     // Relay
+	Origin         uint32 `json:"origin,omitempty"`  // identity that opened the accepted connection; 0 = none, or not proven
 	OriginWorkload string `json:"origin_workload,omitempty"`
 	OriginZone     string `json:"origin_zone,omitempty"`
 
@@ -146,6 +151,7 @@ type Values struct {
 	Back     uint64        `json:"back,omitempty"`     // received by it
 	Received uint64        `json:"received,omitempty"` // from who is relayed
 	Answered uint64        `json:"answered,omitempty"` // to who is relayed
+	Parts    [4]uint32     `json:"parts,omitzero"`     // segments of Received, Answered, Bytes and Back
 	Length   uint32        `json:"length,omitempty"`   // of a name
 	Labels   uint32        `json:"labels,omitempty"`   // of a name
 	Window   time.Duration `json:"window,omitempty"`   // that Count and Distinct are of

@@ -417,7 +417,8 @@ type Signal struct {
 	Crossing  uint32
 	Epoch     uint32
 	Missed    uint32
-	Distinct  uint16 // bits of 256 that are set
+	Parts     [4]uint32 // relay: segments with data, in the order of Received, Answered, Bytes, Back
+	Distinct  uint16    // bits of 256 that are set
 	Length    uint16
 	Labels    uint16
 	Kind      uint8
@@ -425,11 +426,25 @@ type Signal struct {
 	Direction Direction
 	Proof     Proof
 	Hops      uint8
-	_         uint8
+	Pairing   Pairing
+	SSH       uint8 // relay: one of its connections is SSH
+	_         [3]uint8
 	Tuple     Tuple
 	Comm      [16]byte
 	Exe       [48]byte
 }
+
+// Pairing is between what a relay hands on. Of two connections of one kind the larger one
+// counts as the caller's.
+type Pairing uint8
+
+// What a relay is between: connections that it accepted and others that it opened, or
+// two of one kind.
+const (
+	PairCallers  Pairing = 0
+	PairOpened   Pairing = 1
+	PairAccepted Pairing = 2
+)
 
 // Why a contact failed.
 const (

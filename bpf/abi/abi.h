@@ -558,6 +558,7 @@ struct demarc_signal {
 	__u32 crossing; /* stable number; 0 = none */
 	__u32 epoch;
 	__u32 missed; /* signals of the subject that its quota cost it before this one */
+	__u32 parts[4]; /* relay: segments with data, by enum demarc_way */
 	__u16 distinct; /* bits of 256 that are set */
 	__u16 length;
 	__u16 labels;
@@ -566,7 +567,9 @@ struct demarc_signal {
 	__u8 direction;
 	__u8 proof;
 	__u8 hops;
-	__u8 zero;
+	__u8 pairing; /* relay: enum demarc_pairing */
+	__u8 ssh;     /* relay: one of its connections is SSH */
+	__u8 zero[3];
 	struct demarc_tuple tuple; /* opener first */
 	char comm[16];
 	char exe[48]; /* what was executed, from its start; "" = not known. DNS: the end of the name */
@@ -616,14 +619,20 @@ enum demarc_lane {
 #define DEMARC_LANE_INTERVAL (50ULL * 1000000ULL) /* ns between two signals in the long run */
 #define DEMARC_LANE_SLACK (128 * DEMARC_LANE_INTERVAL)
 
-/* A connection that came in or is opened, by its socket's cookie. */
+/* What passed over a connection: bytes, and segments that carried them. */
+struct demarc_passed {
+	__u64 bytes; /* from this end */
+	__u64 back;  /* and to it */
+	__u32 parts;
+	__u32 parts_back;
+};
+
+/* A connection that came in or is opened. */
 struct demarc_mark {
-	__u64 cookie;
-	__u64 bytes;      /* from this end, and back to it, when they were last looked at */
-	__u64 back;
-	__u64 fresh;      /* of those, what was new in the round below */
-	__u64 fresh_back;
-	__u64 told;       /* of those, what was told as transfers */
+	__u64 seen; /* when it was made, or looked at in a round */
+	struct demarc_passed upto;  /* when it was last looked at */
+	struct demarc_passed fresh; /* of that, what was new in the round below */
+	__u64 told;		    /* of that, what was told as transfers */
 	__u64 told_back;
 	__u32 round;
 	__u32 subject;
@@ -631,11 +640,21 @@ struct demarc_mark {
 	__u32 pid;    /* of who holds it; 0 = not known yet */
 	__u8 inbound;
 	__u8 hops;
-	__u8 closed; /* what was new by then is put down to nobody yet */
+	__u8 ssh; /* this end began as SSH does */
 	__u8 zero[5];
 	char comm[16];
 };
-#define DEMARC_MARKS 16384
+
+/* Marks by their sockets' cookies, a few in each bucket. Where one is full, whoever has
+ * most marks in it gives one up to the next, so that no identity can take the last one of
+ * another. */
+#define DEMARC_MARK_WAYS 8
+#define DEMARC_MARK_BUCKETS 2048
+#define DEMARC_MARK_CLOSED (1ULL << 63) /* key: it has ended, and what was new by then is put down to nobody yet */
+struct demarc_marks {
+	__u64 keys[DEMARC_MARK_WAYS]; /* cookies; 0 = free */
+	struct demarc_mark marks[DEMARC_MARK_WAYS];
+};
 
 /* The same by its tuple, for the other end on this host. */
 struct demarc_hop {
@@ -669,6 +688,45 @@ enum demarc_way {
 	DEMARC_WENT_ON = 2,   /* on connections that it opened */
 	DEMARC_CAME_BACK = 3,
 	DEMARC_WAYS = 4,
+};
+
+/* Between what a process, or a family of them, hands on. Of two connections of one kind the
+ * larger one counts as accepted. */
+enum demarc_pairing {
+	DEMARC_PAIR_CALLERS = 0, /* what it accepted, and what it opened */
+	DEMARC_PAIR_OPENED = 1,
+	DEMARC_PAIR_ACCEPTED = 2,
+};
+
+/* A connection of a round, and who holds it. */
+struct demarc_strand {
+	struct demarc_passed passed;
+	struct demarc_tuple ends; /* this one first */
+	__u64 start;
+	__u32 pid;
+	__u32 uid;
+	__u8 inbound;
+	__u8 ssh;
+	__u8 zero[6];
+	char comm[16];
+};
+
+/* What passed through a process in a round. */
+struct demarc_passing {
+	__u64 ways[4]; /* bytes, by enum demarc_way */
+	__u32 parts[4];
+	struct demarc_strand trunk; /* the connection over which most passed */
+	struct demarc_strand next;  /* and of the others; one that it opened first */
+	__u32 origin;
+	__u32 zero;
+};
+
+/* The same through a process and those that it started. */
+struct demarc_family {
+	struct demarc_passing passing;
+	__u32 round;
+	__u8 holds; /* it has connections itself over which something passed */
+	__u8 zero[3];
 };
 
 /* One question to the verdict function, and its answer: the self-test and the

@@ -72,6 +72,8 @@ struct tcp_sock {
 	__u32 snd_una;
 	__u64 bytes_acked;
 	__u64 bytes_received;
+	__u32 data_segs_in;
+	__u32 data_segs_out;
 };
 
 struct seq_file;
@@ -190,6 +192,7 @@ struct task_struct {
 	int pid;
 	int tgid;
 	__u64 start_boottime;
+	struct task_struct *real_parent;
 	struct task_struct *group_leader;
 	struct css_set *cgroups;
 	struct nsproxy *nsproxy;

@@ -129,7 +129,7 @@ func applyRun(ctx context.Context, env *environment, o applyOptions) error {
 	if o.spare > 0 && cuts.Total > 0 {
 		fmt.Fprintf(env.Stderr, "they go on until %s\n", time.Now().Add(o.spare).Local().Format(time.TimeOnly))
 	}
-	s, err := client.ApplySparing(ctx, img, o.within, o.spare)
+	s, err := client.ApplyPreviewed(ctx, img, o.within, o.spare)
 	if err != nil {
 		return fmt.Errorf("apply %s: %w", o.file, err)
 	}

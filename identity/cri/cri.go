@@ -13,6 +13,8 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -20,6 +22,7 @@ import (
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/status"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/demarc/demarc/identity"
@@ -30,6 +33,7 @@ const (
 	pollInterval  = 250 * time.Millisecond
 	patience      = 5 * time.Second // of one question
 	maxContainers = 4096
+	maxProblems   = 16 // with single containers, that are told
 )
 
 // Provider follows a runtime. Make one with New.
@@ -46,6 +50,7 @@ type Provider struct {
 	read    time.Time
 	problem error
 	known   map[string]string // cgroups below the managed root, by id of container
+	failed  map[string]bool   // containers that could not be placed at the last look
 }
 
 // New makes the provider for the runtime at a Unix socket. place turns a cgroup of the
@@ -73,13 +78,14 @@ func (p *Provider) Run(ctx context.Context) error {
 			conn, err = p.dial()
 		}
 		var inv *identity.Inventory
+		var strange []error
 		if err == nil {
-			inv, err = p.ask(ctx, runtime.NewRuntimeServiceClient(conn))
+			inv, strange, err = p.ask(ctx, runtime.NewRuntimeServiceClient(conn))
 		}
 		if ctx.Err() != nil {
 			return nil
 		}
-		p.take(inv, err)
+		p.take(inv, errors.Join(append(strange, err)...))
 		select {
 		case <-ctx.Done():
 			return nil
@@ -122,23 +128,24 @@ func (p *Provider) dial() (*grpc.ClientConn, error) {
 	return grpc.NewClient("unix://"+p.socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
 }
 
-// ask makes an inventory of what runs.
-func (p *Provider) ask(ctx context.Context, c runtime.RuntimeServiceClient) (*identity.Inventory, error) {
+// ask makes an inventory of what runs. Strange are containers that run and cannot be
+// placed, at two looks one after the other: at one, it may be that they have just ended.
+func (p *Provider) ask(ctx context.Context, c runtime.RuntimeServiceClient) (inv *identity.Inventory, strange []error, err error) {
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	pods, err := c.ListPodSandbox(ctx, &runtime.ListPodSandboxRequest{Filter: &runtime.PodSandboxFilter{State: &runtime.PodSandboxStateValue{State: runtime.PodSandboxState_SANDBOX_READY}}})
 	if err != nil {
-		return nil, fmt.Errorf("list pods: %w", err)
+		return nil, nil, fmt.Errorf("list pods: %w", err)
 	}
 	containers, err := c.ListContainers(ctx, &runtime.ListContainersRequest{Filter: &runtime.ContainerFilter{State: &runtime.ContainerStateValue{State: runtime.ContainerState_CONTAINER_RUNNING}}})
 	if err != nil {
-		return nil, fmt.Errorf("list containers: %w", err)
+		return nil, nil, fmt.Errorf("list containers: %w", err)
 	}
 	if n := len(pods.Items) + len(containers.Containers); n > maxContainers {
-		return nil, fmt.Errorf("list containers: %d run, at most %d are followed", n, maxContainers)
+		return nil, nil, fmt.Errorf("list containers: %d run, at most %d are followed", n, maxContainers)
 	}
-	inv := &identity.Inventory{Namespaces: map[string]identity.Namespace{}}
-	running := map[string]string{}
+	inv = &identity.Inventory{Namespaces: map[string]identity.Namespace{}}
+	running, failed := map[string]string{}, map[string]bool{}
 	sandboxes := map[string]*runtime.PodSandbox{}
 	add := func(id, cgroup string, all ...identity.Workload) {
 		running[id] = cgroup
@@ -147,14 +154,23 @@ func (p *Provider) ask(ctx context.Context, c runtime.RuntimeServiceClient) (*id
 			inv.Workloads = append(inv.Workloads, w)
 		}
 	}
+	var lines []string
+	fail := func(id, name string, err error) {
+		if failed[id] = true; p.failed[id] {
+			lines = append(lines, plain(name+": "+status.Convert(err).Message()+": it stays pending"))
+		}
+	}
 	for _, s := range pods.Items {
 		sandboxes[s.Id] = s
 		cgroup, err := p.cgroup(s.Id, func() (map[string]string, error) {
 			status, err := c.PodSandboxStatus(ctx, &runtime.PodSandboxStatusRequest{PodSandboxId: s.Id, Verbose: true})
 			return status.GetInfo(), err
 		})
-		if err == nil && cgroup != "" {
-			add(s.Id, cgroup, pod(s))
+		switch w := pod(s); {
+		case err != nil:
+			fail(s.Id, "pod "+w.Namespace+"/"+w.Name, err)
+		case cgroup != "": // or it is elsewhere
+			add(s.Id, cgroup, w)
 		}
 	}
 	for _, k := range containers.Containers {
@@ -162,8 +178,11 @@ func (p *Provider) ask(ctx context.Context, c runtime.RuntimeServiceClient) (*id
 			status, err := c.ContainerStatus(ctx, &runtime.ContainerStatusRequest{ContainerId: k.Id, Verbose: true})
 			return status.GetInfo(), err
 		})
-		if err != nil || cgroup == "" {
-			continue // it has ended, or is elsewhere: who is not named stays pending
+		if err != nil {
+			fail(k.Id, fmt.Sprintf("container %.12s (%s)", k.Id, k.GetMetadata().GetName()), err)
+		}
+		if cgroup == "" {
+			continue // who is not named stays pending
 		}
 		all := []identity.Workload{{Name: k.GetMetadata().GetName(), Image: k.GetImage().GetUserSpecifiedImage(), Labels: k.GetLabels()}}
 		if s := sandboxes[k.PodSandboxId]; s != nil {
@@ -171,8 +190,21 @@ func (p *Provider) ask(ctx context.Context, c runtime.RuntimeServiceClient) (*id
 		}
 		add(k.Id, cgroup, all...)
 	}
-	p.known = running
-	return inv, nil
+	p.known, p.failed = running, failed
+	slices.Sort(lines)
+	if more := len(lines) - maxProblems; more > 0 {
+		lines = append(lines[:maxProblems], fmt.Sprintf("and %d more", more))
+	}
+	for _, l := range lines {
+		strange = append(strange, errors.New(l))
+	}
+	return inv, strange, nil
+}
+
+// plain is a text that moves no cursor and breaks no line.
+func plain(s string) string {
+	q := strconv.QuoteToASCII(s)
+	return q[1 : len(q)-1]
 }
 
 // pod says whose a sandbox is.
@@ -244,15 +276,15 @@ func cgroupOf(pid int) (string, error) {
 	return "", errors.New("it is in no cgroup of the second version")
 }
 
-// take keeps an answer and tells of it if it says something new.
-func (p *Provider) take(inv *identity.Inventory, err error) {
+// take keeps an answer, if there is one, and tells of it if it says something new.
+func (p *Provider) take(inv *identity.Inventory, problem error) {
 	p.mu.Lock()
-	news := (err == nil) != (p.problem == nil)
-	if err == nil {
+	news := fmt.Sprint(problem) != fmt.Sprint(p.problem)
+	if inv != nil {
 		news = news || p.current == nil || !same(p.current, inv)
 		p.current, p.read = inv, time.Now()
 	}
-	p.problem = err
+	p.problem = problem
 	p.mu.Unlock()
 	if news {
 		select {

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -57,8 +58,18 @@ func id(digit string) string { return strings.Repeat(digit, 64) }
 
 func at(digit string) string { return "/kubepods.slice/cri-containerd-" + id(digit) + ".scope" }
 
+// in says in which cgroup processes are, and that there are no others.
+func in(processes map[int]string) func(int) (string, error) {
+	return func(pid int) (string, error) {
+		if at, ok := processes[pid]; ok {
+			return at, nil
+		}
+		return "", os.ErrNotExist
+	}
+}
+
 // follow runs a provider on a runtime that has the given processes.
-func follow(t *testing.T, l *lists, processes map[int]string) *Provider {
+func follow(t *testing.T, l *lists, process func(int) (string, error)) *Provider {
 	t.Helper()
 	dir := t.TempDir()
 	socket := filepath.Join(dir, "s")
@@ -75,12 +86,7 @@ func follow(t *testing.T, l *lists, processes map[int]string) *Provider {
 	}
 	p := New(socket, func(cgroup string) (string, bool) { return cgroup, !strings.HasPrefix(cgroup, "/elsewhere") })
 	p.owner = uint32(os.Geteuid())
-	p.process = func(pid int) (string, error) {
-		if at, ok := processes[pid]; ok {
-			return at, nil
-		}
-		return "", os.ErrNotExist
-	}
+	p.process = process
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() { done <- p.Run(ctx) }()
@@ -113,27 +119,69 @@ func TestProvider(t *testing.T) {
 		info      map[string]string
 		processes map[int]string
 		want      []identity.Workload
+		problem   string
 	}{
 		{"OK", map[string]string{id("a"): pid(1), id("b"): pid(2)}, map[int]string{1: at("a"), 2: at("b") + "/child"},
-			[]identity.Workload{pod, {Name: "main", Image: "img:1", Cgroup: at("b")}, inner}},
-		{"bad number taken by another", map[string]string{id("a"): pid(1), id("b"): pid(2)}, map[int]string{1: at("a"), 2: at("c")}, []identity.Workload{pod}},
-		{"bad number taken by a service", map[string]string{id("a"): pid(1), id("b"): pid(2)}, map[int]string{1: at("a"), 2: "/system.slice/nginx.service"}, []identity.Workload{pod}},
-		{"bad ended meanwhile", map[string]string{id("a"): pid(1)}, map[int]string{1: at("a")}, []identity.Workload{pod}},
-		{"bad no process", map[string]string{id("a"): pid(1), id("b"): "{}"}, map[int]string{1: at("a")}, []identity.Workload{pod}},
-		{"bad nonsense", map[string]string{id("a"): pid(1), id("b"): "pid"}, map[int]string{1: at("a")}, []identity.Workload{pod}},
-		{"bad elsewhere", map[string]string{id("a"): pid(1), id("b"): pid(2)}, map[int]string{1: at("a"), 2: "/elsewhere" + at("b")}, []identity.Workload{pod}},
+			[]identity.Workload{pod, {Name: "main", Image: "img:1", Cgroup: at("b")}, inner}, ""},
+		{"bad number taken by another", map[string]string{id("a"): pid(1), id("b"): pid(2)}, map[int]string{1: at("a"), 2: at("c")}, []identity.Workload{pod}, "process 2 is in " + at("c") + ", which is not container bbbbbbbbbbbb"},
+		{"bad number taken by a service", map[string]string{id("a"): pid(1), id("b"): pid(2)}, map[int]string{1: at("a"), 2: "/system.slice/nginx.service"}, []identity.Workload{pod}, "process 2 is in /system.slice/nginx.service, which is not container bbbbbbbbbbbb"},
+		{"bad not known", map[string]string{id("a"): pid(1)}, map[int]string{1: at("a")}, []identity.Workload{pod}, "not found"},
+		{"bad no such process", map[string]string{id("a"): pid(1), id("b"): pid(2)}, map[int]string{1: at("a")}, []identity.Workload{pod}, "file does not exist"},
+		{"bad no process", map[string]string{id("a"): pid(1), id("b"): "{}"}, map[int]string{1: at("a")}, []identity.Workload{pod}, "the runtime does not say which process container bbbbbbbbbbbb has"},
+		{"bad nonsense", map[string]string{id("a"): pid(1), id("b"): "pid"}, map[int]string{1: at("a")}, []identity.Workload{pod}, "the runtime does not say which process container bbbbbbbbbbbb has"},
+		{"OK elsewhere", map[string]string{id("a"): pid(1), id("b"): pid(2)}, map[int]string{1: at("a"), 2: "/elsewhere" + at("b")}, []identity.Workload{pod}, ""},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			p := follow(t, &lists{pods: pods, containers: []*runtime.Container{container("b")}, info: tt.info}, tt.processes)
+			p := follow(t, &lists{pods: pods, containers: []*runtime.Container{container("b")}, info: tt.info}, in(tt.processes))
+			// At the first look nothing is told: who has just ended is no problem.
 			inv, _, err := p.Current()
 			if err != nil {
 				t.Fatal(err)
+			}
+			want := ""
+			if tt.problem != "" {
+				want = "container bbbbbbbbbbbb (main): " + tt.problem + ": it stays pending"
+				<-p.Changed()
+			}
+			time.Sleep(4 * pollInterval) // and it is told once
+			select {
+			case <-p.Changed():
+				t.Error("it was told again")
+			default:
+			}
+			if inv, _, err = p.Current(); err != nil && err.Error() != want || err == nil && want != "" {
+				t.Errorf("problem %v, want %q", err, want)
 			}
 			if diff := cmp.Diff(tt.want, inv.Workloads); diff != "" {
 				t.Errorf("(-want +got):\n%s", diff)
 			}
 		})
+	}
+}
+
+// A container that could not be placed and then can is a problem no more; names that
+// would move a terminal's cursor do not.
+func TestProblemEnds(t *testing.T) {
+	bad := "ma\x1b[2Jin"
+	containers := []*runtime.Container{{Id: id("b"), Metadata: &runtime.ContainerMetadata{Name: bad}}}
+	var moved atomic.Bool
+	p := follow(t, &lists{containers: containers, info: map[string]string{id("b"): `{"pid":2}`}}, func(int) (string, error) {
+		if moved.Load() {
+			return at("b"), nil
+		}
+		return at("c"), nil
+	})
+	<-p.Changed()
+	want := `container bbbbbbbbbbbb (ma\x1b[2Jin): process 2 is in ` + at("c") + `, which is not container bbbbbbbbbbbb: it stays pending`
+	if _, _, err := p.Current(); err == nil || err.Error() != want {
+		t.Errorf("problem %v, want %q", err, want)
+	}
+	moved.Store(true)
+	<-p.Changed()
+	inv, _, err := p.Current()
+	if err != nil || len(inv.Workloads) != 1 || inv.Workloads[0].Cgroup != at("b") {
+		t.Errorf("%v, %v", inv, err)
 	}
 }
 

@@ -80,6 +80,8 @@ type decoder struct {
 	section [layout.Sections]cursor
 	table   []string
 	used    []bool
+	terms   []Term // not taken by a crossing yet
+	spans   []Span // the same
 	err     error
 }
 
@@ -140,7 +142,13 @@ func (d *decoder) declarations(img *Image) {
 		n.CIDRs = list(d, layout.CIDRs, int(c.u32()), d.prefix)
 		return n
 	})
+	// All crossings share one array of terms and one of spans.
+	d.terms = list(d, layout.Terms, d.left(layout.Terms), func(c *cursor) Term { return Term{Kind: TermKind(c.u8()), Index: c.u32()} })
+	d.spans = list(d, layout.Spans, d.left(layout.Spans), span)
 	img.Crossings = list(d, layout.Crossings, d.left(layout.Crossings), d.crossing)
+	if len(d.terms)+len(d.spans) > 0 {
+		d.fail("%d terms and %d spans belong to no crossing", len(d.terms), len(d.spans))
+	}
 	img.Selectors = list(d, layout.Selectors, d.left(layout.Selectors), func(c *cursor) Selector {
 		s := Selector{
 			Workload: c.u32(), Kind: SelectorKind(c.u8()), Path: d.str(c),
@@ -162,10 +170,7 @@ func (d *decoder) crossing(c *cursor) Crossing {
 	x.Rate, x.Burst = c.u64(), c.u64()
 	x.Since, x.Until = int64(c.u64()), int64(c.u64())
 	x.Purpose = d.str(c)
-	term := func(c *cursor) Term { return Term{Kind: TermKind(c.u8()), Index: c.u32()} }
-	x.From = list(d, layout.Terms, from, term)
-	x.To = list(d, layout.Terms, to, term)
-	x.Ports = list(d, layout.Spans, ports, span)
+	x.From, x.To, x.Ports = part(d, "terms", &d.terms, from), part(d, "terms", &d.terms, to), part(d, "spans", &d.spans, ports)
 	return x
 }
 
@@ -182,14 +187,7 @@ func (d *decoder) tables(img *Image) {
 		r := Rule{RuleKey: RuleKey{
 			Subject: ID(c.u32()), Peer: Peer(c.u32()), Class: c.u16(), Direction: Direction(c.u8()),
 		}}
-		n := int(c.u8())
-		if n > len(all) {
-			d.fail("rule lists %d crossings, %d are left", n, len(all))
-			return r
-		}
-		if n > 0 {
-			r.Crossings, all = all[:n:n], all[n:]
-		}
+		r.Crossings = part(d, "alternatives", &all, int(c.u8()))
 		return r
 	})
 	if len(all) > 0 {
@@ -232,6 +230,20 @@ func list[T any](d *decoder, section, n int, read func(*cursor) T) []T {
 			return nil
 		}
 	}
+	return out
+}
+
+// part takes n elements off a list that several owners share; nil for none.
+func part[T any](d *decoder, what string, shared *[]T, n int) []T {
+	if n > len(*shared) {
+		d.fail("%d %s wanted, %d are left", n, what, len(*shared))
+		return nil
+	}
+	if n == 0 {
+		return nil
+	}
+	out := (*shared)[:n:n]
+	*shared = (*shared)[n:]
 	return out
 }
 

@@ -139,7 +139,7 @@ func TestDecodeRefuses(t *testing.T) {
 		{"bad v4 prefix length", func(b []byte) []byte { b[section(b, 5)+17+16] = 95; return b },
 			"address block 0.0.0.0: length -1"},
 		{"bad alternatives", func(b []byte) []byte { b[section(b, 13)+11] = 250; return b },
-			"rule lists 250 crossings, 15 are left"},
+			"250 alternatives wanted, 15 are left"},
 		{"bad alternatives left over", func(b []byte) []byte { b[section(b, 13)+11] = 0; return b },
 			"1 crossings belong to no rule"},
 		{"bad string order", func(b []byte) []byte {

@@ -38,6 +38,9 @@ type verifier struct {
 
 	classesOf   [][]uint16 // crossing -> port classes it covers, ascending
 	addressesOf [][]uint16 // network -> address classes inside it, ascending
+
+	crossingsOf []uint32 // room for those of a subject
+	peersOf     []Peer   // room for those of a crossing
 }
 
 // spend takes n combinations from the budget. It bounds the time that an image

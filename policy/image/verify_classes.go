@@ -47,9 +47,10 @@ func (v *verifier) portClasses() error {
 func (v *verifier) cover(size []int) error {
 	v.classesOf = make([][]uint16, len(v.img.Crossings))
 	found := make([]int, len(size))
+	var all []uint16 // those of many crossings, one behind the other
 	for i := range v.img.Crossings {
 		c := &v.img.Crossings[i]
-		var classes []uint16
+		classes := all[len(all):]
 		for _, s := range c.Ports {
 			at, _ := slices.BinarySearchFunc(v.img.Ports, s, func(r PortRange, s Span) int {
 				return cmp.Or(cmp.Compare(r.Proto, s.Proto), cmp.Compare(r.Low, s.Low))
@@ -75,7 +76,9 @@ func (v *verifier) cover(size []int) error {
 			found[class] = 0
 		}
 		slices.Sort(classes)
-		v.classesOf[i] = slices.Compact(classes)
+		classes = slices.Compact(classes)
+		v.classesOf[i] = classes[:len(classes):len(classes)]
+		all = classes
 	}
 	return nil
 }

@@ -126,10 +126,11 @@ func (v *verifier) sides() (sides [2]map[Term][]uint32) {
 // justifications lists everything that admits something to or from the subject.
 func (v *verifier) justifications(out []justification, sides [2]map[Term][]uint32, s subject) ([]justification, error) {
 	for d, side := range sides {
-		var crossings []uint32
+		crossings := v.crossingsOf[:0]
 		for _, t := range s.terms {
 			crossings = append(crossings, side[t]...)
 		}
+		v.crossingsOf = crossings
 		slices.Sort(crossings)
 		for _, i := range slices.Compact(crossings) {
 			others := v.img.Crossings[i].To
@@ -150,9 +151,10 @@ func (v *verifier) justifications(out []justification, sides [2]map[Term][]uint3
 	return out, nil
 }
 
-// peers are the look-ups that find the terms of a crossing's other side.
+// peers are the look-ups that find the terms of a crossing's other side, until it is
+// called again.
 func (v *verifier) peers(terms []Term) []Peer {
-	out := make([]Peer, 0, len(terms)+1)
+	out := v.peersOf[:0]
 	for _, t := range terms {
 		switch t.Kind {
 		case TermWorkload:
@@ -172,6 +174,7 @@ func (v *verifier) peers(terms []Term) []Peer {
 	if provable(terms) {
 		out = append(out, MakePeer(PeerProven, 0))
 	}
+	v.peersOf = out
 	slices.Sort(out)
 	return slices.Compact(out) // an address class can lie in two networks of one crossing
 }

@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"context"
 	"crypto/sha256"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -86,8 +87,12 @@ func TestChange(t *testing.T) {
 			preview = milliseconds(monotonic() - begun)
 			check(t, err)
 		}
+		put := agent.ApplySparing
+		if previewed {
+			put = agent.ApplyPreviewed
+		}
 		asked = monotonic()
-		_, err = agent.Apply(ctx, encoded, 0)
+		_, err = put(ctx, encoded, 0, 0)
 		answered = monotonic()
 		check(t, err)
 		return asked, answered, preview
@@ -294,6 +299,19 @@ func peerMain(args []string) {
 		stopped.Store(true)
 		<-done
 		say("stopped", monotonic(), made, refused)
+	case "probe":
+		for lines.Scan() { // await
+			for before := ""; before != "refused"; time.Sleep(time.Millisecond) {
+				said := "open"
+				if _, err := net.Dial("tcp", "127.0.0.1:1"); errors.Is(err, unix.EPERM) {
+					said = "refused"
+				}
+				if said != before {
+					say(said, monotonic(), 0, 0)
+				}
+				before = said
+			}
+		}
 	case "send":
 		for lines.Scan() { // connect
 			c := connectWhenAllowed(args[1])

@@ -19,8 +19,9 @@ import (
 // Without it there are two starts of a small policy.
 const startsVariable = "STARTS"
 
-// TestStart ends enforcement and starts the core, again and again: from exec until the
-// core answers, which it does only when the stored image is in force. It looks every 5 ms.
+// TestStart ends enforcement and starts the core, again and again: from exec until a
+// process of a workload is refused what nobody declared, which it tries each millisecond,
+// and until the core answers, for which it looks every 5 ms.
 func TestStart(t *testing.T) {
 	starts, sizes := 2, [][2]int{{50, 200}}
 	if text := os.Getenv(startsVariable); text != "" {
@@ -46,27 +47,33 @@ func TestStart(t *testing.T) {
 		agent.Close()
 		node.StopAgent()
 		one := Started{Rules: len(img.Rules)}
-		start := func(end func()) float64 {
+		prober := startPeer(t, lab.Namespace("client"), node.Cgroup("/large/w000000"), "probe")
+		start := func(end func()) (begun time.Duration, took float64) {
 			end()
-			begun := monotonic()
+			begun = monotonic()
 			node.StartCore()
-			took := milliseconds(monotonic() - begun)
+			took = milliseconds(monotonic() - begun)
 			if s := node.Status(); s.State != proto.StateEnforcing || s.Active.Digest == "" {
 				t.Fatalf("%s, %v", s.State, s.Problems)
 			}
-			return took
+			return begun, took
 		}
-		var adopted []float64
+		var fresh, adopted, cpu []float64
 		for range starts {
-			one.Series = append(one.Series, start(func() {
+			begun, took := start(func() {
 				node.Detach()
 				if left, err := os.ReadDir(filepath.Join(node.Dir(), "bpf", "demarc")); err == nil && len(left) > 0 {
 					t.Fatalf("%d pins are left", len(left))
 				}
-			}))
-			adopted = append(adopted, start(node.StopCore))
+				prober.ask("await")
+				prober.await("open")
+			})
+			fresh, cpu = append(fresh, took), append(cpu, milliseconds(cpuTime(t, node.Core)))
+			one.Series = append(one.Series, milliseconds(prober.await("refused")-begun))
+			_, took = start(node.StopCore)
+			adopted = append(adopted, took)
 		}
-		one.Fresh, one.Adopt = latency(one.Series), latency(adopted)
+		one.Forced, one.Fresh, one.Adopt, one.CPU = latency(one.Series), latency(fresh), latency(adopted), latency(cpu)
 		outcome.Sizes = append(outcome.Sizes, one)
 	}
 	outcome.Machine.After = loadAverage()

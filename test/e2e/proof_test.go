@@ -133,7 +133,7 @@ func TestFailedProofsAreShown(t *testing.T) {
 		}
 		return got
 	}
-	for end := time.Now().Add(timeToAnswer); len(seen()) < len(want) && time.Now().Before(end); {
+	for end := time.Now().Add(timeToAnswer); !cmp.Equal(want, seen()) && time.Now().Before(end); {
 		time.Sleep(50 * time.Millisecond)
 	}
 	if d := cmp.Diff(want, seen()); d != "" {

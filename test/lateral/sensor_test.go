@@ -41,7 +41,7 @@ func TestSensors(t *testing.T) {
 	for i := range scenarios {
 		workloads = append(workloads, workloadOf(i))
 	}
-	s.node = s.lab.lab.Node(s.policy(workloads, fmt.Sprintf(`  - {name: out, from: [zone/edge], to: [network/target], ports: [tcp/22, tcp/7001, tcp/8443, udp/53, icmp/echo], identity: none, log: all}
+	s.node = s.lab.lab.Node(s.policy(workloads, fmt.Sprintf(`  - {name: out, from: [zone/edge], to: [network/target], ports: [tcp/22, tcp/7001, tcp/7010-7019, tcp/8443, udp/53, icmp/echo], identity: none, log: all}
   - {name: in, from: [network/target], to: [zone/edge], ports: [tcp/8000-8099], identity: none, log: all, limit: {connections: 100/s}}
   - {name: on, from: [zone/edge], to: [zone/edge], ports: [tcp/8000-8099], log: all}
 %s`, strings.Join(s.more, "\n"))), netlab.NodeOptions{Home: s.host})

@@ -70,6 +70,7 @@ PermitRootLogin prohibit-password
 PasswordAuthentication no
 KbdInteractiveAuthentication no
 AllowTcpForwarding yes
+GatewayPorts clientspecified
 MaxStartups 100
 MaxAuthTries 10
 UseDNS no

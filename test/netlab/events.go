@@ -215,7 +215,7 @@ func (n *Node) flowsOfAgent(filters []string) (flows []flow.Flow) {
 // it.
 func (n *Node) AwaitFlow(what string, match func(flow.Flow) bool) flow.Flow {
 	n.lab.t.Helper()
-	end := time.Now().Add(5 * time.Second)
+	end := time.Now().Add(10 * time.Second)
 	for {
 		flows := n.Flows()
 		for _, f := range flows {

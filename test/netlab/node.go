@@ -209,11 +209,12 @@ func (n *Node) AwaitAgent() {
 	})
 }
 
-// await tries until it works, as long as the process lives.
+// await tries until it works, as long as the process lives: on a machine that has
+// much else to do, a core needs its second of CPU time all the same.
 func (n *Node) await(p *Process, what string, try func() error) {
 	n.lab.t.Helper()
 	var err error
-	for end := time.Now().Add(30 * time.Second); time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
+	for end := time.Now().Add(time.Minute); time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
 		if err = try(); err == nil {
 			return
 		}

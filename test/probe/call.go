@@ -22,7 +22,7 @@ var calls = map[string]func(*prober, *Call) (Result, error){
 	"set": setOption, "settext": setText, "get": getOption, "name": socketName,
 	"sendfile": sendFile, "splice": spliceFile, "filter": attachFilter,
 	"cgroup": enterCgroup, "dup": duplicate, "steal": steal, "mailbox": mailbox, "give": give, "take": take, "exec": execSelf,
-	"serve": serve, "flood": flood, "bindall": bindAll, "churn": churn, "ring": newRing, "ringsend": ringSend, "ringconnect": ringConnect, "ringsocket": ringSocket,
+	"serve": serve, "flood": flood, "bindall": bindAll, "knock": knock, "churn": churn, "ring": newRing, "ringsend": ringSend, "ringconnect": ringConnect, "ringsocket": ringSocket,
 }
 
 // address makes the bytes of a socket address. The form of the text decides the

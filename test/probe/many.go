@@ -105,3 +105,28 @@ func bindAll(_ *prober, c *Call) (r Result, err error) {
 	}
 	return r, nil
 }
+
+// knock opens Size connections to the address and those that follow it, one each, and
+// waits for none. N counts those that are on their way; they stay until the probe ends.
+func knock(_ *prober, c *Call) (r Result, err error) {
+	to, err := address(c, c.Address)
+	if err != nil {
+		return r, err
+	}
+	if len(to) != 16 {
+		return r, errors.New("knock is for IPv4")
+	}
+	first := binary.BigEndian.Uint32(to[4:])
+	for ; r.N < c.Size; r.N++ {
+		fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
+		if err != nil {
+			return r, err
+		}
+		binary.BigEndian.PutUint32(to[4:], first+uint32(r.N))
+		if err := sockaddrCall(unix.SYS_CONNECT, fd, to); !errors.Is(err, unix.EINPROGRESS) {
+			unix.Close(fd)
+			return r, err
+		}
+	}
+	return r, nil
+}

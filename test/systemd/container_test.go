@@ -9,6 +9,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"os"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -185,6 +186,20 @@ func (k *kubelet) stop(sandbox string) {
 	}
 }
 
+// bound is when the agent last gave a cgroup its identity.
+func (h *host) bound() time.Time {
+	h.t.Helper()
+	lines := regexp.MustCompile(`(?m)^(\S+)\tinfo\tbind\t`).FindAllStringSubmatch(h.Journal("demarc-agent"), -1)
+	if lines == nil {
+		h.t.Fatalf("the agent bound nothing:\n%s", h.Journal("demarc-agent"))
+	}
+	at, err := time.Parse(time.RFC3339Nano, lines[len(lines)-1][1])
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	return at
+}
+
 // Containers that really run get their identity from the runtime: until then nothing
 // of them is on the wire, then exactly what their crossings declare. (C13, C17)
 func TestContainers(t *testing.T) {
@@ -224,7 +239,8 @@ func TestContainers(t *testing.T) {
 		if got := fmt.Sprint(reached(wire, h.peer)); got != fmt.Sprintf("[%d]", tt.port) {
 			t.Errorf("%s/%s, container %s, reached %s, want only %d", tt.namespace, tt.name, tt.container, got, tt.port)
 		}
-		t.Logf("%s/%s: first packet %v after its container was started", tt.namespace, tt.name, named.Round(time.Millisecond))
+		t.Logf("%s/%s: its container had its identity %v after it was started, and its first packet left %v after that start",
+			tt.namespace, tt.name, h.bound().Sub(started).Round(time.Millisecond), named.Round(time.Millisecond))
 		k.stop(sandbox)
 	}
 }

@@ -23,11 +23,10 @@ import (
 
 // TestKubernetesWorkloads: a node with 200 pods, each a workload of its own with five
 // crossings, in a cluster that has as many elsewhere: all are bound, and nobody else is
-// asked for. What the agent takes is measured beside the goals of docs/performance.md:
-// 40 MB when nothing happens (P15), and 15 % of a processor at the 20,000 events a second
-// that 10,000 connections make (P19). They are not kept yet, so they are not asserted. The
-// pods' containers are cgroups alone; their events are datagrams to ever other addresses
-// that are refused, as of 50 scanners, which costs the agent more than connections do.
+// asked for, and the agent keeps within 40 MB when nothing happens (P15). The pods'
+// containers are cgroups alone. What it takes when 50 of them scan, datagrams to ever
+// other addresses that are refused, is told: no goal is for that. P19, of connections, is
+// measured in test/bench.
 func TestKubernetesWorkloads(t *testing.T) {
 	const pods, senders, each, seconds = 200, 50, 400, 10
 	n := newNode(t)
@@ -91,6 +90,9 @@ func TestKubernetesWorkloads(t *testing.T) {
 	time.Sleep(30 * time.Second)
 	idle := resident()
 	t.Logf("P15: the agent's resident memory, idle: %.1f MB, must 40", idle)
+	if idle > 40 {
+		t.Error("it has more than 40 MB")
+	}
 
 	processor := func() time.Duration {
 		t.Helper()
@@ -133,7 +135,7 @@ func TestKubernetesWorkloads(t *testing.T) {
 		made, lost = made+r.Made-before.Rings[i].Made, lost+r.Lost-before.Rings[i].Lost
 	}
 	rate := float64(made) / spent.Seconds()
-	t.Logf("P19: the agent's CPU at %.0f events/s (%d, %d lost), one reader: %.1f %% of a processor, must 15; then it has %.1f MB", rate, made, lost, used, resident())
+	t.Logf("the agent's CPU at %.0f events/s (%d, %d lost), one reader: %.1f %% of a processor; then it has %.1f MB", rate, made, lost, used, resident())
 	if rate < 0.9*senders*each {
 		t.Errorf("only %.0f events/s were made, %d were meant: nothing can be told", rate, senders*each)
 	}

@@ -25,7 +25,7 @@ type Op string
 const (
 	OpHello    Op = "hello"    // answer: Welcome and Descriptors
 	OpStatus   Op = "status"   // answer: Status
-	OpApply    Op = "apply"    // with one descriptor, the image or an envelope around it; answer: Status
+	OpApply    Op = "apply"    // with one descriptor, the image or an envelope around it, or the digest of what was previewed; answer: Status
 	OpPreview  Op = "preview"  // with one descriptor, the same, which is not applied; answer: Preview
 	OpShadow   Op = "shadow"   // with one descriptor, the same, which is asked beside the one in force; answer: Status
 	OpUnshadow Op = "unshadow" // end that; answer: Status
@@ -48,6 +48,7 @@ type Request struct {
 	Version  int    `json:"version,omitempty"`  // OpHello
 	Path     string `json:"path,omitempty"`     // OpBind, OpUnbind: below the managed root, "/lab/api-1"
 	Identity uint32 `json:"identity,omitempty"` // OpBind, OpQuarantine, OpRelease
+	Digest   string `json:"digest,omitempty"`   // OpApply: hex SHA-256 of the image that was previewed last, without envelope
 	Within   int64  `json:"within,omitempty"`   // OpApply: ms until the kernel takes it back unless it is confirmed; 0 = for good
 
 	Spare     int64  `json:"spare,omitempty"`     // OpApply: ms that live connections which the image cuts go on; 0 = they do not

@@ -6,6 +6,7 @@
  *	load MODE ADDRESS SECONDS CLIENT SERVER
  *
  * MODE     crr   connect, one byte each way, close by the client; 16 at a time on 4 ports
+ *          crr:N the same, at most N a second
  *          rr    one byte each way on one connection, both ends spin
  *          udp   echo of 64 bytes, 32 on their way, the client's socket connected
  *          udpu  the same, unconnected
@@ -256,7 +257,7 @@ static void serve_datagrams(const char *host)
 
 /* A connection of crr. */
 struct call {
-	int fd;
+	int fd; /* -1: it waits for its time */
 	bool asked;
 	double since;
 };
@@ -276,24 +277,42 @@ static void open_call(struct call *c, long index, const struct sockaddr_in *to)
 	watch(poll_fd, c->fd, EPOLLIN | EPOLLOUT | EPOLLET, index);
 }
 
-static void call(const char *host, double last)
+/* Makes connections for so long, at most so many a second; 0: as many as go. */
+static void call(const char *host, double last, double rate)
 {
 	struct call calls[OUTSTANDING];
 	struct sockaddr_in to[PORTS];
 	struct epoll_event events[EVENTS];
-	double begin = seconds(), now = begin;
+	double begin = seconds(), now = begin, moved = begin;
 	long open = 0, next = 0;
 	struct usage before = usage();
 
 	poll_fd = epoll_create1(0);
 	for (int i = 0; i < PORTS; i++)
 		to[i] = address(host, FIRST_PORT + i);
-	for (int i = 0; i < OUTSTANDING; i++, open++)
-		open_call(&calls[i], i, &to[next++ % PORTS]);
-	while (open) {
-		int n = epoll_wait(poll_fd, events, EVENTS, 1000);
+	for (int i = 0; i < OUTSTANDING; i++)
+		calls[i].fd = -1;
+	for (;;) {
+		bool going_on = now - begin < last, waiting = false;
 
-		if (n == 0) { /* nothing moves any more */
+		for (int i = 0; i < OUTSTANDING && going_on; i++) {
+			if (calls[i].fd >= 0)
+				continue;
+			if (rate && next > (now - begin) * rate) {
+				waiting = true;
+				break;
+			}
+			open_call(&calls[i], i, &to[next++ % PORTS]);
+			open++;
+		}
+		if (!open && !going_on)
+			break;
+		int n = epoll_wait(poll_fd, events, EVENTS, waiting ? 1 : 1000);
+
+		now = seconds();
+		if (n)
+			moved = now;
+		if (open && now - moved >= 1) { /* nothing moves any more */
 			shared->client.lost += open;
 			break;
 		}
@@ -318,11 +337,13 @@ static void call(const char *host, double last)
 			if (!done)
 				continue;
 			close(c->fd);
-			if (now - begin < last)
-				open_call(c, events[i].data.u64, &to[next++ % PORTS]);
-			else
-				open--;
+			c->fd = -1;
+			open--;
 			now = seconds();
+			if (now - begin < last && !rate) {
+				open_call(c, events[i].data.u64, &to[next++ % PORTS]);
+				open++;
+			}
 		}
 	}
 	shared->client.lasted = seconds() - begin;
@@ -460,7 +481,9 @@ static void client(const char *mode, const char *host, double last, char *where)
 	doing = mode;
 	memset(samples, 0, SAMPLES * sizeof(*samples)); /* no page faults while it counts */
 	if (!strcmp(mode, "crr"))
-		call(host, last);
+		call(host, last, 0);
+	else if (!strncmp(mode, "crr:", 4))
+		call(host, last, atof(mode + 4));
 	else if (!strcmp(mode, "rr"))
 		ask_spinning(host, last);
 	else if (!strcmp(mode, "udp") || !strcmp(mode, "udpu"))
