@@ -13,7 +13,7 @@ import (
 
 	"github.com/demarc/demarc/agent/coreclient"
 	"github.com/demarc/demarc/agent/journal"
-	"github.com/demarc/demarc/bpf/abi"
+	"github.com/demarc/demarc/bpf/abi/record"
 	"github.com/demarc/demarc/exporter"
 	"github.com/demarc/demarc/identity"
 	"github.com/demarc/demarc/identity/cri"
@@ -72,6 +72,12 @@ func build(c *Config, log *zap.Logger, l *link) (*Agent, error) {
 			return nil, err
 		}
 	}
+	if c.Detect != nil && c.Detect.Record != "" {
+		var err error
+		if s.detection.record, err = openRecording(c.Detect.Record); err != nil {
+			return nil, err
+		}
+	}
 	a.tasks = append(a.tasks, s.detection)
 	s.metrics = &metrics{link: l, binder: s.binder, detection: s.detection}
 	if c.Metrics != "" {
@@ -109,7 +115,7 @@ func (a *Agent) openJournal() error {
 		return err
 	}
 	a.service.journal, a.service.metrics.journal, l.born = j, j, j.Born
-	for ring := range abi.Rings {
+	for ring := range record.Rings {
 		id, places := j.Resume(ring)
 		for _, p := range places {
 			l.resume[ring].Resume(p.CPU, p.Seq)

@@ -21,6 +21,7 @@ import (
 	"github.com/demarc/demarc/agent/core/audit"
 	"github.com/demarc/demarc/agent/core/proto"
 	"github.com/demarc/demarc/bpf/abi"
+	"github.com/demarc/demarc/bpf/abi/record"
 	"github.com/demarc/demarc/identity"
 )
 
@@ -165,15 +166,15 @@ func TestFlowsHaveNames(t *testing.T) {
 	tuple := abi.Tuple{Proto: 6, SourcePort: 4000, DestinationPort: 8080}
 	copy(tuple.Source[:], []byte{10: 0xff, 11: 0xff, 12: 10, 15: 1})
 	copy(tuple.Destination[:], []byte{10: 0xff, 11: 0xff, 12: 10, 15: 2})
-	allowed := abi.Event{Kind: abi.EventVerdict, Hook: abi.HookEgress, Time: 1, Seq: 1, Epoch: 1, Subject: id["web"], Peer: id["api"], Proof: abi.ProofIdentity, Verdict: abi.Allow, Reason: abi.ByCrossing, Crossing: number, Tuple: tuple}
-	denied := abi.Event{Kind: abi.EventVerdict, Hook: abi.HookEgress, Time: 2, Seq: 1, Epoch: 1, Subject: id["web"], Proof: abi.ProofUnknown, Verdict: abi.Deny, Reason: abi.NoCrossingFor, Tuple: tuple}
-	core.emit(t, abi.RingAllowed, allowed)
-	core.emit(t, abi.RingDenied, denied)
+	allowed := record.Event{Kind: record.EventVerdict, Hook: record.HookEgress, Time: 1, Seq: 1, Epoch: 1, Subject: id["web"], Peer: id["api"], Proof: abi.ProofIdentity, Verdict: abi.Allow, Reason: abi.ByCrossing, Crossing: number, Tuple: tuple}
+	denied := record.Event{Kind: record.EventVerdict, Hook: record.HookEgress, Time: 2, Seq: 1, Epoch: 1, Subject: id["web"], Proof: abi.ProofUnknown, Verdict: abi.Deny, Reason: abi.NoCrossingFor, Tuple: tuple}
+	core.emit(t, record.RingAllowed, allowed)
+	core.emit(t, record.RingDenied, denied)
 	denied.Time, denied.Seq = 3, 5 // 2, 3 and 4 found no room
-	core.emit(t, abi.RingDenied, denied)
+	core.emit(t, record.RingDenied, denied)
 	eventually(t, "three flows", func() bool {
 		c := r.link.store.Counts()
-		return c[abi.RingDenied].Received == 2 && c[abi.RingAllowed].Received == 1
+		return c[record.RingDenied].Received == 2 && c[record.RingAllowed].Received == 1
 	})
 	const yes, no = "allow crossing edge/web -> app/api web-api", "deny no-crossing edge/web -> network/lan "
 	for _, c := range []struct {
@@ -206,7 +207,7 @@ func TestFlowsHaveNames(t *testing.T) {
 	go func() { got <- collect(t, r, "last=0&follow=true&first=1&verdict=deny") }()
 	denied.Seq = 9
 	for done := false; !done; {
-		core.emit(t, abi.RingDenied, denied) // again and again, since the reader may not be there yet
+		core.emit(t, record.RingDenied, denied) // again and again, since the reader may not be there yet
 		denied.Seq += 2
 		select {
 		case lines := <-got:

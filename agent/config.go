@@ -173,6 +173,9 @@ func ParseConfig(file string, src []byte) (*Config, error) {
 	if log := c.Detect.Log.File; log != "" && !filepath.IsAbs(log) {
 		return nil, f.Errorf("$.detect.log.file", "for example /var/log/demarc/findings.jsonl", "%q is no absolute path", log)
 	}
+	if file := c.Detect.Record; file != "" && !filepath.IsAbs(file) {
+		return nil, f.Errorf("$.detect.record", "for example /var/lib/demarc-agent/recording.jsonl", "%q is no absolute path", file)
+	}
 	if c.State = d.State; c.State != "" && !filepath.IsAbs(c.State) {
 		return nil, f.Errorf("$.state", "for example /var/lib/demarc-agent", "%q is no absolute path", c.State)
 	}

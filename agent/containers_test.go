@@ -12,6 +12,7 @@ import (
 
 	"github.com/demarc/demarc/agent/flow"
 	"github.com/demarc/demarc/bpf/abi"
+	"github.com/demarc/demarc/bpf/abi/record"
 	"github.com/demarc/demarc/identity"
 )
 
@@ -109,9 +110,9 @@ func TestFlowsNamePods(t *testing.T) {
 	if _, err := r.client.Apply(t.Context(), compile(t, source), 0); err != nil {
 		t.Fatal(err)
 	}
-	core.emit(t, abi.RingDenied, abi.Event{Kind: abi.EventVerdict, Hook: abi.HookEgress, Time: 1, Seq: 1, Epoch: 1, Subject: 1, Verdict: abi.Audit, Reason: abi.NoCrossingFor,
+	core.emit(t, record.RingDenied, record.Event{Kind: record.EventVerdict, Hook: record.HookEgress, Time: 1, Seq: 1, Epoch: 1, Subject: 1, Verdict: abi.Audit, Reason: abi.NoCrossingFor,
 		Cgroup: inode(t, filepath.Join(core.root, "lab/api-1/child"))})
-	eventually(t, "a flow", func() bool { return r.link.store.Counts()[abi.RingDenied].Received == 1 })
+	eventually(t, "a flow", func() bool { return r.link.store.Counts()[record.RingDenied].Received == 1 })
 	ask := func(query url.Values) (found []flow.Endpoint) {
 		t.Helper()
 		for line, err := range r.client.Flows(t.Context(), query) {

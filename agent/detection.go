@@ -22,6 +22,7 @@ type detection struct {
 	found   *detect.Findings
 	file    *findingsFile // nil without a state directory
 	sink    *findingsLog  // nil unless configured
+	record  *recording    // nil unless configured
 	log     *zap.Logger
 	ready   chan struct{}
 	events  *events
@@ -67,6 +68,12 @@ func (d *detection) Run(ctx context.Context) error {
 			return err
 		}
 		d.follow()
+		if d.record != nil {
+			if err := d.record.add(e); err != nil {
+				d.note(err)
+				d.record = nil // it ends there
+			}
+		}
 		d.see(e)
 		if s := e.Signal; s != nil && s.Kind == detect.Lost {
 			d.mu.Lock()

@@ -13,6 +13,7 @@ import (
 
 	"github.com/demarc/demarc/agent/detect"
 	"github.com/demarc/demarc/bpf/abi"
+	"github.com/demarc/demarc/bpf/abi/record"
 )
 
 // asked returns the findings that a query asks for, each in short.
@@ -38,8 +39,8 @@ func scan(t *testing.T, core *standIn, id uint32, ports int) {
 	for i := range ports {
 		tuple := abi.Tuple{Proto: 6, DestinationPort: uint16(1000 + i)}
 		copy(tuple.Destination[:], []byte{10: 0xff, 11: 0xff, 12: 10, 15: 2})
-		core.emit(t, abi.RingDenied, abi.Event{
-			Kind: abi.EventVerdict, Hook: abi.HookConnect, Time: uint64(i+1) * 1e9, Seq: uint64(i + 1), Epoch: 1, Subject: id, PID: 77,
+		core.emit(t, record.RingDenied, record.Event{
+			Kind: record.EventVerdict, Hook: record.HookConnect, Time: uint64(i+1) * 1e9, Seq: uint64(i + 1), Epoch: 1, Subject: id, PID: 77,
 			Comm: [16]byte{'n', 'm', 'a', 'p'}, Proof: abi.ProofUnknown, Verdict: abi.Deny, Reason: abi.NoCrossingFor, Tuple: tuple,
 		})
 	}

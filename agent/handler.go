@@ -20,7 +20,7 @@ import (
 	"github.com/demarc/demarc/agent/core/proto"
 	"github.com/demarc/demarc/agent/flow"
 	"github.com/demarc/demarc/agent/journal"
-	"github.com/demarc/demarc/bpf/abi"
+	"github.com/demarc/demarc/bpf/abi/record"
 	"github.com/demarc/demarc/exporter"
 	"github.com/demarc/demarc/internal/version"
 	"github.com/demarc/demarc/policy/envelope"
@@ -114,7 +114,7 @@ func (s *service) status() *api.Status {
 	received := s.link.store.Counts()
 	s.link.look(func(v view, k kernel) {
 		out.Core = api.Core{Connected: v.Connected, Since: v.Since, Problem: v.Problem, Root: v.Root, Status: v.Status}
-		var states [abi.AllRings]abi.RingState
+		var states [record.AllRings]record.RingState
 		if k != nil {
 			var err error
 			if states, err = k.Rings(); err != nil {
@@ -122,7 +122,7 @@ func (s *service) status() *api.Status {
 			}
 		}
 		for i, name := range ringNames {
-			if i == abi.RingSignals {
+			if i == record.RingSignals {
 				n, missed := s.link.signals.counts()
 				out.Rings = append(out.Rings, api.Ring{Name: name, Made: states[i].Seq, Lost: states[i].Lost, Received: n, Missed: missed})
 				continue
@@ -134,7 +134,7 @@ func (s *service) status() *api.Status {
 		}
 		out.State = v.Status.State
 		out.Problems = append(out.Problems, v.Status.Problems...)
-		out.Limits, out.Unconfirmed = append(out.Limits, v.Status.Limits...), v.Status.Unconfirmed
+		out.Limits, out.Unconfirmed, out.Blind = append(out.Limits, v.Status.Limits...), v.Status.Unconfirmed, v.Status.Blind
 		if v.Status.Shadow != nil {
 			out.Shadow = s.link.differences.describe(v.Status.Shadow, nil)
 		}

@@ -24,6 +24,7 @@ import (
 	"google.golang.org/protobuf/types/known/wrapperspb"
 
 	"github.com/demarc/demarc/bpf/abi"
+	"github.com/demarc/demarc/bpf/abi/record"
 )
 
 // hubbleClient is a client of an agent's Observer, as any of Hubble's clients.
@@ -76,16 +77,16 @@ func seen(t *testing.T) *running {
 	tuple := abi.Tuple{Proto: 6, SourcePort: 4000, DestinationPort: 8080}
 	copy(tuple.Source[:], []byte{10: 0xff, 11: 0xff, 12: 10, 15: 1})
 	copy(tuple.Destination[:], []byte{10: 0xff, 11: 0xff, 12: 10, 15: 2})
-	e := abi.Event{Kind: abi.EventVerdict, Hook: abi.HookEgress, Time: 1, Seq: 1, Epoch: 1, Subject: id["web"], Peer: id["api"], Proof: abi.ProofIdentity, Verdict: abi.Allow,
+	e := record.Event{Kind: record.EventVerdict, Hook: record.HookEgress, Time: 1, Seq: 1, Epoch: 1, Subject: id["web"], Peer: id["api"], Proof: abi.ProofIdentity, Verdict: abi.Allow,
 		Reason: abi.ByCrossing, Crossing: r.link.view().Names.Image.Crossings[0].Number, Tuple: tuple}
-	core.emit(t, abi.RingAllowed, e)
+	core.emit(t, record.RingAllowed, e)
 	e.Time, e.Peer, e.Proof, e.Verdict, e.Reason, e.Crossing, e.Tuple.DestinationPort = 2, 0, abi.ProofUnknown, abi.Deny, abi.NoCrossingFor, 0, 22
-	core.emit(t, abi.RingDenied, e)
+	core.emit(t, record.RingDenied, e)
 	e.Time, e.Seq, e.Tuple.DestinationPort = 3, 5, 23
-	core.emit(t, abi.RingDenied, e)
+	core.emit(t, record.RingDenied, e)
 	eventually(t, "three flows", func() bool {
 		c := r.link.store.Counts()
-		return c[abi.RingDenied].Received == 2 && c[abi.RingAllowed].Received == 1
+		return c[record.RingDenied].Received == 2 && c[record.RingAllowed].Received == 1
 	})
 	return r
 }
@@ -171,8 +172,8 @@ func TestObserverFollows(t *testing.T) {
 	if m, err := stream.Recv(); err != nil || m.GetFlow().GetL4().GetTCP().GetDestinationPort() != 23 || m.GetNodeName() != "n1" {
 		t.Fatalf("first: %v, %v", m, err)
 	}
-	e := abi.Event{Kind: abi.EventVerdict, Time: 4, Seq: 10, Verdict: abi.Deny, Reason: abi.NoCrossingFor} // 6 to 9 are lost
-	r.core.emit(t, abi.RingDenied, e)
+	e := record.Event{Kind: record.EventVerdict, Time: 4, Seq: 10, Verdict: abi.Deny, Reason: abi.NoCrossingFor} // 6 to 9 are lost
+	r.core.emit(t, record.RingDenied, e)
 	m, err := stream.Recv()
 	if err != nil || m.GetLostEvents().GetNumEventsLost() != 4 || m.GetLostEvents().GetSource() != flowpb.LostEventSource_PERF_EVENT_RING_BUFFER {
 		t.Fatalf("lost: %v, %v", m, err)

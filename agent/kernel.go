@@ -13,13 +13,14 @@ import (
 	"github.com/demarc/demarc/agent/core/proto"
 	"github.com/demarc/demarc/agent/ring"
 	"github.com/demarc/demarc/bpf/abi"
+	"github.com/demarc/demarc/bpf/abi/record"
 	"github.com/demarc/demarc/policy/image"
 )
 
 // kernel is what the agent reads of the kernel's state. donated is the real one; the
 // reading methods may be used at the same time, but not during or after Close.
 type kernel interface {
-	// Next waits for the next record of a ring, abi.RingSignals among them, and says whether more were there when it
+	// Next waits for the next record of a ring, record.RingSignals among them, and says whether more were there when it
 	// came. It returns os.ErrClosed once the kernel is closed. One goroutine reads each
 	// ring; the bytes hold until its next call.
 	Next(ring int) (event []byte, more bool, err error)
@@ -32,8 +33,8 @@ type kernel interface {
 	// whether all of them were read.
 	Positions(ring int) (last []uint64, read bool, err error)
 	Counts() (map[abi.CountKey]uint64, error)
-	Rings() ([abi.AllRings]abi.RingState, error)
-	Faults() ([abi.Faults]uint64, error)
+	Rings() ([record.AllRings]record.RingState, error)
+	Faults() ([record.Faults]uint64, error)
 	// Bindings returns the identity of every bound cgroup in the active generation.
 	Bindings() (map[uint64]uint32, error)
 	// Room says how many entries there may be.
@@ -47,12 +48,12 @@ type room struct{ Counts, Bindings int }
 
 // donated are the maps behind the descriptors that the core donated.
 type donated struct {
-	rings    [abi.AllRings]*ring.Reader
-	records  [abi.AllRings][]byte        // owned by the ring's reader
-	empty    [abi.AllRings]bool          // nothing was left behind the last record; the reader's, too
-	returned [abi.AllRings]atomic.Uint64 // by Next
-	waiting  [abi.AllRings]atomic.Bool   // in Next
-	ids      [abi.AllRings]uint64
+	rings    [record.AllRings]*ring.Reader
+	records  [record.AllRings][]byte        // owned by the ring's reader
+	empty    [record.AllRings]bool          // nothing was left behind the last record; the reader's, too
+	returned [record.AllRings]atomic.Uint64 // by Next
+	waiting  [record.AllRings]atomic.Bool   // in Next
+	ids      [record.AllRings]uint64
 	counts   *ebpf.Map
 	states   *ebpf.Map
 	faults   *ebpf.Map
@@ -69,7 +70,7 @@ func openMaps(d *proto.Descriptors) (_ kernel, err error) {
 			m.Close()
 		}
 	}()
-	for i, f := range []*os.File{abi.RingDenied: d.Denied, abi.RingAllowed: d.Allowed, abi.RingSignals: d.Signals} {
+	for i, f := range []*os.File{record.RingDenied: d.Denied, record.RingAllowed: d.Allowed, record.RingSignals: d.Signals} {
 		if err := m.openRing(i, f); err != nil {
 			return nil, fmt.Errorf("open %s ring: %w", ringNames[i], err)
 		}
@@ -113,7 +114,7 @@ func (m *donated) openRing(i int, f *os.File) error {
 	return err
 }
 
-var ringNames = [abi.AllRings]string{abi.RingDenied: "denied", abi.RingAllowed: "allowed", abi.RingSignals: "signals"}
+var ringNames = [record.AllRings]string{record.RingDenied: "denied", record.RingAllowed: "allowed", record.RingSignals: "signals"}
 
 func openMap(f *os.File, kind ebpf.MapType) (*ebpf.Map, error) {
 	fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 0)
@@ -187,9 +188,9 @@ func (m *donated) Counts() (map[abi.CountKey]uint64, error) {
 	return counts, nil
 }
 
-func (m *donated) Rings() (states [abi.AllRings]abi.RingState, err error) {
+func (m *donated) Rings() (states [record.AllRings]record.RingState, err error) {
 	for i := range states {
-		var cpus []abi.RingState
+		var cpus []record.RingState
 		if err := m.states.Lookup(uint32(i), &cpus); err != nil {
 			return states, fmt.Errorf("read ring states: %w", err)
 		}
@@ -202,7 +203,7 @@ func (m *donated) Rings() (states [abi.AllRings]abi.RingState, err error) {
 }
 
 func (m *donated) Positions(ring int) (last []uint64, read bool, err error) {
-	var cpus []abi.RingState
+	var cpus []record.RingState
 	if err := m.states.Lookup(uint32(ring), &cpus); err != nil {
 		return nil, false, fmt.Errorf("read ring states: %w", err)
 	}
@@ -212,7 +213,7 @@ func (m *donated) Positions(ring int) (last []uint64, read bool, err error) {
 	return last, m.rings[ring].Available() == 0, nil
 }
 
-func (m *donated) Faults() (faults [abi.Faults]uint64, err error) {
+func (m *donated) Faults() (faults [record.Faults]uint64, err error) {
 	for i := range faults {
 		var cpus []uint64
 		if err := m.faults.Lookup(uint32(i), &cpus); err != nil {

@@ -14,6 +14,7 @@ import (
 	"github.com/demarc/demarc/agent/core/proto"
 	"github.com/demarc/demarc/agent/flow"
 	"github.com/demarc/demarc/bpf/abi"
+	"github.com/demarc/demarc/bpf/abi/record"
 )
 
 // donate makes real maps of the types that the core donates, and descriptors of
@@ -43,8 +44,8 @@ func donate(t *testing.T) (*proto.Descriptors, map[string]*ebpf.Map) {
 		Allowed:  file("allowed", ebpf.MapSpec{Type: ebpf.RingBuf, MaxEntries: uint32(os.Getpagesize())}),
 		Signals:  file("signals", ebpf.MapSpec{Type: ebpf.RingBuf, MaxEntries: uint32(os.Getpagesize())}),
 		Counts:   file("counts", ebpf.MapSpec{Type: ebpf.PerCPUHash, KeySize: uint32(binary.Size(abi.CountKey{})), ValueSize: 8, MaxEntries: 64}),
-		Rings:    file("rings", ebpf.MapSpec{Type: ebpf.PerCPUArray, KeySize: 4, ValueSize: size(abi.RingState{}), MaxEntries: abi.AllRings}),
-		Faults:   file("faults", ebpf.MapSpec{Type: ebpf.PerCPUArray, KeySize: 4, ValueSize: 8, MaxEntries: abi.Faults}),
+		Rings:    file("rings", ebpf.MapSpec{Type: ebpf.PerCPUArray, KeySize: 4, ValueSize: size(record.RingState{}), MaxEntries: record.AllRings}),
+		Faults:   file("faults", ebpf.MapSpec{Type: ebpf.PerCPUArray, KeySize: 4, ValueSize: 8, MaxEntries: record.Faults}),
 		Bindings: file("bindings", ebpf.MapSpec{Type: ebpf.Hash, KeySize: 8, ValueSize: size(abi.Binding{}), MaxEntries: 64}),
 		State:    file("state", ebpf.MapSpec{Type: ebpf.Array, KeySize: 4, ValueSize: size(abi.State{}), MaxEntries: 1}),
 	}, made
@@ -102,12 +103,12 @@ func TestDonatedMapsAreRead(t *testing.T) {
 	}
 	key := abi.CountKey{Subject: 1, Verdict: abi.Deny, Reason: abi.NoCrossingFor}
 	put("counts", key, everywhere(3))
-	put("faults", uint32(abi.FaultFlow), everywhere(2))
-	states := make([]abi.RingState, cpus)
+	put("faults", uint32(record.FaultFlow), everywhere(2))
+	states := make([]record.RingState, cpus)
 	for i := range states {
-		states[i] = abi.RingState{Seq: 10, Lost: 1}
+		states[i] = record.RingState{Seq: 10, Lost: 1}
 	}
-	put("rings", uint32(abi.RingAllowed), states)
+	put("rings", uint32(record.RingAllowed), states)
 	put("state", uint32(0), abi.State{Active: abi.MakeActive(2, abi.ActiveOn, 1)})
 	put("bindings", uint64(77), abi.Binding{Identity: [abi.Slots]uint32{1, 2, 3, 4}})
 
@@ -117,25 +118,25 @@ func TestDonatedMapsAreRead(t *testing.T) {
 		t.Errorf("counts: %v\n%s", err, d)
 	}
 	rings, err := k.Rings()
-	if want := [abi.AllRings]abi.RingState{abi.RingAllowed: {Seq: 10 * n, Lost: n}}; rings != want || err != nil {
+	if want := [record.AllRings]record.RingState{record.RingAllowed: {Seq: 10 * n, Lost: n}}; rings != want || err != nil {
 		t.Errorf("rings %v, %v", rings, err)
 	}
 	faults, err := k.Faults()
-	if want := [abi.Faults]uint64{abi.FaultFlow: 2 * n}; faults != want || err != nil {
+	if want := [record.Faults]uint64{record.FaultFlow: 2 * n}; faults != want || err != nil {
 		t.Errorf("faults %v, %v", faults, err)
 	}
 	bound, err := k.Bindings()
 	if d := cmp.Diff(map[uint64]uint32{77: 3}, bound); d != "" || err != nil {
 		t.Errorf("bindings: %v\n%s", err, d)
 	}
-	if k.RingID(abi.RingDenied) == k.RingID(abi.RingAllowed) {
+	if k.RingID(record.RingDenied) == k.RingID(record.RingAllowed) {
 		t.Error("two rings have one id")
 	}
 
 	for i := range int64(3) {
 		emitReal(t, made["denied"], 100+i)
-		b, _, err := k.Next(abi.RingDenied)
-		var e abi.Event
+		b, _, err := k.Next(record.RingDenied)
+		var e record.Event
 		if err == nil {
 			err = flow.DecodeEvent(b, &e)
 		}
@@ -147,7 +148,7 @@ func TestDonatedMapsAreRead(t *testing.T) {
 	// Closing ends a reader that waits.
 	ended := make(chan error)
 	go func() {
-		_, _, err := k.Next(abi.RingAllowed)
+		_, _, err := k.Next(record.RingAllowed)
 		ended <- err
 	}()
 	if err := k.Close(); err != nil {

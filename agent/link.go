@@ -19,6 +19,7 @@ import (
 	"github.com/demarc/demarc/agent/flow"
 	"github.com/demarc/demarc/agent/journal"
 	"github.com/demarc/demarc/bpf/abi"
+	"github.com/demarc/demarc/bpf/abi/record"
 	"github.com/demarc/demarc/policy/image"
 )
 
@@ -77,12 +78,12 @@ type link struct {
 	mu      sync.RWMutex
 	session *session
 	problem string // why there is no session
-	gaps    [abi.AllRings]flow.Gaps
-	rings   [abi.AllRings]uint64 // that the gaps are of; 0 = not known
+	gaps    [record.AllRings]flow.Gaps
+	rings   [record.AllRings]uint64 // that the gaps are of; 0 = not known
 
 	// Of an agent before this one: how far it read which rings. Set before Run.
-	resumed [abi.Rings]uint64
-	resume  [abi.Rings]flow.Gaps
+	resumed [record.Rings]uint64
+	resume  [record.Rings]flow.Gaps
 	born    func(context.Context, []journal.Birth) // is told of rings that are new, before they are read; may be nil
 	boot    string                                 // tells one start of the machine from another
 }
@@ -192,7 +193,7 @@ func (l *link) connected(parent context.Context, up func()) error {
 	for ring := range l.rings {
 		if id := l.ringNumber(k.RingID(ring)); id != l.rings[ring] {
 			l.rings[ring], l.gaps[ring] = id, flow.Gaps{}
-			if ring == abi.RingSignals { // nobody keeps signals over a restart
+			if ring == record.RingSignals { // nobody keeps signals over a restart
 				continue
 			}
 			last, read, err := k.Positions(ring)
@@ -221,7 +222,7 @@ func (l *link) connected(parent context.Context, up func()) error {
 		return cmp.Or(context.Cause(ctx), err)
 	}
 	l.log.Info("connected to the core", zap.String("cgroup_root", s.root))
-	for ring := range abi.Rings {
+	for ring := range record.Rings {
 		readers.Go(func() { fail(l.read(ring, k)) })
 	}
 	readers.Go(func() { fail(l.readSignals(k)) })
@@ -258,11 +259,11 @@ func (l *link) ringNumber(id uint64) uint64 {
 // read takes a ring's events into the store until the kernel is closed. Only one
 // reader of a ring runs at a time, so that it owns the ring's gaps.
 func (l *link) read(ring int, k kernel) error {
-	events := make([]abi.Event, 0, readBatch)
+	events := make([]record.Event, 0, readBatch)
 	var missed int64
 	for {
 		b, more, err := k.Next(ring)
-		var e abi.Event
+		var e record.Event
 		if err == nil {
 			err = flow.DecodeEvent(b, &e)
 		}
@@ -271,7 +272,7 @@ func (l *link) read(ring int, k kernel) error {
 			return fmt.Errorf("read %s ring: %w", ringNames[ring], err)
 		}
 		missed += l.gaps[ring].See(e.CPU, e.Seq)
-		if e.Kind == abi.EventVerdict {
+		if e.Kind == record.EventVerdict {
 			l.differences.add(&e)
 			events = append(events, e)
 		}

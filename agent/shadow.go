@@ -15,6 +15,7 @@ import (
 	"github.com/demarc/demarc/agent/core/proto"
 	"github.com/demarc/demarc/agent/flow"
 	"github.com/demarc/demarc/bpf/abi"
+	"github.com/demarc/demarc/bpf/abi/record"
 )
 
 // maxDifferences bounds the kinds that are told apart of what a policy in shadow would
@@ -42,7 +43,7 @@ type difference struct {
 }
 
 type tally struct {
-	sample abi.Event // the first one
+	sample record.Event // the first one
 	count  uint64
 	last   uint64 // ns of CLOCK_BOOTTIME
 }
@@ -73,7 +74,7 @@ func (d *differences) clear() {
 }
 
 // add takes in an event, if it is of a shadow.
-func (d *differences) add(e *abi.Event) {
+func (d *differences) add(e *record.Event) {
 	if !e.Verdict.OfShadow() {
 		return
 	}

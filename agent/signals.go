@@ -12,7 +12,7 @@ import (
 
 	"github.com/demarc/demarc/agent/detect"
 	"github.com/demarc/demarc/agent/flow"
-	"github.com/demarc/demarc/bpf/abi"
+	"github.com/demarc/demarc/bpf/abi/record"
 	"github.com/demarc/demarc/policy/image"
 )
 
@@ -26,14 +26,14 @@ const signalsKept = 8192
 // lost; the writer waits for nobody.
 type signalLog struct {
 	mu      sync.Mutex
-	kept    []abi.Signal // number n is at n % len
+	kept    []record.Signal // number n is at n % len
 	next    uint64
 	missed  uint64        // gaps in the kernel's numbers
 	changed chan struct{} // closed at the next change; nil while nobody waits
 	closed  bool
 }
 
-func newSignalLog() *signalLog { return &signalLog{kept: make([]abi.Signal, signalsKept)} }
+func newSignalLog() *signalLog { return &signalLog{kept: make([]record.Signal, signalsKept)} }
 
 // change runs f with the log locked, and wakes who waits.
 func (l *signalLog) change(f func()) {
@@ -46,7 +46,7 @@ func (l *signalLog) change(f func()) {
 	}
 }
 
-func (l *signalLog) add(s *abi.Signal) {
+func (l *signalLog) add(s *record.Signal) {
 	l.change(func() {
 		l.kept[l.next%signalsKept] = *s
 		l.next++
@@ -73,7 +73,7 @@ func (l *signalLog) newest() *signalCursor {
 
 // read returns at most n signals, and how many are missing before them: in the
 // kernel's ring, and because the reader was too slow.
-func (c *signalCursor) read(n int) (all []abi.Signal, kernel, slow uint64) {
+func (c *signalCursor) read(n int) (all []record.Signal, kernel, slow uint64) {
 	l := c.log
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -112,16 +112,16 @@ func (c *signalCursor) wait(ctx context.Context) bool {
 
 // readSignals takes the ring of signals into the log until the kernel is closed.
 func (l *link) readSignals(k kernel) error {
-	var s abi.Signal
+	var s record.Signal
 	for {
-		b, _, err := k.Next(abi.RingSignals)
+		b, _, err := k.Next(record.RingSignals)
 		if err == nil {
 			err = detect.DecodeRecord(b, &s)
 		}
 		if err != nil {
 			return fmt.Errorf("read signals ring: %w", err)
 		}
-		if n := l.gaps[abi.RingSignals].See(s.CPU, s.Seq); n != 0 {
+		if n := l.gaps[record.RingSignals].See(s.CPU, s.Seq); n != 0 {
 			l.signals.change(func() { l.signals.missed += uint64(n) })
 		}
 		l.signals.add(&s)
@@ -201,7 +201,7 @@ func (e *events) wait(ctx context.Context) bool {
 func (e *events) fill() {
 	e.queue = e.queue[:0]
 	e.tellBlind()
-	var flows [eventBatch]abi.Event
+	var flows [eventBatch]record.Event
 	n, lost := e.flows.Read(flows[:])
 	e.lose("flows: kernel ring", 0, lost.Kernel)
 	e.lose("flows: the reader was too slow", 0, lost.Agent)
@@ -249,7 +249,7 @@ func (e *events) tellBlind() {
 }
 
 // declares says whether some crossing leads to a listener's workload on its port.
-func (e *events) declares(s *abi.Signal) bool {
+func (e *events) declares(s *record.Signal) bool {
 	names := e.link.view().Names
 	if names == nil {
 		return true // nothing is declared, and nothing is enforced

@@ -11,6 +11,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/demarc/demarc/bpf/abi"
+	"github.com/demarc/demarc/bpf/abi/record"
 	"github.com/demarc/demarc/exporter"
 )
 
@@ -24,7 +25,7 @@ func TestSnapshotUsesDeclaredNamesOnly(t *testing.T) {
 	id := ids(t, img)
 	number := r.link.view().Names.Image.Crossings[0].Number
 	core.mu.Lock()
-	core.rings = [abi.AllRings]abi.RingState{abi.RingDenied: {Seq: 12, Lost: 2}}
+	core.rings = [record.AllRings]record.RingState{record.RingDenied: {Seq: 12, Lost: 2}}
 	core.bindings = map[uint64]uint32{1: id["web"], 2: id["web"], 3: 1, 4: 0}
 	core.counts = map[abi.CountKey]uint64{
 		{Subject: id["web"], Peer: id["api"], Crossing: number, Direction: abi.Egress, Verdict: abi.Allow, Reason: abi.ByCrossing}:  5,
@@ -51,7 +52,7 @@ func TestSnapshotUsesDeclaredNamesOnly(t *testing.T) {
 		},
 		Bindings: []exporter.Bindings{{Party: exporter.Party{Workload: "unmanaged"}, Count: 1}, {Party: web, Count: 2}},
 		Rings:    []exporter.Ring{{Name: "denied", Made: 12, Lost: 2}, {Name: "allowed"}, {Name: "signals"}},
-		Faults:   &[abi.Faults]uint64{abi.FaultStorage: 3},
+		Faults:   &[record.Faults]uint64{record.FaultStorage: 3},
 	}
 	if d := gocmp.Diff(want, got); d != "" {
 		t.Errorf("snapshot (-want +got):\n%s", d)

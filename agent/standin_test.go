@@ -24,6 +24,7 @@ import (
 	"github.com/demarc/demarc/agent/core/proto"
 	"github.com/demarc/demarc/agent/flow"
 	"github.com/demarc/demarc/bpf/abi"
+	"github.com/demarc/demarc/bpf/abi/record"
 	"github.com/demarc/demarc/policy"
 	"github.com/demarc/demarc/policy/image"
 )
@@ -78,7 +79,7 @@ func ids(t *testing.T, encoded []byte) map[string]uint32 {
 // standIn is a core and a kernel in memory, for the wiring around them. What it
 // says of policies is not what a core decides: that is tested with a real one.
 type standIn struct {
-	events [abi.AllRings]chan []byte
+	events [record.AllRings]chan []byte
 
 	mu          sync.Mutex
 	up          bool
@@ -90,7 +91,7 @@ type standIn struct {
 	asked       []string // claims in the order they were asked for
 	refuse      error
 	counts      map[abi.CountKey]uint64
-	rings       [abi.AllRings]abi.RingState
+	rings       [record.AllRings]record.RingState
 	bindings    map[uint64]uint32
 	root        string
 	quarantines []proto.Quarantine
@@ -344,7 +345,7 @@ func (m *memory) Counts() (map[abi.CountKey]uint64, error) {
 	return maps.Clone(m.counts), nil
 }
 
-func (m *memory) Rings() ([abi.AllRings]abi.RingState, error) {
+func (m *memory) Rings() ([record.AllRings]record.RingState, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return m.standIn.rings, nil
@@ -352,8 +353,8 @@ func (m *memory) Rings() ([abi.AllRings]abi.RingState, error) {
 
 func (m *memory) Positions(ring int) ([]uint64, bool, error) { return nil, true, nil }
 
-func (m *memory) Faults() ([abi.Faults]uint64, error) {
-	return [abi.Faults]uint64{abi.FaultStorage: 3}, nil
+func (m *memory) Faults() ([record.Faults]uint64, error) {
+	return [record.Faults]uint64{record.FaultStorage: 3}, nil
 }
 
 func (m *memory) Bindings() (map[uint64]uint32, error) {
@@ -370,7 +371,7 @@ func (m *memory) Close() error {
 }
 
 // emit sends an event through a ring as the kernel lays it out.
-func (s *standIn) emit(t *testing.T, ring int, e abi.Event) {
+func (s *standIn) emit(t *testing.T, ring int, e record.Event) {
 	t.Helper()
 	b, err := binary.Append(make([]byte, 0, flow.EventSize), binary.NativeEndian, e)
 	if err != nil {

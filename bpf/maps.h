@@ -221,6 +221,10 @@ MAP(marks, ARRAY, 0, DEMARC_MARK_BUCKETS, __u32, struct demarc_marks);
  * is at its listener, which are microseconds. A place may be taken by another. */
 MAP(hops, ARRAY, 0, DEMARC_HOPS, __u32, struct demarc_hop);
 
+/* When the last round over all files ended, on the boot clock. Reader: core, which says for
+ * how long nobody observed. */
+ONE(surveyed_at, __u64);
+
 /* What is known of a workload's task. Miss: nothing. */
 MAP(lineages, TASK_STORAGE, BPF_F_NO_PREALLOC, 0, int, struct demarc_lineage);
 

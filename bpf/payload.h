@@ -67,6 +67,7 @@ struct dns_name {
 	__u32 longest;
 	__u32 left; /* of the label that is read */
 	__u32 hash;
+	__u32 size; /* of the message */
 };
 
 /* Where names are taken apart; they do not fit the stack. Who is interrupted by another
@@ -124,7 +125,7 @@ static __noinline int tell_name(struct packet *p, __u64 cgroup, struct dns_name 
 	e->distinct = s->names_set;
 	e->length = n->length - 1;
 	e->labels = n->labels;
-	e->bytes = p->length - 8;
+	e->bytes = n->size;
 	from = n->length > sizeof(e->exe) - 1 ? n->length - (sizeof(e->exe) - 1) : 1;
 	from &= 255;
 	if (from <= sizeof(n->text) - sizeof(e->exe))
@@ -136,8 +137,9 @@ static __noinline int tell_name(struct packet *p, __u64 cgroup, struct dns_name 
 	return 0;
 }
 
-/* A query for a long name. Of its questions the first counts; there is no second in
- * practice. */
+/* A query for a long name; over TCP each message has its length before it. Of its
+ * questions the first counts, there is no second in practice, and of a segment's messages
+ * too. */
 static __noinline int carries_name(struct __sk_buff *skb)
 {
 	struct packet p = {};
@@ -146,11 +148,17 @@ static __noinline int carries_name(struct __sk_buff *skb)
 	__u8 header[12];
 
 	n = bpf_map_lookup_elem(&taken_apart, &zero);
-	if (!n || parse(skb, 0, &p) || p.tuple.proto != PROTO_UDP || p.tuple.dport != DNS_PORT)
+	if (!n || parse(skb, 0, &p) || p.tuple.dport != DNS_PORT)
 		return 0;
-	offset = p.transport + 8;
+	if (p.tuple.proto == PROTO_UDP)
+		offset = p.transport + 8;
+	else if (p.tuple.proto == PROTO_TCP)
+		offset = p.transport + 20 + p.options + 2;
+	else
+		return 0;
 	if (bpf_skb_load_bytes(skb, offset, header, sizeof(header)) || header[2] & 0x80 || !header[5])
 		return 0;
+	n->size = skb->len - offset;
 	offset += sizeof(header);
 	if (offset >= skb->len)
 		return 0;
@@ -206,7 +214,16 @@ static __always_inline void look_at_payload(struct __sk_buff *skb)
 {
 	switch (protocol_of(skb)) {
 	case PROTO_TCP:
+<<<<<<< HEAD
 		carries_banner(skb);
+=======
+		if (skb->len > BANNER_MOST || !has_room_for_banner(skb, ipv4))
+			break;
+		if (*(__be16 *)(data + (ipv4 ? 22 : 42)) == bpf_htons(DNS_PORT))
+			carries_name(skb);
+		else if (begins_connection(skb))
+			carries_banner(skb);
+>>>>>>> main
 		break;
 	case PROTO_UDP:
 		carries_name(skb);

@@ -9,6 +9,8 @@ static __noinline int begin_survey(struct task_struct *task)
 	struct demarc_strand *s = &survey.strand;
 	struct demarc_family *f;
 	struct demarc_lineage *l;
+	__u64 *ended;
+	__u32 zero = 0;
 	struct outcome o;
 
 	__builtin_memset(&survey.passing, 0, sizeof(survey.passing));
@@ -17,6 +19,9 @@ static __noinline int begin_survey(struct task_struct *task)
 	s->pid = 0;
 	if (!task) {
 		survey.round = 0;
+		ended = bpf_map_lookup_elem(&surveyed_at, &zero);
+		if (ended)
+			*ended = recently();
 		return 0;
 	}
 	if (!survey.round)

@@ -6,7 +6,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 
-	"github.com/demarc/demarc/bpf/abi"
+	"github.com/demarc/demarc/bpf/abi/record"
 	"github.com/demarc/demarc/internal/version"
 )
 
@@ -141,14 +141,14 @@ func (c Collector) Collect(out chan<- prometheus.Metric) {
 		counter(ringEvents, r.Made, r.Name)
 		counter(ringLost, r.Lost, r.Name)
 	}
-	for ring, name := range [abi.Rings]string{abi.RingDenied: "denied", abi.RingAllowed: "allowed"} {
+	for ring, name := range [record.Rings]string{record.RingDenied: "denied", record.RingAllowed: "allowed"} {
 		counter(received, s.Received[ring], name)
 		counter(flowsLost, s.Missed[ring], name)
 	}
 	counter(readErrors, s.ReadErrors)
 	if s.Faults != nil {
 		for i, n := range s.Faults {
-			counter(faults, n, abi.Fault(i).String())
+			counter(faults, n, record.Fault(i).String())
 		}
 	}
 	for f, n := range s.Findings {

@@ -16,6 +16,7 @@ import (
 
 	"github.com/demarc/demarc/agent/detect"
 	"github.com/demarc/demarc/bpf/abi"
+	"github.com/demarc/demarc/bpf/abi/record"
 	"github.com/demarc/demarc/internal/version"
 )
 
@@ -45,12 +46,12 @@ var full = fixed{
 	Bindings:    []Bindings{{Party{"edge", "web"}, 2}, {Party{"", "unmanaged"}, 31}},
 	Quarantined: []Party{{"app", "api"}},
 	Rings:       []Ring{{"denied", 10, 1}, {"allowed", 20, 2}},
-	Faults:      &[abi.Faults]uint64{abi.FaultStorage: 3},
+	Faults:      &[record.Faults]uint64{record.FaultStorage: 3},
 	Inventory: &Inventory{
 		Workloads: 3, Bound: 2, Problems: 1,
 	},
-	Received:   [abi.Rings]uint64{9, 18},
-	Missed:     [abi.Rings]uint64{1, 2},
+	Received:   [record.Rings]uint64{9, 18},
+	Missed:     [record.Rings]uint64{1, 2},
 	ReadErrors: 5,
 	Journal:    &Journal{Bytes: 1024, Max: 4096, Written: 70, Dropped: 6},
 	Findings:   map[detect.Series]uint64{{Technique: "T1046", Severity: "medium", Zone: "edge", Workload: "web"}: 2, {Technique: "T1021.004", Severity: "low", Zone: "edge", Workload: "jump", SuppressedBy: "bastion"}: 1},

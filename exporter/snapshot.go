@@ -6,6 +6,7 @@ import (
 
 	"github.com/demarc/demarc/agent/detect"
 	"github.com/demarc/demarc/bpf/abi"
+	"github.com/demarc/demarc/bpf/abi/record"
 )
 
 // Source is what the exporter reads at each scrape.
@@ -27,13 +28,13 @@ type Snapshot struct {
 	// Quarantined workloads, each once.
 	Quarantined []Party
 	Rings       []Ring // while the core is connected
-	Faults      *[abi.Faults]uint64
+	Faults      *[record.Faults]uint64
 	Inventory   *Inventory
 	Journal     *Journal // nil without one
 
-	Received   [abi.Rings]uint64 // events that the agent read
-	Missed     [abi.Rings]uint64 // gaps in their numbers
-	ReadErrors uint64            // times that the kernel's counters could not be read
+	Received   [record.Rings]uint64 // events that the agent read
+	Missed     [record.Rings]uint64 // gaps in their numbers
+	ReadErrors uint64               // times that the kernel's counters could not be read
 
 	Findings map[detect.Series]uint64 // each once for every severity that it reached
 	Unseen   uint64                   // events that no detector looked at

@@ -70,6 +70,7 @@ type Status struct {
 	Journal   *Journal   `json:"journal,omitempty"`
 	Problems  []string   `json:"problems,omitempty"`
 	Limits    []string   `json:"limits,omitempty"` // what this host's kernel cannot do; no problem by itself
+	Blind     []string   `json:"blind,omitempty"`  // what detection does not see here, or did not
 }
 
 // StateUnknown is the state while the core does not answer.

@@ -149,6 +149,11 @@ func open(config Config, log *slog.Logger, h hooks) (_ *Core, err error) {
 		c.stand("no canary, which would prove that the kernel enforces: %v", err)
 	}
 	c.observers = observe(c.objects, c.tree.dir, !config.Sealed, &t.types)
+	if t.committed {
+		if err := c.observers.resumed(c.objects); err != nil {
+			return nil, err
+		}
+	}
 	c.guard, t.shield = t.shield, nil
 	if c.guard != nil {
 		if err := errors.Join(c.guard.raise(c.tree, c.pins), c.guard.cover(c.guarded())); err != nil {

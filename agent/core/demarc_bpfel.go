@@ -406,6 +406,7 @@ const (
 	demarcMapSockets               = "sockets"
 	demarcMapState                 = "state"
 	demarcMapSubjects              = "subjects"
+	demarcMapSurveyedAt            = "surveyed_at"
 	demarcMapTellings              = "tellings"
 	demarcMapTurns                 = "turns"
 	demarcMapUnits                 = "units"
@@ -562,6 +563,7 @@ type demarcMapSpecs struct {
 	Sockets       *ebpf.MapSpec `ebpf:"sockets"`
 	State         *ebpf.MapSpec `ebpf:"state"`
 	Subjects      *ebpf.MapSpec `ebpf:"subjects"`
+	SurveyedAt    *ebpf.MapSpec `ebpf:"surveyed_at"`
 	Tellings      *ebpf.MapSpec `ebpf:"tellings"`
 	Turns         *ebpf.MapSpec `ebpf:"turns"`
 	Units         *ebpf.MapSpec `ebpf:"units"`
@@ -650,6 +652,7 @@ type demarcMaps struct {
 	Sockets       *ebpf.Map `ebpf:"sockets"`
 	State         *ebpf.Map `ebpf:"state"`
 	Subjects      *ebpf.Map `ebpf:"subjects"`
+	SurveyedAt    *ebpf.Map `ebpf:"surveyed_at"`
 	Tellings      *ebpf.Map `ebpf:"tellings"`
 	Turns         *ebpf.Map `ebpf:"turns"`
 	Units         *ebpf.Map `ebpf:"units"`
@@ -699,6 +702,7 @@ func (m *demarcMaps) Close() error {
 		m.Sockets,
 		m.State,
 		m.Subjects,
+		m.SurveyedAt,
 		m.Tellings,
 		m.Turns,
 		m.Units,

@@ -25,7 +25,7 @@ import (
 var programsOnly = []string{
 	"replays", "pending_syns", "young", "sockets", "endpoints", "turns", "flows", "port_owners", "bound_ports", "clock",
 	"ring_state", "counts", "faults", "pending_seed", "scratch", "refusals_due",
-	"tellings", "seen", "marks", "hops", "lineages", "families",
+	"tellings", "seen", "marks", "hops", "lineages", "families", "surveyed_at",
 }
 
 // freeze may be done again: a former core did.

@@ -370,6 +370,7 @@ type signalDnsName struct {
 	Longest uint32
 	Left    uint32
 	Hash    uint32
+	Size    uint32
 }
 
 // Names of all BPF objects in the ELF.
@@ -416,6 +417,7 @@ const (
 	signalMapSockets               = "sockets"
 	signalMapState                 = "state"
 	signalMapSubjects              = "subjects"
+	signalMapSurveyedAt            = "surveyed_at"
 	signalMapTakenApart            = "taken_apart"
 	signalMapTellings              = "tellings"
 	signalMapTurns                 = "turns"
@@ -541,6 +543,7 @@ type signalMapSpecs struct {
 	Sockets       *ebpf.MapSpec `ebpf:"sockets"`
 	State         *ebpf.MapSpec `ebpf:"state"`
 	Subjects      *ebpf.MapSpec `ebpf:"subjects"`
+	SurveyedAt    *ebpf.MapSpec `ebpf:"surveyed_at"`
 	TakenApart    *ebpf.MapSpec `ebpf:"taken_apart"`
 	Tellings      *ebpf.MapSpec `ebpf:"tellings"`
 	Turns         *ebpf.MapSpec `ebpf:"turns"`
@@ -628,6 +631,7 @@ type signalMaps struct {
 	Sockets       *ebpf.Map `ebpf:"sockets"`
 	State         *ebpf.Map `ebpf:"state"`
 	Subjects      *ebpf.Map `ebpf:"subjects"`
+	SurveyedAt    *ebpf.Map `ebpf:"surveyed_at"`
 	TakenApart    *ebpf.Map `ebpf:"taken_apart"`
 	Tellings      *ebpf.Map `ebpf:"tellings"`
 	Turns         *ebpf.Map `ebpf:"turns"`
@@ -678,6 +682,7 @@ func (m *signalMaps) Close() error {
 		m.Sockets,
 		m.State,
 		m.Subjects,
+		m.SurveyedAt,
 		m.TakenApart,
 		m.Tellings,
 		m.Turns,

@@ -2,15 +2,17 @@ package core
 
 import (
 	"errors"
+	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
 	"github.com/cilium/ebpf/btf"
 	"golang.org/x/sys/unix"
 
-	"github.com/demarc/demarc/bpf/abi"
+	"github.com/demarc/demarc/bpf/abi/record"
 )
 
 // What observes loads here, can change no verdict, and attaches. At a cgroup that means
@@ -56,6 +58,35 @@ func (a *observers) looksInside() bool {
 	return a.inside.Lookup(uint32(0), &program) == nil
 }
 
+// Observers end with the core, and its successor says for how long there were none.
+func TestObserversResume(t *testing.T) {
+	m := newMachine(t)
+	c := still(m.start())
+	if _, err := c.Apply(shop(t, nil), 0); err != nil {
+		t.Fatal(err)
+	}
+	must(t, c.observers.look())
+	if blind := c.Status().Blind; slices.ContainsFunc(blind, whileNoCoreRan) {
+		t.Errorf("before there was a gap: %q", blind)
+	}
+	must(t, c.Close())
+	time.Sleep(300 * time.Millisecond)
+	c = still(m.start())
+	blind := c.Status().Blind
+	at := slices.IndexFunc(blind, whileNoCoreRan)
+	if at < 0 {
+		t.Fatalf("behind a gap: %q", blind)
+	}
+	_, rest, _ := strings.Cut(blind[at], "at most ")
+	text, _, _ := strings.Cut(rest, " ")
+	if gap, err := time.ParseDuration(text); err != nil || gap < 300*time.Millisecond || gap > time.Minute {
+		t.Errorf("the gap is %q: %v", text, err)
+	}
+	t.Log(blind[at])
+}
+
+func whileNoCoreRan(s string) bool { return strings.Contains(s, "when no core ran") }
+
 // returnsOne says whether a program leaves its first function by no other way than
 // with the constant 1: each exit has its move before it, and no jump leads between.
 func returnsOne(all asm.Instructions) bool {
@@ -88,7 +119,7 @@ func returnsOne(all asm.Instructions) bool {
 // does something and has something done to it; and one identity more takes nothing from
 // those.
 func TestSignalMemory(t *testing.T) {
-	const identities, most = abi.SeenMax, 16 << 20
+	const identities, most = record.SeenMax, 16 << 20
 	spec, err := readSpec(&tree{})
 	must(t, err)
 	o, err := loadObjects(spec, nil, btf.NewCache())

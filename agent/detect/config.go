@@ -26,6 +26,7 @@ type Config struct {
 	Modes      map[string]Mode `yaml:"modes"`      // by technique: T1046, T1021.004
 	Quarantine Quarantine      `yaml:"quarantine"` // how automatic containment goes about it
 	Log        Log             `yaml:"log"`
+	Record     string          `yaml:"record"` // a file for every event that detectors are given; "" = none
 
 	PortScan   Scan           `yaml:"portScan"`
 	HostSweep  Scan           `yaml:"hostSweep"`

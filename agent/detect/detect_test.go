@@ -9,6 +9,7 @@ import (
 
 	"github.com/demarc/demarc/agent/flow"
 	"github.com/demarc/demarc/bpf/abi"
+	"github.com/demarc/demarc/bpf/abi/record"
 )
 
 // Each detector, on the trace that it is for and on the one that comes closest
@@ -198,7 +199,7 @@ func TestDetectors(t *testing.T) {
 		{"raw socket", func(r *trace) {
 			r.denied("web", "10.9.0.1:0")
 			f := r.events[0].Flow
-			f.Reason, f.Hook, f.Destination = abi.RawSocket, abi.HookSockCreate, flow.Endpoint{}
+			f.Reason, f.Hook, f.Destination = abi.RawSocket, record.HookSockCreate, flow.Endpoint{}
 		}, []string{"T1040 raw-socket medium edge/web tool[4242]"}},
 		{"packet socket", func(r *trace) { r.signal("web", Signal{Kind: Raw}) }, []string{"T1040 raw-socket medium edge/web tool[4242]"}},
 		{"socket of another", func(r *trace) { r.opens("web", "tcp", "10.9.0.1:80", abi.Deny, abi.TaskMismatch, "") },

@@ -25,14 +25,14 @@ const (
 // what it missed. Safe for concurrent use.
 type Findings struct {
 	mu       sync.Mutex
-	kept     map[string]*record // by key
-	parties  map[string]int     // findings of each
-	revision uint64             // of the newest change that is worth telling
-	changed  chan struct{}      // closed at the next one; nil while nobody waits
+	kept     map[string]*keptFinding // by key
+	parties  map[string]int          // findings of each
+	revision uint64                  // of the newest change that is worth telling
+	changed  chan struct{}           // closed at the next one; nil while nobody waits
 	counts   map[Series]uint64
 }
 
-type record struct {
+type keptFinding struct {
 	Finding
 	party    string
 	revision uint64
@@ -45,7 +45,7 @@ type Series struct {
 
 // NewFindings makes an empty store.
 func NewFindings() *Findings {
-	return &Findings{kept: map[string]*record{}, parties: map[string]int{}, counts: map[Series]uint64{}}
+	return &Findings{kept: map[string]*keptFinding{}, parties: map[string]int{}, counts: map[Series]uint64{}}
 }
 
 // Change says what a sighting did to its finding.
@@ -85,7 +85,7 @@ func (s *Findings) Add(seen Finding) (Finding, Change) {
 	}
 	seen.Count = max(seen.Count, 1) // it may only say more of a finding that has gone
 	seen.identify()
-	r = &record{Finding: seen.clone(), party: seen.Subject.Label()}
+	r = &keptFinding{Finding: seen.clone(), party: seen.Subject.Label()}
 	s.insert(r)
 	s.count(&r.Finding)
 	s.tell(r)
@@ -99,7 +99,7 @@ func (s *Findings) Restore(f Finding) {
 	if r := s.kept[f.Key]; r != nil {
 		s.remove(r)
 	}
-	s.insert(&record{Finding: f, party: f.Subject.Label()})
+	s.insert(&keptFinding{Finding: f, party: f.Subject.Label()})
 }
 
 // Act notes what was done about a finding.
@@ -115,9 +115,9 @@ func (s *Findings) Act(key, action string) (Finding, bool) {
 	return r.clone(), true
 }
 
-func (s *Findings) insert(r *record) {
+func (s *Findings) insert(r *keptFinding) {
 	if s.parties[r.party] >= findingsEach {
-		s.evict(func(o *record) bool { return o.party == r.party })
+		s.evict(func(o *keptFinding) bool { return o.party == r.party })
 	} else if len(s.kept) >= findingsKept {
 		most := ""
 		for p, n := range s.parties {
@@ -125,15 +125,15 @@ func (s *Findings) insert(r *record) {
 				most = p
 			}
 		}
-		s.evict(func(o *record) bool { return o.party == most })
+		s.evict(func(o *keptFinding) bool { return o.party == most })
 	}
 	s.kept[r.Key] = r
 	s.parties[r.party]++
 }
 
 // evict removes the mildest, and of those the oldest, of some.
-func (s *Findings) evict(of func(*record) bool) {
-	var worst *record
+func (s *Findings) evict(of func(*keptFinding) bool) {
+	var worst *keptFinding
 	for _, r := range s.kept {
 		if of(r) && (worst == nil || mildestFirst(&r.Finding, &worst.Finding) < 0) {
 			worst = r
@@ -148,14 +148,14 @@ func mildestFirst(a, b *Finding) int {
 	return cmp.Or(cmp.Compare(a.Severity, b.Severity), a.LastSeen.Compare(b.LastSeen), cmp.Compare(a.ID, b.ID))
 }
 
-func (s *Findings) remove(r *record) {
+func (s *Findings) remove(r *keptFinding) {
 	delete(s.kept, r.Key)
 	if s.parties[r.party]--; s.parties[r.party] == 0 {
 		delete(s.parties, r.party)
 	}
 }
 
-func (s *Findings) tell(r *record) {
+func (s *Findings) tell(r *keptFinding) {
 	s.revision++
 	r.revision = s.revision
 	if s.changed != nil {
@@ -192,13 +192,13 @@ func (s *Findings) Counts() map[Series]uint64 {
 func (s *Findings) After(revision uint64) ([]Finding, uint64) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	var found []*record
+	var found []*keptFinding
 	for _, r := range s.kept {
 		if r.revision > revision || revision == 0 {
 			found = append(found, r)
 		}
 	}
-	slices.SortFunc(found, func(a, b *record) int {
+	slices.SortFunc(found, func(a, b *keptFinding) int {
 		return cmp.Or(cmp.Compare(a.revision, b.revision), a.FirstSeen.Compare(b.FirstSeen), cmp.Compare(a.ID, b.ID))
 	})
 	out := make([]Finding, 0, len(found))

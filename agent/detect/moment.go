@@ -7,6 +7,7 @@ import (
 
 	"github.com/demarc/demarc/agent/flow"
 	"github.com/demarc/demarc/bpf/abi"
+	"github.com/demarc/demarc/bpf/abi/record"
 )
 
 // moment is one event as detectors look at it: who did what to whom.
@@ -128,7 +129,7 @@ func isContact(f *flow.Flow) bool {
 	switch f.Reason {
 	case abi.NoCrossingFor, abi.NotInWindow, abi.TagMissing, abi.Protocol, abi.ICMPType, abi.NoSocket, abi.Unbound, abi.PendingSubject,
 		abi.Fragment, abi.Malformed, abi.IPOptions:
-		return f.Hook != abi.HookSockCreate
+		return f.Hook != record.HookSockCreate
 	case abi.NoState:
 		// A segment without a connection is a probe, or comes late. What comes late is
 		// mostly an answer, on its way back to a port that the system chose.

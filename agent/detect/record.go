@@ -9,11 +9,12 @@ import (
 
 	"github.com/demarc/demarc/agent/flow"
 	"github.com/demarc/demarc/bpf/abi"
+	"github.com/demarc/demarc/bpf/abi/record"
 )
 
 // DecodeRecord reads struct demarc_signal of bpf/abi/abi.h, in the byte order of the
 // machine.
-func DecodeRecord(b []byte, s *abi.Signal) error {
+func DecodeRecord(b []byte, s *record.Signal) error {
 	size := binary.Size(s)
 	if len(b) < size {
 		return fmt.Errorf("decode signal: %d bytes, want %d: %w", len(b), size, io.ErrUnexpectedEOF)
@@ -23,9 +24,9 @@ func DecodeRecord(b []byte, s *abi.Signal) error {
 }
 
 // SignalOf says a record in words.
-func SignalOf(r *flow.Resolver, s *abi.Signal) *Signal {
+func SignalOf(r *flow.Resolver, s *record.Signal) *Signal {
 	// The flow's words for its two ends are a signal's, too.
-	f := r.Flow(&abi.Event{
+	f := r.Flow(&record.Event{
 		Time: s.Time, Cgroup: s.Cgroup, PID: s.PID, Subject: s.Subject, Peer: s.Peer, Crossing: s.Crossing, Epoch: s.Epoch,
 		Direction: s.Direction, Proof: s.Proof, Tuple: s.Tuple, Comm: s.Comm,
 	})
@@ -53,9 +54,9 @@ func SignalOf(r *flow.Resolver, s *abi.Signal) *Signal {
 	}
 	switch out.Kind {
 	case Ports, Peers:
-		out.Distinct, out.Window, out.Count = estimate(256, s.Distinct), abi.SignalEpoch, 0
+		out.Distinct, out.Window, out.Count = estimate(256, s.Distinct), record.SignalEpoch, 0
 	case Contact, Failed, Edge:
-		out.Window = abi.SignalEpoch
+		out.Window = record.SignalEpoch
 	case DNS:
 		out.Name, out.Exe = out.Exe, ""
 		out.Count = uint64(estimate(nameBits, s.Distinct) - estimate(nameBits, s.Distinct-nameStep))
@@ -95,17 +96,17 @@ func estimate(bits, set uint16) uint32 {
 	return uint32(math.Round(-float64(bits) * math.Log(1-float64(set)/float64(bits))))
 }
 
-var pairings = [...]string{abi.PairOpened: "opened", abi.PairAccepted: "accepted"}
+var pairings = [...]string{record.PairOpened: "opened", record.PairAccepted: "accepted"}
 
-var causes = [...]string{abi.CauseRefused: "refused", abi.CauseTimeout: "timeout", abi.CauseReset: "reset", abi.CauseAbandoned: "abandoned", abi.CauseUnreachable: "unreachable", abi.CauseManager: "manager"}
+var causes = [...]string{record.CauseRefused: "refused", record.CauseTimeout: "timeout", record.CauseReset: "reset", record.CauseAbandoned: "abandoned", record.CauseUnreachable: "unreachable", record.CauseManager: "manager"}
 
 // causeOf says why; a denial by its reason.
 func causeOf(c uint8) string {
 	switch {
 	case int(c) < len(causes):
 		return causes[c]
-	case c >= abi.CauseDenied:
-		return "denied: " + abi.Reason(c-abi.CauseDenied).String()
+	case c >= record.CauseDenied:
+		return "denied: " + abi.Reason(c-record.CauseDenied).String()
 	}
 	return fmt.Sprintf("cause(%d)", c)
 }

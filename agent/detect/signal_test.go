@@ -13,7 +13,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/demarc/demarc/agent/flow"
-	"github.com/demarc/demarc/bpf/abi"
+	"github.com/demarc/demarc/bpf/abi/record"
 )
 
 // What a kind prints, it parses.
@@ -39,7 +39,7 @@ func TestRecording(t *testing.T) {
 	want := []Event{
 		{Signal: &Signal{Kind: Shell, Time: at, Subject: 77, Workload: "web", Comm: "sh", Exe: "/bin/sh", Peer: flow.Endpoint{Port: 443},
 			Values: Values{Count: 3, Window: 5 * time.Minute}}},
-		{Flow: &flow.Flow{Time: at, PID: 7, Hook: abi.HookConnect}},
+		{Flow: &flow.Flow{Time: at, PID: 7, Hook: record.HookConnect}},
 	}
 	var b bytes.Buffer
 	for _, e := range want {

@@ -8,6 +8,7 @@ import (
 
 	"github.com/demarc/demarc/agent/flow"
 	"github.com/demarc/demarc/bpf/abi"
+	"github.com/demarc/demarc/bpf/abi/record"
 	"github.com/demarc/demarc/policy"
 )
 
@@ -89,7 +90,7 @@ func (r *trace) opens(workload, proto, to string, verdict abi.Verdict, reason ab
 	at := netip.MustParseAddrPort(to)
 	r.source++
 	r.events = append(r.events, Event{Flow: &flow.Flow{
-		Time: r.now, Node: "n1", Verdict: verdict, Reason: reason, Direction: abi.Egress, Hook: abi.HookConnect, Protocol: proto,
+		Time: r.now, Node: "n1", Verdict: verdict, Reason: reason, Direction: abi.Egress, Hook: record.HookConnect, Protocol: proto,
 		Source: r.endpoint(workload), Destination: flow.Endpoint{Address: at.Addr(), Port: at.Port()}, Crossing: crossing,
 		PID: 4242, Comm: "tool", Epoch: r.epoch,
 	}})
@@ -108,7 +109,7 @@ func (r *trace) allowed(workload, to, crossing string) *trace {
 func (r *trace) reaches(workload, to, crossing string) *trace {
 	r.allowed(workload, to, crossing)
 	f := r.events[len(r.events)-1].Flow
-	f.Hook, f.PID, f.Comm = abi.HookIngress, 0, ""
+	f.Hook, f.PID, f.Comm = record.HookIngress, 0, ""
 	return r
 }
 
@@ -118,7 +119,7 @@ func (r *trace) accepts(workload, from string) *trace {
 	e, peer := r.endpoint(workload), r.endpoint(from)
 	e.Port = 22
 	r.events = append(r.events, Event{Flow: &flow.Flow{
-		Time: r.now, Node: "n1", Verdict: abi.Allow, Reason: abi.ByCrossing, Direction: abi.Ingress, Hook: abi.HookIngress, Protocol: "tcp",
+		Time: r.now, Node: "n1", Verdict: abi.Allow, Reason: abi.ByCrossing, Direction: abi.Ingress, Hook: record.HookIngress, Protocol: "tcp",
 		Source: peer, Destination: e, Crossing: "ssh", Proof: abi.ProofIdentity, Epoch: r.epoch,
 	}})
 	return r
@@ -130,7 +131,7 @@ func (r *trace) arrives(from, workload string, port uint16, reason abi.Reason) *
 	e := r.endpoint(workload)
 	e.Port = port
 	r.events = append(r.events, Event{Flow: &flow.Flow{
-		Time: r.now, Node: "n1", Verdict: abi.Deny, Reason: reason, Direction: abi.Ingress, Hook: abi.HookIngress, Protocol: "tcp",
+		Time: r.now, Node: "n1", Verdict: abi.Deny, Reason: reason, Direction: abi.Ingress, Hook: record.HookIngress, Protocol: "tcp",
 		Source: flow.Endpoint{Address: netip.MustParseAddr(from), Port: r.source}, Destination: e, Epoch: r.epoch,
 	}})
 	return r

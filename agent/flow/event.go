@@ -7,6 +7,7 @@ import (
 	"fmt"
 
 	"github.com/demarc/demarc/bpf/abi"
+	"github.com/demarc/demarc/bpf/abi/record"
 )
 
 // EventSize is the length of struct demarc_event in bpf/abi/abi.h, with its
@@ -15,7 +16,7 @@ const EventSize = 120
 
 // DecodeEvent reads struct demarc_event in the byte order of the machine that
 // both the kernel and the agent run on. It allocates nothing.
-func DecodeEvent(b []byte, e *abi.Event) error {
+func DecodeEvent(b []byte, e *record.Event) error {
 	if len(b) < EventSize {
 		return fmt.Errorf("decode event: %d bytes, want %d", len(b), EventSize)
 	}
@@ -31,7 +32,7 @@ func DecodeEvent(b []byte, e *abi.Event) error {
 	e.Crossing = n.Uint32(b[40:])
 	e.Epoch = n.Uint32(b[44:])
 	e.Kind = b[48]
-	e.Hook = abi.Hook(b[49])
+	e.Hook = record.Hook(b[49])
 	e.Verdict = abi.Verdict(b[50])
 	e.Reason = abi.Reason(b[51])
 	e.Direction = abi.Direction(b[52])
@@ -87,7 +88,7 @@ func (g *Gaps) See(cpu uint32, seq uint64) int64 {
 // their own.
 func Ring(v abi.Verdict) int {
 	if v == abi.Deny || v == abi.Audit || v.OfShadow() {
-		return abi.RingDenied
+		return record.RingDenied
 	}
-	return abi.RingAllowed
+	return record.RingAllowed
 }

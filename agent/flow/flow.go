@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/demarc/demarc/bpf/abi"
+	"github.com/demarc/demarc/bpf/abi/record"
 	"github.com/demarc/demarc/policy/image"
 )
 
@@ -19,7 +20,7 @@ type Flow struct {
 	Verdict     abi.Verdict   `json:"verdict"`
 	Reason      abi.Reason    `json:"reason"`
 	Direction   abi.Direction `json:"direction"` // the side that was judged: egress = Source
-	Hook        abi.Hook      `json:"hook"`
+	Hook        record.Hook   `json:"hook"`
 	Protocol    string        `json:"protocol,omitempty"` // "tcp", "udp", "icmp", ..., "proto-89"
 	Source      Endpoint      `json:"source"`             // who opened the conversation
 	Destination Endpoint      `json:"destination"`
@@ -172,14 +173,14 @@ type Resolver struct {
 }
 
 // Flow says an event in words.
-func (r *Resolver) Flow(e *abi.Event) Flow {
+func (r *Resolver) Flow(e *record.Event) Flow {
 	var f Flow
 	r.Resolve(e, &f)
 	return f
 }
 
 // Resolve is Flow into a flow that may be used again and again.
-func (r *Resolver) Resolve(e *abi.Event, f *Flow) {
+func (r *Resolver) Resolve(e *record.Event, f *Flow) {
 	*f = Flow{
 		Time: r.Wall(e.Time), Node: r.Node,
 		Verdict: e.Verdict, Reason: e.Reason, Direction: e.Direction, Hook: e.Hook, Proof: e.Proof,

@@ -13,6 +13,7 @@ import (
 	"go.uber.org/goleak"
 
 	"github.com/demarc/demarc/bpf/abi"
+	"github.com/demarc/demarc/bpf/abi/record"
 	"github.com/demarc/demarc/policy/image"
 )
 
@@ -51,23 +52,23 @@ func resolver() *Resolver {
 }
 
 func TestDecodeEventReadsTheLayoutOfGo(t *testing.T) {
-	// abi.Event is checked against the C struct elsewhere; here every byte of it
+	// record.Event is checked against the C struct elsewhere; here every byte of it
 	// must be decoded, so each gets a value of its own.
-	if size := unsafe.Sizeof(abi.Event{}); size != EventSize {
-		t.Fatalf("abi.Event has %d bytes, EventSize is %d", size, EventSize)
+	if size := unsafe.Sizeof(record.Event{}); size != EventSize {
+		t.Fatalf("record.Event has %d bytes, EventSize is %d", size, EventSize)
 	}
 	b := make([]byte, EventSize)
 	for i := range b {
 		b[i] = byte(i + 1)
 	}
-	var want, got abi.Event
+	var want, got record.Event
 	if _, err := binary.Decode(b, binary.NativeEndian, &want); err != nil {
 		t.Fatal(err)
 	}
 	if err := DecodeEvent(b, &got); err != nil {
 		t.Fatal(err)
 	}
-	if d := cmp.Diff(want, got, cmpopts.IgnoreUnexported(abi.Event{}, abi.Tuple{})); d != "" {
+	if d := cmp.Diff(want, got, cmpopts.IgnoreUnexported(record.Event{}, abi.Tuple{})); d != "" {
 		t.Errorf("event (-want +got):\n%s", d)
 	}
 	if err := DecodeEvent(b[:EventSize-1], &got); err == nil {
@@ -78,7 +79,7 @@ func TestDecodeEventReadsTheLayoutOfGo(t *testing.T) {
 func BenchmarkDecodeAndStore(b *testing.B) {
 	raw := make([]byte, EventSize)
 	s := NewStore(StoreSize)
-	var e abi.Event
+	var e record.Event
 	var gaps Gaps
 	b.ReportAllocs()
 	for i := 0; b.Loop(); i++ {
@@ -87,7 +88,7 @@ func BenchmarkDecodeAndStore(b *testing.B) {
 			b.Fatal(err)
 		}
 		gaps.See(e.CPU, e.Seq)
-		s.Add(abi.RingAllowed, &e)
+		s.Add(record.RingAllowed, &e)
 	}
 }
 
@@ -106,10 +107,10 @@ func TestGaps(t *testing.T) {
 }
 
 func TestResolverSaysEventsInWords(t *testing.T) {
-	event := func(change func(*abi.Event)) abi.Event {
-		e := abi.Event{
-			Time: 5e9, Seq: 3, Cgroup: 9, CPU: 1, PID: 812, Subject: web, Peer: postgres, Epoch: 1, Kind: abi.EventVerdict,
-			Hook: abi.HookConnect, Verdict: abi.Deny, Reason: abi.NoCrossingFor, Direction: abi.Egress, Proof: abi.ProofUnknown,
+	event := func(change func(*record.Event)) record.Event {
+		e := record.Event{
+			Time: 5e9, Seq: 3, Cgroup: 9, CPU: 1, PID: 812, Subject: web, Peer: postgres, Epoch: 1, Kind: record.EventVerdict,
+			Hook: record.HookConnect, Verdict: abi.Deny, Reason: abi.NoCrossingFor, Direction: abi.Egress, Proof: abi.ProofUnknown,
 			Tuple: abi.Tuple{Source: mapped("10.0.1.2"), Destination: mapped("192.0.2.9"), SourcePort: 44312, DestinationPort: 5432, Proto: 6},
 			Comm:  [16]byte{'n', 'g', 0x1b, '[', 'm', '\\', 0, 'x'},
 		}
@@ -117,20 +118,20 @@ func TestResolverSaysEventsInWords(t *testing.T) {
 		return e
 	}
 	base := Flow{
-		Time: time.Unix(1005, 0).UTC(), Node: "n1", Verdict: abi.Deny, Reason: abi.NoCrossingFor, Direction: abi.Egress, Hook: abi.HookConnect,
+		Time: time.Unix(1005, 0).UTC(), Node: "n1", Verdict: abi.Deny, Reason: abi.NoCrossingFor, Direction: abi.Egress, Hook: record.HookConnect,
 		Protocol: "tcp", Proof: abi.ProofUnknown, PID: 812, Comm: `ng\x1b[m\x5c`, CPU: 1, Seq: 3, Epoch: 1,
 		Source:      Endpoint{Address: netip.MustParseAddr("10.0.1.2"), Port: 44312, Identity: web, Workload: "web", Zone: "edge", Cgroup: `/lab/we\x1bb`},
 		Destination: Endpoint{Address: netip.MustParseAddr("192.0.2.9"), Port: 5432, Networks: []string{"anywhere", "office", "printers"}},
 	}
 	for _, c := range []struct {
 		name   string
-		event  abi.Event
+		event  record.Event
 		want   func(*Flow)
 		labels [2]string
 	}{
-		{"OK egress to a network", event(func(*abi.Event) {}), func(*Flow) {}, [2]string{"edge/web", "network/anywhere,office,printers"}},
+		{"OK egress to a network", event(func(*record.Event) {}), func(*Flow) {}, [2]string{"edge/web", "network/anywhere,office,printers"}},
 		{"OK ingress from a proven workload",
-			event(func(e *abi.Event) {
+			event(func(e *record.Event) {
 				e.Direction, e.Proof, e.Subject, e.Peer, e.Crossing = abi.Ingress, abi.ProofIdentity, postgres, web, 77
 			}),
 			func(f *Flow) {
@@ -139,24 +140,24 @@ func TestResolverSaysEventsInWords(t *testing.T) {
 				f.Destination = Endpoint{Address: f.Destination.Address, Port: 5432, Identity: postgres, Workload: "postgres", Zone: "data", Cgroup: `/lab/we\x1bb`}
 			}, [2]string{"edge/web", "data/postgres"}},
 		{"OK bad proof is only a claim",
-			event(func(e *abi.Event) { e.Proof, e.Reason = abi.ProofBad, abi.TagBadMAC }),
+			event(func(e *record.Event) { e.Proof, e.Reason = abi.ProofBad, abi.TagBadMAC }),
 			func(f *Flow) {
 				f.Proof, f.Reason = abi.ProofBad, abi.TagBadMAC
 				f.Destination.Identity, f.Destination.Workload, f.Destination.Zone, f.Destination.Claimed = postgres, "postgres", "data", true
 			}, [2]string{"edge/web", "claims data/postgres"}},
 		{"OK reserved and unknown identities",
-			event(func(e *abi.Event) { e.Proof, e.Subject, e.Peer = abi.ProofIdentity, uint32(image.Unmanaged), 0x999 }),
+			event(func(e *record.Event) { e.Proof, e.Subject, e.Peer = abi.ProofIdentity, uint32(image.Unmanaged), 0x999 }),
 			func(f *Flow) {
 				f.Proof = abi.ProofIdentity
 				f.Source.Identity, f.Source.Reserved, f.Source.Workload = uint32(image.Unmanaged), "unmanaged", ""
 				f.Destination.Identity, f.Destination.Networks = 0x999, nil
 			}, [2]string{"unmanaged", "identity-2457"}},
 		{"OK no packet yet",
-			event(func(e *abi.Event) {
-				e.Hook, e.Tuple, e.Cgroup, e.Comm, e.Crossing = abi.HookSockCreate, abi.Tuple{Proto: 255}, 0, [16]byte{}, 5
+			event(func(e *record.Event) {
+				e.Hook, e.Tuple, e.Cgroup, e.Comm, e.Crossing = record.HookSockCreate, abi.Tuple{Proto: 255}, 0, [16]byte{}, 5
 			}),
 			func(f *Flow) {
-				f.Hook, f.Protocol, f.Comm, f.Crossing = abi.HookSockCreate, "proto-255", "", "crossing-5"
+				f.Hook, f.Protocol, f.Comm, f.Crossing = record.HookSockCreate, "proto-255", "", "crossing-5"
 				f.Source.Address, f.Source.Port, f.Source.Cgroup = netip.Addr{}, 0, ""
 				f.Destination = Endpoint{}
 			}, [2]string{"edge/web", "unknown"}},
@@ -238,7 +239,7 @@ func TestResolverNamesContainers(t *testing.T) {
 		return map[string]Container{"/lab/we\x1bb": {Pod: "shop/web-1", Name: "web", Image: "web:1", Labels: labels}}[path]
 	}
 	for _, direction := range []abi.Direction{abi.Egress, abi.Ingress} {
-		f := r.Flow(&abi.Event{Cgroup: 9, Direction: direction})
+		f := r.Flow(&record.Event{Cgroup: 9, Direction: direction})
 		subject, peer := f.Source, f.Destination
 		if direction == abi.Ingress {
 			subject, peer = peer, subject
@@ -251,7 +252,7 @@ func TestResolverNamesContainers(t *testing.T) {
 			t.Errorf("labels (-want +got):\n%s", d)
 		}
 		for _, id := range []uint64{0, 7} {
-			if f := r.Flow(&abi.Event{Cgroup: id, Direction: direction}); f.Source.Pod+f.Destination.Pod != "" {
+			if f := r.Flow(&record.Event{Cgroup: id, Direction: direction}); f.Source.Pod+f.Destination.Pod != "" {
 				t.Errorf("cgroup %d: %+v", id, f)
 			}
 		}

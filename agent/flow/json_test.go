@@ -11,6 +11,7 @@ import (
 	"pgregory.net/rapid"
 
 	"github.com/demarc/demarc/bpf/abi"
+	"github.com/demarc/demarc/bpf/abi/record"
 )
 
 func anyEndpoint(t *rapid.T) Endpoint {
@@ -36,7 +37,7 @@ func anyFlow(t *rapid.T) *Flow {
 	return &Flow{
 		Time: time.Unix(0, rapid.Int64Range(0, 1<<60).Draw(t, "time")).UTC(), Node: anyText(t),
 		Verdict: abi.Verdict(rapid.IntRange(0, 3).Draw(t, "verdict")), Reason: abi.Reason(rapid.IntRange(0, abi.Reasons-1).Draw(t, "reason")),
-		Direction: abi.Direction(rapid.IntRange(0, 1).Draw(t, "direction")), Hook: abi.Hook(rapid.IntRange(1, 9).Draw(t, "hook")), Proof: abi.Proof(rapid.IntRange(0, 3).Draw(t, "proof")),
+		Direction: abi.Direction(rapid.IntRange(0, 1).Draw(t, "direction")), Hook: record.Hook(rapid.IntRange(1, 9).Draw(t, "hook")), Proof: abi.Proof(rapid.IntRange(0, 3).Draw(t, "proof")),
 		Protocol: anyText(t), Source: anyEndpoint(t), Destination: anyEndpoint(t), Crossing: anyText(t), Line: rapid.Uint32Max(2).Draw(t, "line"),
 		PID: rapid.Uint32().Draw(t, "pid"), Comm: anyText(t), CPU: rapid.Uint32Max(9).Draw(t, "cpu"), Seq: rapid.Uint64().Draw(t, "seq"), Epoch: rapid.Uint32().Draw(t, "epoch"),
 	}
@@ -65,7 +66,7 @@ func TestAppendJSONIsThatOfTheLibrary(t *testing.T) {
 
 // What no flow should hold is escaped all the same.
 func TestAppendJSONMovesNoCursor(t *testing.T) {
-	f := &Flow{Comm: "\x1b]0;\x07\u009b\xff\n\"\\<&", Hook: abi.HookConnect}
+	f := &Flow{Comm: "\x1b]0;\x07\u009b\xff\n\"\\<&", Hook: record.HookConnect}
 	b := f.AppendJSON(nil)
 	for _, c := range b {
 		if c < 0x20 || c > 0x7e {
@@ -79,7 +80,7 @@ func TestAppendJSONMovesNoCursor(t *testing.T) {
 
 func BenchmarkAppendJSON(b *testing.B) {
 	r := resolver()
-	e := abi.Event{Kind: abi.EventVerdict, Hook: abi.HookIngress, Verdict: abi.Allow, Reason: abi.ByCrossing, Direction: abi.Ingress, Subject: web, Peer: postgres, Proof: abi.ProofIdentity, Crossing: 77, Epoch: 1,
+	e := record.Event{Kind: record.EventVerdict, Hook: record.HookIngress, Verdict: abi.Allow, Reason: abi.ByCrossing, Direction: abi.Ingress, Subject: web, Peer: postgres, Proof: abi.ProofIdentity, Crossing: 77, Epoch: 1,
 		Tuple: abi.Tuple{Source: mapped("10.0.0.1"), Destination: mapped("10.0.0.2"), SourcePort: 4000, DestinationPort: 5432, Proto: 6}}
 	var f Flow
 	var buffer []byte

@@ -5,7 +5,7 @@ import (
 	"slices"
 	"time"
 
-	"github.com/demarc/demarc/bpf/abi"
+	"github.com/demarc/demarc/bpf/abi/record"
 )
 
 // Query is one question for flows, of those that are kept and, with Follow, of those
@@ -119,7 +119,7 @@ func (a *answer) kept(f *Flow) error {
 
 // drain hands on everything in the store that the query selects.
 func (a *answer) drain(c *Cursor, take func(*Flow) error, lose func(Loss) error) error {
-	var events [batch]abi.Event
+	var events [batch]record.Event
 	var f Flow
 	for !a.done() {
 		n, lost := c.Read(events[:])

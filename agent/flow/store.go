@@ -4,7 +4,7 @@ import (
 	"context"
 	"sync"
 
-	"github.com/demarc/demarc/bpf/abi"
+	"github.com/demarc/demarc/bpf/abi/record"
 )
 
 // StoreSize is how many events of each ring a Store keeps by default.
@@ -16,14 +16,14 @@ const StoreSize = 65536
 // it lost. Safe for concurrent use.
 type Store struct {
 	mu      sync.Mutex
-	rings   [abi.Rings]buffer
+	rings   [record.Rings]buffer
 	changed chan struct{} // closed at the next change; nil while nobody waits
 	closed  bool
 }
 
 // buffer is one ring's events; number n is at kept[n % len].
 type buffer struct {
-	kept   []abi.Event
+	kept   []record.Event
 	next   uint64 // number of the next event; numbers count from 0
 	missed uint64 // events that the kernel lost, ever
 }
@@ -39,13 +39,13 @@ func (b *buffer) oldest() uint64 {
 func NewStore(size int) *Store {
 	s := &Store{}
 	for i := range s.rings {
-		s.rings[i].kept = make([]abi.Event, size)
+		s.rings[i].kept = make([]record.Event, size)
 	}
 	return s
 }
 
 // Add keeps an event, and pushes out the ring's oldest one if there is no room.
-func (s *Store) Add(ring int, e *abi.Event) {
+func (s *Store) Add(ring int, e *record.Event) {
 	s.mu.Lock()
 	b := &s.rings[ring]
 	b.kept[b.next%uint64(len(b.kept))] = *e
@@ -55,7 +55,7 @@ func (s *Store) Add(ring int, e *abi.Event) {
 }
 
 // AddAll keeps events of one ring, in their order.
-func (s *Store) AddAll(ring int, events []abi.Event) {
+func (s *Store) AddAll(ring int, events []record.Event) {
 	if len(events) == 0 {
 		return
 	}
@@ -99,10 +99,10 @@ type Counts struct {
 }
 
 // Counts returns the counts of every ring.
-func (s *Store) Counts() [abi.Rings]Counts {
+func (s *Store) Counts() [record.Rings]Counts {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	var c [abi.Rings]Counts
+	var c [record.Rings]Counts
 	for i, b := range s.rings {
 		c[i] = Counts{Received: b.next, Missed: b.missed}
 	}
@@ -143,8 +143,8 @@ func (l *Loss) add(m Loss) {
 // no closing.
 type Cursor struct {
 	store  *Store
-	at     [abi.Rings]uint64
-	missed [abi.Rings]uint64
+	at     [record.Rings]uint64
+	missed [record.Rings]uint64
 }
 
 // Oldest returns a cursor at the oldest events that are still kept.
@@ -166,7 +166,7 @@ func (s *Store) cursor(from func(*buffer) uint64) *Cursor {
 // Read fills events with what is there, by time across the rings, and returns how
 // many it wrote and what was lost before them. It does not wait; 0 events and no
 // loss mean that nothing is new.
-func (c *Cursor) Read(events []abi.Event) (int, Loss) {
+func (c *Cursor) Read(events []record.Event) (int, Loss) {
 	s := c.store
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -185,7 +185,7 @@ func (c *Cursor) Read(events []abi.Event) (int, Loss) {
 	}
 	n := 0
 	for ; n < len(events); n++ {
-		var first *abi.Event
+		var first *record.Event
 		ring := 0
 		for i := range s.rings {
 			b := &s.rings[i]

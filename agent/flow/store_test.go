@@ -7,18 +7,18 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
-	"github.com/demarc/demarc/bpf/abi"
+	"github.com/demarc/demarc/bpf/abi/record"
 )
 
 func add(s *Store, ring int, times ...uint64) {
 	for _, at := range times {
-		s.Add(ring, &abi.Event{Time: at})
+		s.Add(ring, &record.Event{Time: at})
 	}
 }
 
 // read takes up to n events and returns their times.
 func read(c *Cursor, n int) ([]uint64, Loss) {
-	events := make([]abi.Event, n)
+	events := make([]record.Event, n)
 	got, loss := c.Read(events)
 	var times []uint64
 	for _, e := range events[:got] {
@@ -29,8 +29,8 @@ func read(c *Cursor, n int) ([]uint64, Loss) {
 
 func TestCursorMergesRingsByTime(t *testing.T) {
 	s := NewStore(8)
-	add(s, abi.RingDenied, 2, 5, 6)
-	add(s, abi.RingAllowed, 1, 3, 7)
+	add(s, record.RingDenied, 2, 5, 6)
+	add(s, record.RingAllowed, 1, 3, 7)
 	c := s.Oldest()
 	first, _ := read(c, 4)
 	rest, _ := read(c, 4)
@@ -40,7 +40,7 @@ func TestCursorMergesRingsByTime(t *testing.T) {
 	if got, loss := read(c, 4); got != nil || loss.Total() != 0 {
 		t.Errorf("nothing is new, got %v, %v", got, loss)
 	}
-	add(s, abi.RingDenied, 9)
+	add(s, record.RingDenied, 9)
 	if got, _ := read(s.Newest(), 4); got != nil {
 		t.Errorf("the newest cursor saw %v", got)
 	}
@@ -52,9 +52,9 @@ func TestCursorMergesRingsByTime(t *testing.T) {
 func TestFloodOfOneRingCostsTheOtherNothing(t *testing.T) {
 	s := NewStore(4)
 	c := s.Oldest()
-	add(s, abi.RingDenied, 1)
+	add(s, record.RingDenied, 1)
 	for i := range uint64(1000) {
-		add(s, abi.RingAllowed, 2+i)
+		add(s, record.RingAllowed, 2+i)
 	}
 	got, loss := read(c, 10)
 	if d := cmp.Diff([]uint64{1, 998, 999, 1000, 1001}, got); d != "" {
@@ -70,7 +70,7 @@ func TestEveryEventIsReadOrCountedAsLost(t *testing.T) {
 	c := s.Oldest()
 	var seen, lost uint64
 	for i := range uint64(10_000) {
-		add(s, int(i%abi.Rings), i)
+		add(s, int(i%record.Rings), i)
 		if i%97 == 0 {
 			got, loss := read(c, 5)
 			seen, lost = seen+uint64(len(got)), lost+loss.Total()
@@ -91,16 +91,16 @@ func TestEveryEventIsReadOrCountedAsLost(t *testing.T) {
 func TestKernelLossIsToldOnce(t *testing.T) {
 	s := NewStore(4)
 	c := s.Oldest()
-	s.Missed(abi.RingDenied, 12)
-	s.Missed(abi.RingDenied, -2)
+	s.Missed(record.RingDenied, 12)
+	s.Missed(record.RingDenied, -2)
 	if _, loss := read(c, 4); loss != (Loss{Kernel: 10}) {
 		t.Errorf("loss %+v, want 10 of the kernel", loss)
 	}
-	s.Missed(abi.RingDenied, -1)
+	s.Missed(record.RingDenied, -1)
 	if _, loss := read(c, 4); loss.Total() != 0 {
 		t.Errorf("loss %+v was told twice", loss)
 	}
-	if got := s.Counts()[abi.RingDenied]; got != (Counts{Missed: 9}) {
+	if got := s.Counts()[record.RingDenied]; got != (Counts{Missed: 9}) {
 		t.Errorf("counts %+v", got)
 	}
 }
@@ -129,12 +129,12 @@ func TestWait(t *testing.T) {
 		if len(woken) > 0 {
 			t.Error("nothing is new and Wait returned")
 		}
-		add(s, abi.RingAllowed, 1)
+		add(s, record.RingAllowed, 1)
 		check("after an event", true)
 		read(c, 4)
 		go wait()
 		synctest.Wait()
-		s.Missed(abi.RingDenied, 1)
+		s.Missed(record.RingDenied, 1)
 		check("after a loss", true)
 		read(c, 4)
 		go wait()

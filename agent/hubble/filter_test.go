@@ -17,12 +17,13 @@ import (
 
 	"github.com/demarc/demarc/agent/flow"
 	"github.com/demarc/demarc/bpf/abi"
+	"github.com/demarc/demarc/bpf/abi/record"
 )
 
 // denied is web at the database's door.
 var denied = &flow.Flow{
 	Time: time.Unix(1000, 5).UTC(), Node: "n1", Seq: 7, CPU: 1,
-	Verdict: abi.Deny, Reason: abi.NoCrossingFor, Direction: abi.Egress, Hook: abi.HookConnect, Protocol: "tcp", Crossing: "web-db",
+	Verdict: abi.Deny, Reason: abi.NoCrossingFor, Direction: abi.Egress, Hook: record.HookConnect, Protocol: "tcp", Crossing: "web-db",
 	Source:      flow.Endpoint{Address: netip.MustParseAddr("10.0.1.2"), Port: 44312, Identity: 0x101, Workload: "web", Zone: "edge"},
 	Destination: flow.Endpoint{Address: netip.MustParseAddr("10.0.3.2"), Port: 5432, Networks: []string{"lan"}},
 }

@@ -18,7 +18,7 @@ import (
 	"time"
 
 	"github.com/demarc/demarc/agent/flow"
-	"github.com/demarc/demarc/bpf/abi"
+	"github.com/demarc/demarc/bpf/abi/record"
 )
 
 // Bounds of a block, in bytes and places. A writer stays far below them.
@@ -42,7 +42,7 @@ type header struct {
 	Ever   uint64 // flows that are missing before these and before all others: a damaged block takes no count with it
 	First  int64  // earliest and latest time of a flow, ns since 1970
 	Last   int64
-	Rings  [abi.Rings]uint64 // which rings the places are of; 0 = not known
+	Rings  [record.Rings]uint64 // which rings the places are of; 0 = not known
 }
 
 // place is how far a CPU's events of a ring were read.

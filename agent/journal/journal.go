@@ -20,7 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/demarc/demarc/agent/flow"
-	"github.com/demarc/demarc/bpf/abi"
+	"github.com/demarc/demarc/bpf/abi/record"
 )
 
 // Sizes and times of a journal.
@@ -68,15 +68,15 @@ type Journal struct {
 	ready  chan struct{}
 	flush  chan chan struct{} // asks for a commit of what there is
 	births chan births
-	resume [abi.Rings]ringPlaces
+	resume [record.Rings]ringPlaces
 
 	// Of the writer.
 	cursor *flow.Cursor
 	text   []byte
 	head   header
 	zip    *flate.Writer
-	at     [abi.Rings]map[uint32]uint64 // events taken, by CPU
-	rings  [abi.Rings]uint64
+	at     [record.Rings]map[uint32]uint64 // events taken, by CPU
+	rings  [record.Rings]uint64
 
 	mu      sync.Mutex
 	file    *os.File
@@ -140,7 +140,7 @@ func Open(o Options) (*Journal, error) {
 			j.resume[i].ring, j.rings[i] = last.Rings[i], last.Rings[i]
 		}
 		for _, p := range last.places {
-			if p.Ring < abi.Rings {
+			if p.Ring < record.Rings {
 				r := &j.resume[p.Ring]
 				r.places = append(r.places, Place{p.CPU, p.Seq})
 				j.at[p.Ring][p.CPU] = p.Seq
@@ -191,7 +191,7 @@ func (j *Journal) Run(ctx context.Context) error {
 
 // take puts what is in the store into the block, and a full block on disk.
 func (j *Journal) take() {
-	var events [256]abi.Event
+	var events [256]record.Event
 	var f flow.Flow
 	for {
 		n, lost := j.cursor.Read(events[:])

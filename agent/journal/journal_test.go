@@ -17,6 +17,7 @@ import (
 
 	"github.com/demarc/demarc/agent/flow"
 	"github.com/demarc/demarc/bpf/abi"
+	"github.com/demarc/demarc/bpf/abi/record"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -34,8 +35,8 @@ func open(t *testing.T, dir string, size int64) (*Journal, *flow.Store) {
 }
 
 // denied is an event of a CPU; its time is its number.
-func denied(cpu uint32, seq uint64) *abi.Event {
-	return &abi.Event{Kind: abi.EventVerdict, Time: seq, Seq: seq, CPU: cpu, Hook: abi.HookConnect, Reason: abi.NoCrossingFor, Tuple: abi.Tuple{Proto: 6, DestinationPort: 22}}
+func denied(cpu uint32, seq uint64) *record.Event {
+	return &record.Event{Kind: record.EventVerdict, Time: seq, Seq: seq, CPU: cpu, Hook: record.HookConnect, Reason: abi.NoCrossingFor, Tuple: abi.Tuple{Proto: 6, DestinationPort: 22}}
 }
 
 // run has a journal write until the returned function is called. Its rings are 7 and 8,
@@ -100,13 +101,13 @@ func TestJournalKeepsWhatComes(t *testing.T) {
 	j, store := open(t, dir, MinSize)
 	stop := run(t, j)
 	for seq := range uint64(3) {
-		store.Add(abi.RingDenied, denied(0, seq+1))
+		store.Add(record.RingDenied, denied(0, seq+1))
 	}
 	if got := content(t, j, always, always); got != "1-3" {
 		t.Errorf("first: %q", got)
 	}
-	store.Missed(abi.RingDenied, 2)
-	store.Add(abi.RingDenied, denied(0, 6))
+	store.Missed(record.RingDenied, 2)
+	store.Add(record.RingDenied, denied(0, 6))
 	if got := content(t, j, always, always); got != "1-3 lost 2 6" {
 		t.Errorf("with a loss: %q", got)
 	}
@@ -140,14 +141,14 @@ func TestJournalKeepsWhatComes(t *testing.T) {
 		}
 	}
 	stop = run(t, j)
-	store.Add(abi.RingDenied, denied(1, 1))
+	store.Add(record.RingDenied, denied(1, 1))
 	if got := content(t, j, always, always); got != "1-3 lost 2 6 1" {
 		t.Errorf("after a start: %q", got)
 	}
 	stop()
 	// What was read before is not forgotten, though this agent saw another CPU only.
 	j, _ = open(t, dir, MinSize)
-	if _, places := j.Resume(abi.RingDenied); !cmp.Equal(places, []Place{{0, 6}, {1, 1}}) {
+	if _, places := j.Resume(record.RingDenied); !cmp.Equal(places, []Place{{0, 6}, {1, 1}}) {
 		t.Errorf("resume: %v", places)
 	}
 	run(t, j)()
@@ -158,7 +159,7 @@ func TestReaderMeetsTheStore(t *testing.T) {
 	j, store := open(t, t.TempDir(), MinSize)
 	defer run(t, j)()
 	for seq := range uint64(5000) { // more than the store holds
-		store.Add(abi.RingDenied, denied(0, seq+1))
+		store.Add(record.RingDenied, denied(0, seq+1))
 		if seq%1000 == 0 {
 			content(t, j, always, always)
 		}
@@ -203,7 +204,7 @@ func TestJournalIsBounded(t *testing.T) {
 				e.Tuple.Source[i] = byte(last * uint64(i+7) >> (i % 5))
 			}
 			e.Tuple.SourcePort, e.PID = uint16(last*7919), uint32(last*104729)
-			store.Add(abi.RingDenied, e)
+			store.Add(record.RingDenied, e)
 		}
 		content(t, j, time.Unix(2000, 0), always) // commits
 	}
@@ -229,11 +230,11 @@ func TestDamage(t *testing.T) {
 	seq := uint64(0)
 	for round := range 3 {
 		if round == 1 { // of the block that may be damaged
-			store.Missed(abi.RingDenied, 3)
+			store.Missed(record.RingDenied, 3)
 		}
 		for range 5 {
 			seq++
-			store.Add(abi.RingDenied, denied(0, seq))
+			store.Add(record.RingDenied, denied(0, seq))
 		}
 		content(t, j, always, always)
 	}
@@ -283,7 +284,7 @@ func TestDamage(t *testing.T) {
 	}
 	// The next agent goes on from the last whole block.
 	j, _ = open(t, dir, MinSize)
-	if _, places := j.Resume(abi.RingDenied); j.next != 10 || !cmp.Equal(places, []Place{{0, 10}, {1, 0}}) {
+	if _, places := j.Resume(record.RingDenied); j.next != 10 || !cmp.Equal(places, []Place{{0, 10}, {1, 0}}) {
 		t.Errorf("after a torn block: %d, %v", j.next, places)
 	}
 	run(t, j)()
@@ -309,7 +310,7 @@ func TestFullDisk(t *testing.T) {
 	add := func(n int) {
 		for range n {
 			seq++
-			store.Add(abi.RingDenied, denied(0, seq))
+			store.Add(record.RingDenied, denied(0, seq))
 		}
 		content(t, j, time.Unix(2000, 0), always) // commits
 	}

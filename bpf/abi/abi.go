@@ -46,15 +46,15 @@ const (
 	WouldAllow  Verdict = 5 // is denied, and the generation in shadow lets it pass
 )
 
-var verdictNames = names{"deny", "allow", "provisional", "audit", "would-deny", "would-allow"}
+var verdictNames = Names{"deny", "allow", "provisional", "audit", "would-deny", "would-allow"}
 
 // OfShadow says whether it is none of the policy in force, but what the one in shadow
 // would have decided otherwise. Nothing came of it.
 func (v Verdict) OfShadow() bool { return v == WouldDeny || v == WouldAllow }
 
-func (v Verdict) String() string                { return verdictNames.name("verdict", int(v)) }
+func (v Verdict) String() string                { return verdictNames.Name("verdict", int(v)) }
 func (v Verdict) MarshalText() ([]byte, error)  { return []byte(v.String()), nil }
-func (v *Verdict) UnmarshalText(b []byte) error { return unmarshal(verdictNames, "verdict", b, v) }
+func (v *Verdict) UnmarshalText(b []byte) error { return Unmarshal(verdictNames, "verdict", b, v) }
 
 // Reason is why. It travels with every verdict; the zero value means that
 // nothing was decided.
@@ -101,7 +101,7 @@ const (
 	Reasons               = 37
 )
 
-var reasonNames = names{
+var reasonNames = Names{
 	"undecided", "crossing", "unmanaged", "reply", "kernel", "unproven", "no-crossing", "not-in-window", "over-limit",
 	"tag-missing", "tag-malformed", "tag-bad-mac", "tag-wrong-epoch", "tag-bad-identity", "tag-no-room", "pending",
 	"unbound", "task-mismatch", "raw-socket", "protocol", "malformed", "fragment", "ip-options", "no-state", "revoked",
@@ -109,9 +109,9 @@ var reasonNames = names{
 	"tag-replayed", "no-socket", "icmp-type", "decoy",
 }
 
-func (r Reason) String() string                { return reasonNames.name("reason", int(r)) }
+func (r Reason) String() string                { return reasonNames.Name("reason", int(r)) }
 func (r Reason) MarshalText() ([]byte, error)  { return []byte(r.String()), nil }
-func (r *Reason) UnmarshalText(b []byte) error { return unmarshal(reasonNames, "reason", b, r) }
+func (r *Reason) UnmarshalText(b []byte) error { return Unmarshal(reasonNames, "reason", b, r) }
 
 // Direction is the side of a flow that the subject is on.
 type Direction uint8
@@ -121,12 +121,12 @@ const (
 	Ingress Direction = 1
 )
 
-var directionNames = names{"egress", "ingress"}
+var directionNames = Names{"egress", "ingress"}
 
-func (d Direction) String() string               { return directionNames.name("direction", int(d)) }
+func (d Direction) String() string               { return directionNames.Name("direction", int(d)) }
 func (d Direction) MarshalText() ([]byte, error) { return []byte(d.String()), nil }
 func (d *Direction) UnmarshalText(b []byte) error {
-	return unmarshal(directionNames, "direction", b, d)
+	return Unmarshal(directionNames, "direction", b, d)
 }
 
 // Proof is what is known of the peer.
@@ -139,44 +139,25 @@ const (
 	ProofUnknown  Proof = 3 // it was not asked yet: the flow is being opened
 )
 
-var proofNames = names{"none", "identity", "bad", "unknown"}
+var proofNames = Names{"none", "identity", "bad", "unknown"}
 
-func (p Proof) String() string                { return proofNames.name("proof", int(p)) }
+func (p Proof) String() string                { return proofNames.Name("proof", int(p)) }
 func (p Proof) MarshalText() ([]byte, error)  { return []byte(p.String()), nil }
-func (p *Proof) UnmarshalText(b []byte) error { return unmarshal(proofNames, "proof", b, p) }
+func (p *Proof) UnmarshalText(b []byte) error { return Unmarshal(proofNames, "proof", b, p) }
 
-// Hook is where a verdict was given.
-type Hook uint8
+// Names maps small numbers to the words users see, and back.
+type Names []string
 
-const (
-	HookSockCreate  Hook = 1
-	HookConnect     Hook = 2
-	HookSendmsg     Hook = 3
-	HookBind        Hook = 4
-	HookSockopt     Hook = 5
-	HookEgress      Hook = 6
-	HookIngress     Hook = 7
-	HookEstablished Hook = 8
-	HookDevice      Hook = 9
-)
-
-var hookNames = names{"", "sock_create", "connect", "sendmsg", "bind", "setsockopt", "egress", "ingress", "established", "device"}
-
-func (h Hook) String() string                { return hookNames.name("hook", int(h)) }
-func (h Hook) MarshalText() ([]byte, error)  { return []byte(h.String()), nil }
-func (h *Hook) UnmarshalText(b []byte) error { return unmarshal(hookNames, "hook", b, h) }
-
-// names maps small numbers to the words users see, and back.
-type names []string
-
-func (n names) name(kind string, i int) string {
+// Name is the word of a number, whose kind is told where it has none.
+func (n Names) Name(kind string, i int) string {
 	if i < len(n) && n[i] != "" {
 		return n[i]
 	}
 	return fmt.Sprintf("%s(%d)", kind, i)
 }
 
-func unmarshal[T ~uint8](n names, kind string, text []byte, out *T) error {
+// Unmarshal finds the number of a word.
+func Unmarshal[T ~uint8](n Names, kind string, text []byte, out *T) error {
 	for i, name := range n {
 		if name != "" && name == string(text) {
 			*out = T(i)
@@ -370,99 +351,6 @@ type Tuple struct {
 func (t Tuple) SourceAddr() netip.Addr      { return netip.AddrFrom16(t.Source).Unmap() }
 func (t Tuple) DestinationAddr() netip.Addr { return netip.AddrFrom16(t.Destination).Unmap() }
 
-// Event is one record from a ring.
-type Event struct {
-	Time      uint64
-	Seq       uint64
-	Cgroup    uint64
-	CPU       uint32
-	PID       uint32
-	Subject   uint32
-	Peer      uint32
-	Crossing  uint32
-	Epoch     uint32
-	Kind      uint8
-	Hook      Hook
-	Verdict   Verdict
-	Reason    Reason
-	Direction Direction
-	Proof     Proof
-	Slot      uint8
-	_         uint8
-	Tuple     Tuple
-	Comm      [16]byte
-	_         uint32
-}
-
-// EventVerdict is the kind of an event that carries a verdict.
-const EventVerdict = 1
-
-// Signal is one record of the ring of signals. Kinds are those of agent/detect.
-type Signal struct {
-	Time      uint64
-	Seq       uint64
-	Cgroup    uint64
-	Start     uint64 // of the process
-	Count     uint64
-	Bytes     uint64
-	Back      uint64
-	Received  uint64
-	Answered  uint64
-	CPU       uint32
-	PID       uint32
-	UID       uint32
-	Subject   uint32
-	Peer      uint32
-	Origin    uint32
-	Crossing  uint32
-	Epoch     uint32
-	Missed    uint32
-	Parts     [4]uint32 // relay: segments with data, in the order of Received, Answered, Bytes, Back
-	Distinct  uint16    // bits of 256 that are set
-	Length    uint16
-	Labels    uint16
-	Kind      uint8
-	Cause     uint8 // CauseRefused and its like, or CauseDenied + Reason
-	Direction Direction
-	Proof     Proof
-	Hops      uint8
-	Pairing   Pairing
-	SSH       uint8 // relay: one of its connections is SSH
-	_         [3]uint8
-	Tuple     Tuple
-	Comm      [16]byte
-	Exe       [48]byte
-}
-
-// Pairing is between what a relay hands on. Of two connections of one kind the larger one
-// counts as the caller's.
-type Pairing uint8
-
-// What a relay is between: connections that it accepted and others that it opened, or
-// two of one kind.
-const (
-	PairCallers  Pairing = 0
-	PairOpened   Pairing = 1
-	PairAccepted Pairing = 2
-)
-
-// Why a contact failed.
-const (
-	CauseRefused     = 1
-	CauseTimeout     = 2
-	CauseReset       = 3
-	CauseAbandoned   = 4
-	CauseUnreachable = 5
-	CauseManager     = 6
-	CauseDenied      = 64
-)
-
-// SignalEpoch is after what time the same contact is told again.
-const SignalEpoch = 300 * time.Second
-
-// SeenMax is for how many identities signals are remembered.
-const SeenMax = 16384
-
 // CountKey is what verdicts are counted by.
 type CountKey struct {
 	Subject   uint32
@@ -473,40 +361,6 @@ type CountKey struct {
 	Reason    Reason
 	_         uint8
 }
-
-// Rings of events.
-const (
-	RingDenied  = 0
-	RingAllowed = 1
-	Rings       = 2 // of events
-	RingSignals = 2
-	AllRings    = 3
-)
-
-// RingState counts a ring's events, lost ones too, and the lost ones.
-type RingState struct {
-	Seq  uint64
-	Lost uint64
-}
-
-// Fault is something that went wrong inside the kernel programs.
-type Fault uint32
-
-const (
-	FaultBindFull   Fault = 0
-	FaultCountFull  Fault = 1
-	FaultStorage    Fault = 2
-	FaultFlow       Fault = 3
-	FaultPending    Fault = 4
-	FaultLimitRace  Fault = 5
-	FaultPortFull   Fault = 6
-	FaultReplayFull Fault = 7
-	Faults                = 8
-)
-
-var faultNames = names{"binding-full", "counter-full", "socket-storage", "flow-full", "handshake-full", "limit-contended", "port-full", "replay-full"}
-
-func (f Fault) String() string { return faultNames.name("fault", int(f)) }
 
 // Query is one question to the verdict function, and its answer.
 type Query struct {

@@ -10,6 +10,7 @@ import (
 	"github.com/cilium/ebpf/btf"
 
 	"github.com/demarc/demarc/bpf/abi"
+	"github.com/demarc/demarc/bpf/abi/record"
 )
 
 // Every struct that C and Go share has the same fields at the same places.
@@ -34,10 +35,10 @@ func TestLayout(t *testing.T) {
 		"demarc_tuple":        abi.Tuple{},
 		"demarc_door":         abi.Door{},
 		"demarc_refusal":      abi.Refusal{},
-		"demarc_event":        abi.Event{},
-		"demarc_signal":       abi.Signal{},
+		"demarc_event":        record.Event{},
+		"demarc_signal":       record.Signal{},
 		"demarc_count_key":    abi.CountKey{},
-		"demarc_ring_state":   abi.RingState{},
+		"demarc_ring_state":   record.RingState{},
 		"demarc_query":        abi.Query{},
 		"demarc_seal":         abi.Seal{},
 		"demarc_cut":          abi.Cut{},

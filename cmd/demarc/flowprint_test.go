@@ -14,6 +14,7 @@ import (
 	"github.com/demarc/demarc/agent/api"
 	"github.com/demarc/demarc/agent/flow"
 	"github.com/demarc/demarc/bpf/abi"
+	"github.com/demarc/demarc/bpf/abi/record"
 )
 
 // lines are what an agent might send.
@@ -24,10 +25,10 @@ func lines() []api.Line {
 	raw := web
 	raw.Address, raw.Port = netip.Addr{}, 0
 	return []api.Line{
-		{Flow: &flow.Flow{Time: at, Node: "n1", Verdict: abi.Deny, Reason: abi.NoCrossingFor, Hook: abi.HookConnect, Protocol: "tcp", Source: web, Destination: db, PID: 812, Comm: "nginx", Proof: abi.ProofIdentity}},
+		{Flow: &flow.Flow{Time: at, Node: "n1", Verdict: abi.Deny, Reason: abi.NoCrossingFor, Hook: record.HookConnect, Protocol: "tcp", Source: web, Destination: db, PID: 812, Comm: "nginx", Proof: abi.ProofIdentity}},
 		{Lost: 12, Where: &flow.Loss{Kernel: 12}},
-		{Flow: &flow.Flow{Time: at, Node: "n1", Verdict: abi.Allow, Reason: abi.ByCrossing, Direction: abi.Ingress, Hook: abi.HookIngress, Protocol: "tcp", Source: web, Destination: db, Crossing: "web-db"}},
-		{Flow: &flow.Flow{Time: at, Node: "n1", Verdict: abi.Audit, Reason: abi.RawSocket, Hook: abi.HookSockCreate, Source: raw, Comm: "ping"}},
+		{Flow: &flow.Flow{Time: at, Node: "n1", Verdict: abi.Allow, Reason: abi.ByCrossing, Direction: abi.Ingress, Hook: record.HookIngress, Protocol: "tcp", Source: web, Destination: db, Crossing: "web-db"}},
+		{Flow: &flow.Flow{Time: at, Node: "n1", Verdict: abi.Audit, Reason: abi.RawSocket, Hook: record.HookSockCreate, Source: raw, Comm: "ping"}},
 	}
 }
 

@@ -161,6 +161,9 @@ func printStatus(w io.Writer, s *api.Status) error {
 	for _, limit := range s.Limits {
 		p.row("Limit", "%s", limit)
 	}
+	for _, what := range s.Blind {
+		p.row("Not seen", "%s", what)
+	}
 	return p.err
 }
 

@@ -15,6 +15,7 @@ import (
 
 	"github.com/demarc/demarc/agent/flow"
 	"github.com/demarc/demarc/bpf/abi"
+	"github.com/demarc/demarc/bpf/abi/record"
 	"github.com/demarc/demarc/policy"
 )
 
@@ -188,11 +189,11 @@ func (l *Learner) Add(f *flow.Flow) {
 	why := l.doubt(f, *peer)
 	key := talkKey{f.Protocol, netip.AddrPortFrom(f.Source.Address, f.Source.Port), netip.AddrPortFrom(f.Destination.Address, f.Destination.Port)}
 	call := callKey{here, key.destination}
-	if why != "" && (f.Hook != abi.HookEgress && f.Hook != abi.HookIngress || !key.source.IsValid()) {
+	if why != "" && (f.Hook != record.HookEgress && f.Hook != record.HookIngress || !key.source.IsValid()) {
 		l.refuse(f.Time, describe(f, here), why)
 		return
 	}
-	if f.Hook == abi.HookConnect || f.Hook == abi.HookSendmsg {
+	if f.Hook == record.HookConnect || f.Hook == record.HookSendmsg {
 		// A packet will tell the rest. If there is none, only UDP has come to something.
 		if _, known := l.calls[call]; !known && f.Protocol == "udp" && len(l.calls) < maxTalks {
 			l.calls[call] = f.Time
@@ -214,7 +215,7 @@ func (l *Learner) Add(f *flow.Flow) {
 		return
 	}
 	t := l.talks[key]
-	if t != nil && t.from != (place{}) && f.Direction == abi.Egress && f.Hook == abi.HookEgress {
+	if t != nil && t.from != (place{}) && f.Direction == abi.Egress && f.Hook == record.HookEgress {
 		// Another conversation between the same ports: opened anew, by whomever.
 		l.fold(key) // its key stays in the order, and ends the next one early at worst
 		t = nil
@@ -239,7 +240,7 @@ func (l *Learner) Add(f *flow.Flow) {
 		t.nodes[1] = f.Node
 	}
 	switch {
-	case f.Direction == abi.Egress && f.Hook == abi.HookIngress:
+	case f.Direction == abi.Egress && f.Hook == record.HookIngress:
 		t.from, t.answered = here, true
 	case f.Direction == abi.Egress:
 		t.from = here

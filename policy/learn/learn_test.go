@@ -12,6 +12,7 @@ import (
 
 	"github.com/demarc/demarc/agent/flow"
 	"github.com/demarc/demarc/bpf/abi"
+	"github.com/demarc/demarc/bpf/abi/record"
 	"github.com/demarc/demarc/policy"
 )
 
@@ -55,7 +56,7 @@ func (s seen) flows() (all []*flow.Flow) {
 	source, target := netip.MustParseAddrPort(s.source), netip.MustParseAddrPort(s.target)
 	f.Source = flow.Endpoint{Address: source.Addr(), Port: source.Port()}
 	f.Destination = flow.Endpoint{Address: target.Addr(), Port: target.Port()}
-	tell := func(direction abi.Direction, hook abi.Hook, change func(*flow.Flow)) {
+	tell := func(direction abi.Direction, hook record.Hook, change func(*flow.Flow)) {
 		one := f
 		one.Direction, one.Hook = direction, hook
 		if direction == abi.Egress {
@@ -69,16 +70,16 @@ func (s seen) flows() (all []*flow.Flow) {
 		all = append(all, &one)
 	}
 	if s.from != "" {
-		tell(abi.Egress, abi.HookConnect, func(one *flow.Flow) {
+		tell(abi.Egress, record.HookConnect, func(one *flow.Flow) {
 			one.Source.Address, one.Source.Port, one.Comm, one.PID = netip.Addr{}, 0, s.comm, 7
 		})
-		tell(abi.Egress, abi.HookEgress, nil)
+		tell(abi.Egress, record.HookEgress, nil)
 	}
 	if s.to != "" {
-		tell(abi.Ingress, abi.HookIngress, nil)
+		tell(abi.Ingress, record.HookIngress, nil)
 	}
 	if s.from != "" && s.protocol == "tcp" && !s.silent {
-		tell(abi.Egress, abi.HookIngress, nil)
+		tell(abi.Egress, record.HookIngress, nil)
 	}
 	return all
 }

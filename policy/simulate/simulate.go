@@ -12,6 +12,7 @@ import (
 
 	"github.com/demarc/demarc/agent/flow"
 	"github.com/demarc/demarc/bpf/abi"
+	"github.com/demarc/demarc/bpf/abi/record"
 	"github.com/demarc/demarc/policy"
 	"github.com/demarc/demarc/policy/image"
 	"github.com/demarc/demarc/policy/learn"
@@ -96,7 +97,7 @@ func (s *Simulator) Add(f *flow.Flow) {
 		s.result.NotJudged[why]++
 		return
 	}
-	if f.Verdict == abi.Audit && (f.Hook == abi.HookConnect || f.Hook == abi.HookSendmsg) {
+	if f.Verdict == abi.Audit && (f.Hook == record.HookConnect || f.Hook == record.HookSendmsg) {
 		return // it was let through, and its first packet was judged, too
 	}
 	key := talkKey{protocol: f.Protocol, source: netip.AddrPortFrom(f.Source.Address, f.Source.Port),

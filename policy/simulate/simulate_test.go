@@ -10,6 +10,7 @@ import (
 
 	"github.com/demarc/demarc/agent/flow"
 	"github.com/demarc/demarc/bpf/abi"
+	"github.com/demarc/demarc/bpf/abi/record"
 	"github.com/demarc/demarc/policy"
 	"github.com/demarc/demarc/policy/image"
 )
@@ -64,8 +65,8 @@ func at(address string, port uint16, e flow.Endpoint) flow.Endpoint {
 func TestJudge(t *testing.T) {
 	web, api := flow.Endpoint{Cgroup: "/web/1"}, flow.Endpoint{Cgroup: "/api"}
 	host := flow.Endpoint{Cgroup: "/ssh", Reserved: "unmanaged"}
-	egress := func(f flow.Flow) flow.Flow { f.Direction, f.Hook = abi.Egress, abi.HookIngress; return f }
-	ingress := func(f flow.Flow) flow.Flow { f.Direction, f.Hook = abi.Ingress, abi.HookIngress; return f }
+	egress := func(f flow.Flow) flow.Flow { f.Direction, f.Hook = abi.Egress, record.HookIngress; return f }
+	ingress := func(f flow.Flow) flow.Flow { f.Direction, f.Hook = abi.Ingress, record.HookIngress; return f }
 	talk := func(protocol string, v abi.Verdict, r abi.Reason, p abi.Proof, source, destination flow.Endpoint) flow.Flow {
 		return flow.Flow{Time: began, Node: "n1", Protocol: protocol, Verdict: v, Reason: r, Proof: p, Source: source, Destination: destination}
 	}
@@ -113,7 +114,7 @@ func TestJudge(t *testing.T) {
 			"192.0.2.7 unmanaged (was edge/web) tcp/443 allow/crossing deny/no-crossing/"},
 		{"OK newly declared, waits for proof", []flow.Flow{func() flow.Flow {
 			f := egress(denied("tcp", at("10.0.0.1", 0, web), at("10.0.0.2", 8080, flow.Endpoint{})))
-			f.Hook, f.Proof = abi.HookConnect, abi.ProofUnknown
+			f.Hook, f.Proof = record.HookConnect, abi.ProofUnknown
 			return f
 		}()}, "edge/web 10.0.0.2 tcp/8080 deny/no-crossing provisional/unproven/web-api"},
 		{"OK denied again", []flow.Flow{ingress(denied("tcp", at("10.0.0.9", 1000, flow.Endpoint{}), at("10.0.0.2", 22, api)))}, ""},

@@ -21,6 +21,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/demarc/demarc/bpf/abi"
+	"github.com/demarc/demarc/bpf/abi/record"
 	"github.com/demarc/demarc/policy"
 	"github.com/demarc/demarc/policy/image"
 	"github.com/demarc/demarc/test/netlab"
@@ -214,10 +215,10 @@ func (b *bench) home(c *netlab.Cgroup) string {
 	return ""
 }
 
-func rings(t testing.TB, c *ebpf.Collection) (total abi.RingState) {
+func rings(t testing.TB, c *ebpf.Collection) (total record.RingState) {
 	t.Helper()
-	for i := range uint32(abi.Rings) {
-		var cpus []abi.RingState
+	for i := range uint32(record.Rings) {
+		var cpus []record.RingState
 		check(t, c.Maps["ring_state"].Lookup(i, &cpus))
 		for _, s := range cpus {
 			total.Seq += s.Seq

@@ -9,6 +9,7 @@ import (
 	"testing"
 
 	"github.com/demarc/demarc/bpf/abi"
+	"github.com/demarc/demarc/bpf/abi/record"
 )
 
 // roundsVariable says how many rounds are run. Without it there is one short one,
@@ -78,7 +79,7 @@ func TestTraffic(t *testing.T) {
 		outcome.Events["made"] += int64(state.Seq - rings[i].Seq)
 		outcome.Events["lost"] += int64(state.Lost - rings[i].Lost)
 	}
-	if faults := b.node.Faults(); faults != [abi.Faults]uint64{} {
+	if faults := b.node.Faults(); faults != [record.Faults]uint64{} {
 		t.Errorf("faults in the kernel programs: %v", faults)
 	}
 	outcome.Machine.After = loadAverage()

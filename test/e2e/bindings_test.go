@@ -8,6 +8,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/demarc/demarc/bpf/abi"
+	"github.com/demarc/demarc/bpf/abi/record"
 	"github.com/demarc/demarc/test/netlab"
 	"github.com/demarc/demarc/test/probe"
 )
@@ -32,7 +33,7 @@ func TestX6BindingsFull(t *testing.T) {
 		fake++
 	}
 	t.Logf("%d entries fill the table", fake-first)
-	before := w.node.Faults()[abi.FaultBindFull]
+	before := w.node.Faults()[record.FaultBindFull]
 	late := w.web.Probe(w.node.Cgroup("/lab/web/late"))
 	late.Socket("u", "udp4")
 	late.Refused(send("u", w.decoy.At4(7000)), "EPERM")
@@ -41,7 +42,7 @@ func TestX6BindingsFull(t *testing.T) {
 	})
 	late.Socket("t", "tcp4")
 	late.Refused(probe.Call{Op: "connect", Socket: "t", Address: w.decoy.At4(7000).String()}, "EPERM")
-	if n := w.node.Faults()[abi.FaultBindFull]; n == before {
+	if n := w.node.Faults()[record.FaultBindFull]; n == before {
 		t.Error("the fault is not counted")
 	}
 	w.control()

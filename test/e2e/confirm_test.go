@@ -13,6 +13,7 @@ import (
 // A change that nobody confirms ends at its deadline with every process of demarc
 // dead: what it cut off is let through again, what it let through is cut.
 func TestConfirmDeadline(t *testing.T) {
+	t.Parallel() // it waits most of its time
 	const before, after = `crossings:
   - {name: before, from: [workload/web], to: [workload/db], ports: [tcp/7000, udp/7000]}
 `, `crossings:
@@ -76,6 +77,7 @@ func TestConfirmDeadline(t *testing.T) {
 
 // Confirmed in time, a change stays.
 func TestConfirmInTime(t *testing.T) {
+	t.Parallel() // it waits most of its time
 	const ports = `crossings:
   - {name: before, from: [workload/web], to: [workload/db], ports: [tcp/7000, udp/7000]}
 `

@@ -7,6 +7,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/demarc/demarc/bpf/abi"
+	"github.com/demarc/demarc/bpf/abi/record"
 	"github.com/demarc/demarc/test/netlab"
 	"github.com/demarc/demarc/test/probe"
 )
@@ -76,10 +77,10 @@ func TestH02FullTable(t *testing.T) {
 		t.Fatalf("bind: %q with %d ports held", err, held)
 	}
 	f := w.node.AwaitFlow("a full table", func(f netlab.Flow) bool { return f.Verdict == abi.Deny && f.Reason == abi.MapFull })
-	if f.Hook != abi.HookBind || f.Destination.Workload != "other" {
+	if f.Hook != record.HookBind || f.Destination.Workload != "other" {
 		t.Errorf("denied %s", netlab.Describe(f))
 	}
-	if n := w.node.Faults()[abi.FaultPortFull]; n == 0 {
+	if n := w.node.Faults()[record.FaultPortFull]; n == 0 {
 		t.Error("the fault is not counted")
 	}
 	w.p.Socket("t", "tcp4")
@@ -114,7 +115,7 @@ func TestH03FullRing(t *testing.T) {
 	w.p.Socket("t", "tcp4")
 	w.p.Refused(connect("t", w.peer.At4(7001)), "EPERM")
 	w.denied(abi.NoCrossingFor, tcp, w.peer.At4(7001)) // behind the flood, there is room again
-	ring := w.node.Rings()[abi.RingDenied]
+	ring := w.node.Rings()[record.RingDenied]
 	if ring.Lost == 0 {
 		t.Error("nothing was lost: this test shows nothing")
 	}

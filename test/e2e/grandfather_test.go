@@ -72,6 +72,7 @@ func (e *ends) grandfather(t *testing.T, file, names string) (began, applied tim
 
 // Live connections that lose their crossing go on for a time.
 func TestGrandfather(t *testing.T) {
+	t.Parallel() // it waits most of its time
 	const before, after = `crossings:
   - {name: lost, from: [workload/web], to: [workload/db], ports: [tcp/7000]}
   - {name: kept, from: [workload/web], to: [workload/db], ports: [tcp/7001]}
@@ -105,6 +106,7 @@ func TestGrandfather(t *testing.T) {
 // Connections that are older than the first policy carry no proof. They go on, too, and
 // are cut then although nobody ever judged them.
 func TestGrandfatherOlder(t *testing.T) {
+	t.Parallel() // it waits most of its time
 	e := &ends{lab: netlab.New(t)}
 	e.web, e.db = e.lab.Namespace("web"), e.lab.Namespace("db")
 	e.node = e.lab.Node("", netlab.NodeOptions{})

@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/demarc/demarc/bpf/abi"
+	"github.com/demarc/demarc/bpf/abi/record"
 	"github.com/demarc/demarc/test/netlab"
 	"github.com/demarc/demarc/test/probe"
 )
@@ -312,7 +313,7 @@ func TestE03FullMemory(t *testing.T) {
 			t.Errorf("dial %s: connected", to)
 		}
 	}
-	if n := w.listener.Faults()[abi.FaultReplayFull]; n < 4 {
+	if n := w.listener.Faults()[record.FaultReplayFull]; n < 4 {
 		t.Errorf("%d faults of a full memory, want 4 or more", n)
 	}
 	fill(37 + 2) // what is too old to be replayed gives way

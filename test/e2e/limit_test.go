@@ -96,6 +96,7 @@ func throughLimit(at []time.Time, rate, burst float64) (through float64) {
 // A crossing's end cuts what it carries and refuses what comes later, within
 // 100 ms, with nobody there to do it but the kernel.
 func TestExpiry(t *testing.T) {
+	t.Parallel() // it waits most of its time
 	const lastingOnly = `  - {name: lasting, from: [workload/web], to: [workload/db], ports: [tcp/7001, udp/7001]}
 `
 	const brief = `  - {name: brief, from: [workload/web], to: [workload/db], ports: [tcp/7000, udp/7000]%s}
@@ -168,6 +169,7 @@ func TestExpiry(t *testing.T) {
 
 // A window opens by itself, too.
 func TestSinceWindow(t *testing.T) {
+	t.Parallel() // it waits most of its time
 	const always = `  - {name: always, from: [workload/web], to: [workload/db], ports: [tcp/7001]}
 `
 	e := newEnds(t, "crossings:\n"+always, netlab.NodeOptions{CoreOnly: true})

@@ -7,6 +7,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/demarc/demarc/bpf/abi"
+	"github.com/demarc/demarc/bpf/abi/record"
 	"github.com/demarc/demarc/test/netlab"
 )
 
@@ -42,7 +43,7 @@ func TestObserve(t *testing.T) {
 
 	type kind struct {
 		Direction abi.Direction
-		Hook      abi.Hook
+		Hook      record.Hook
 		Reason    abi.Reason
 		Protocol  string
 		Port      uint16
@@ -85,12 +86,12 @@ func TestObserve(t *testing.T) {
 	// its SYN-ACK; a datagram at both ends. Later packets of a flow are told of no
 	// more, however many there are.
 	want := map[kind]int{
-		{abi.Egress, abi.HookConnect, abi.NoCrossingFor, "tcp", 7001}:  2 * each,
-		{abi.Egress, abi.HookEgress, abi.NoCrossingFor, "tcp", 7001}:   2 * each,
-		{abi.Egress, abi.HookIngress, abi.NoCrossingFor, "tcp", 7001}:  2 * each,
-		{abi.Ingress, abi.HookIngress, abi.NoCrossingFor, "tcp", 7001}: 2 * each,
-		{abi.Egress, abi.HookEgress, abi.NoCrossingFor, "udp", 7001}:   2*each + 1,
-		{abi.Ingress, abi.HookIngress, abi.NoCrossingFor, "udp", 7001}: 2 * each,
+		{abi.Egress, record.HookConnect, abi.NoCrossingFor, "tcp", 7001}:  2 * each,
+		{abi.Egress, record.HookEgress, abi.NoCrossingFor, "tcp", 7001}:   2 * each,
+		{abi.Egress, record.HookIngress, abi.NoCrossingFor, "tcp", 7001}:  2 * each,
+		{abi.Ingress, record.HookIngress, abi.NoCrossingFor, "tcp", 7001}: 2 * each,
+		{abi.Egress, record.HookEgress, abi.NoCrossingFor, "udp", 7001}:   2*each + 1,
+		{abi.Ingress, record.HookIngress, abi.NoCrossingFor, "udp", 7001}: 2 * each,
 	}
 	if diff := cmp.Diff(want, told); diff != "" {
 		t.Errorf("audits (-want +got):\n%s", diff)

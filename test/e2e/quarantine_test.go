@@ -105,6 +105,7 @@ func TestQuarantine(t *testing.T) {
 
 // It ends by itself with every process of demarc dead.
 func TestQuarantineEndsAlone(t *testing.T) {
+	t.Parallel() // it waits most of its time
 	e := quarantineEnds(t)
 	const lasting = 8 * time.Second
 	e.demarc(t, "quarantine", "db", "--for", lasting.String(), "--reason", "test")

@@ -56,6 +56,7 @@ type oldKey struct {
 // file late. Nothing is refused that is declared, open connections live on, and a
 // key is not good for a moment longer than it was to be.
 func TestE13Rotation(t *testing.T) {
+	t.Parallel() // it waits most of its time
 	r := newRotated(t)
 	r.control()
 	streams := r.openStreams()

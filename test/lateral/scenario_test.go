@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"cmp"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -132,8 +133,67 @@ func runAll(t *testing.T, scenarios []scenario, start func(i int, s *scenario) *
 	table(t, results)
 }
 
-// record writes what the kernel told to a file, in the directory that DEMARC_RECORD
-// names, for tests that run the detectors on it and for trying thresholds.
+// recorded is a file for what the detectors are given, and the agent's configuration that
+// has it written; "" where DEMARC_RECORD names no directory for recordings.
+func recorded(t *testing.T, l *netlab.Lab) (file, lines string) {
+	t.Helper()
+	if os.Getenv("DEMARC_RECORD") == "" {
+		return "", ""
+	}
+	file = filepath.Join(l.Dir(), "recording.jsonl")
+	if err := errors.Join(os.WriteFile(file, nil, 0o600), os.Chmod(file, 0o666)); err != nil { // the agent is nobody
+		t.Fatal(err)
+	}
+	return file, "detect: {record: " + file + "}\n"
+}
+
+// record divides a recording by the detectors that its workloads are for, into the
+// directory that DEMARC_RECORD names.
+func record(t *testing.T, file string, detectors map[string]string) {
+	t.Helper()
+	if file == "" {
+		return
+	}
+	r, err := os.Open(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	all := map[string]*bytes.Buffer{}
+	for e, err := range detect.Replay(r) {
+		if err != nil {
+			t.Fatal(err)
+		}
+		var whose []string
+		if e.Flow != nil {
+			whose = []string{e.Flow.Source.Workload, e.Flow.Destination.Workload}
+		} else {
+			whose = []string{e.Signal.Workload}
+		}
+		for _, w := range whose {
+			if detectors[w] == "" {
+				continue
+			}
+			b := all[detectors[w]]
+			if b == nil {
+				b = new(bytes.Buffer)
+				all[detectors[w]] = b
+			}
+			if err := json.NewEncoder(b).Encode(e); err != nil {
+				t.Fatal(err)
+			}
+			break
+		}
+	}
+	for detector, b := range all {
+		if err := os.WriteFile(filepath.Join(os.Getenv("DEMARC_RECORD"), "sensor-"+detector+".jsonl"), b.Bytes(), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// record writes the flows to a file in the directory that DEMARC_RECORD names, for tests
+// that run the detectors on them and for trying thresholds.
 func (l *lab) record() {
 	l.t.Helper()
 	dir := os.Getenv("DEMARC_RECORD")

@@ -38,20 +38,23 @@ func TestSensors(t *testing.T) {
 	}
 	scenarios = quick(scenarios)
 	var workloads []string
+	detectors := map[string]string{}
 	for i := range scenarios {
 		workloads = append(workloads, workloadOf(i))
+		detectors[workloads[i]] = scenarios[i].detector
 	}
-	s.node = s.lab.lab.Node(s.policy(workloads, fmt.Sprintf(`  - {name: out, from: [zone/edge], to: [network/target], ports: [tcp/22, tcp/7001, tcp/7010-7019, tcp/8443, udp/53, icmp/echo], identity: none, log: all}
+	recording, lines := recorded(t, s.lab.lab)
+	s.node = s.lab.lab.Node(s.policy(workloads, fmt.Sprintf(`  - {name: out, from: [zone/edge], to: [network/target], ports: [tcp/22, tcp/7001, tcp/7010-7019, tcp/8443, tcp/53, udp/53, icmp/echo], identity: none, log: all}
   - {name: in, from: [network/target], to: [zone/edge], ports: [tcp/8000-8099], identity: none, log: all, limit: {connections: 100/s}}
   - {name: on, from: [zone/edge], to: [zone/edge], ports: [tcp/8000-8099], log: all}
-%s`, strings.Join(s.more, "\n"))), netlab.NodeOptions{Home: s.host})
+%s`, strings.Join(s.more, "\n"))), netlab.NodeOptions{Home: s.host, AgentLines: lines})
 	s.dial()
 	s.target.Echo(7001)
 	for _, port := range []uint16{22, 8443} {
 		s.keys.sshd(t, s.target, s.lab.lab.Cgroup("target"), netip.AddrPortFrom(s.target.IP4, port))
 	}
 	runAll(t, scenarios, func(i int, _ *scenario) *run { return &run{lab: s.lab, workload: workloads[i]} })
-	s.record()
+	record(t, recording, detectors)
 
 	// Sensors are the core's: what happens while no agent runs waits for the next one.
 	s.node.KillAgent()

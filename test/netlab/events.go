@@ -21,6 +21,7 @@ import (
 	"github.com/demarc/demarc/agent/detect"
 	"github.com/demarc/demarc/agent/flow"
 	"github.com/demarc/demarc/bpf/abi"
+	"github.com/demarc/demarc/bpf/abi/record"
 	"github.com/demarc/demarc/policy/image"
 )
 
@@ -29,8 +30,8 @@ import (
 type book struct {
 	names   flow.Book
 	mu      sync.Mutex
-	events  []abi.Event
-	signals []abi.Signal
+	events  []record.Event
+	signals []record.Signal
 }
 
 // coreLink is the test's own connection to a core.
@@ -74,7 +75,7 @@ func dialCore(socket string, events bool, b *book) (*coreLink, error) {
 
 func (l *coreLink) readSignals(f *os.File) error {
 	return l.readRing(f, func(b []byte) error {
-		var s abi.Signal
+		var s record.Signal
 		if err := detect.DecodeRecord(b, &s); err != nil {
 			return err
 		}
@@ -87,7 +88,7 @@ func (l *coreLink) readSignals(f *os.File) error {
 
 func (l *coreLink) read(f *os.File) error {
 	return l.readRing(f, func(b []byte) error {
-		var e abi.Event
+		var e record.Event
 		if err := flow.DecodeEvent(b, &e); err != nil {
 			return err
 		}
@@ -336,13 +337,13 @@ func (n *Node) Denied(reason abi.Reason) (total uint64) {
 }
 
 // Rings say how many events each ring was given and how many it lost.
-func (n *Node) Rings() (states [abi.Rings]abi.RingState) {
+func (n *Node) Rings() (states [record.Rings]record.RingState) {
 	n.lab.t.Helper()
 	m, err := openMap(n.link.descriptors.Rings)
 	n.lab.check(err, "open ring states")
 	defer m.Close()
 	for i := range states {
-		var cpus []abi.RingState
+		var cpus []record.RingState
 		n.lab.check(m.Lookup(uint32(i), &cpus), "read ring states")
 		for _, s := range cpus {
 			states[i].Seq += s.Seq
@@ -353,7 +354,7 @@ func (n *Node) Rings() (states [abi.Rings]abi.RingState) {
 }
 
 // Faults are what went wrong inside the kernel programs, by number.
-func (n *Node) Faults() (faults [abi.Faults]uint64) {
+func (n *Node) Faults() (faults [record.Faults]uint64) {
 	n.lab.t.Helper()
 	m, err := openMap(n.link.descriptors.Faults)
 	n.lab.check(err, "open faults")

@@ -15,6 +15,7 @@ import (
 
 	"github.com/demarc/demarc/agent/flow"
 	"github.com/demarc/demarc/bpf/abi"
+	"github.com/demarc/demarc/bpf/abi/record"
 	"github.com/demarc/demarc/test/probe"
 )
 
@@ -201,7 +202,7 @@ func TestNode(t *testing.T) {
 			got := n.AwaitDenied(abi.NoCrossingFor, unix.IPPROTO_UDP, peer.At4(7001))
 			got.Time, got.CPU, got.Seq, got.Node, got.Source.Address, got.Source.Port, got.Source.Cgroup = time.Time{}, 0, 0, "", netip.Addr{}, 0, ""
 			want := flow.Flow{
-				Reason: abi.NoCrossingFor, Hook: abi.HookEgress, Protocol: "udp", Proof: abi.ProofUnknown, Epoch: 1,
+				Reason: abi.NoCrossingFor, Hook: record.HookEgress, Protocol: "udp", Proof: abi.ProofUnknown, Epoch: 1,
 				Source:      flow.Endpoint{Identity: got.Source.Identity, Workload: "web", Zone: "edge"},
 				Destination: flow.Endpoint{Address: peer.IP4, Port: 7001},
 			}

@@ -22,7 +22,7 @@ var calls = map[string]func(*prober, *Call) (Result, error){
 	"set": setOption, "settext": setText, "get": getOption, "name": socketName,
 	"sendfile": sendFile, "splice": spliceFile, "filter": attachFilter,
 	"cgroup": enterCgroup, "dup": duplicate, "steal": steal, "mailbox": mailbox, "give": give, "take": take, "exec": execSelf,
-	"serve": serve, "flood": flood, "bindall": bindAll, "knock": knock, "churn": churn, "ring": newRing, "ringsend": ringSend, "ringconnect": ringConnect, "ringsocket": ringSocket,
+	"serve": serve, "flood": flood, "bindall": bindAll, "knock": knock, "leave": leave, "churn": churn, "ring": newRing, "ringsend": ringSend, "ringconnect": ringConnect, "ringsocket": ringSocket,
 }
 
 // address makes the bytes of a socket address. The form of the text decides the
@@ -592,5 +592,19 @@ func churn(_ *prober, c *Call) (r Result, err error) {
 	for i := 0; i < c.Size && err == nil; i++ {
 		err = once(fmt.Sprintf("%s/c%d", c.Path, i))
 	}
+	return r, err
+}
+
+// leave goes into a network namespace of its own, in a thread that stays there and does
+// nothing. N is the time when it was there, in ns of the wall clock.
+func leave(_ *prober, _ *Call) (r Result, err error) {
+	done := make(chan error)
+	go func() {
+		runtime.LockOSThread()
+		done <- unix.Unshare(unix.CLONE_NEWNET)
+		select {}
+	}()
+	err = <-done
+	r.N = int(time.Now().UnixNano())
 	return r, err
 }

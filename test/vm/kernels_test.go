@@ -17,8 +17,10 @@ import (
 
 	"github.com/demarc/demarc/agent/api"
 	"github.com/demarc/demarc/agent/core/proto"
+	"github.com/demarc/demarc/agent/detect"
 	"github.com/demarc/demarc/bpf/abi"
 	"github.com/demarc/demarc/test/netlab"
+	"github.com/demarc/demarc/test/probe"
 	"github.com/demarc/demarc/test/vm/talk"
 )
 
@@ -108,6 +110,7 @@ func testKernel(t *testing.T, programs, series string) *machine {
 	serve(t, m, "web", 443)
 	m.healthy()
 	m.control(outside)
+	m.leaves("db")
 	stranger := caller(outside.Probe(lab.Cgroup("outside")).Do)
 	// Who is refused by the listener's side is told so, and others at their own call.
 	denied := map[string]bool{}
@@ -277,6 +280,28 @@ func (m *machine) clockSteps(outside *netlab.Namespace) {
 		if got := web.reaches("tcp", away, long); got != "connect: EPERM" {
 			m.t.Errorf("stepped by %s, a crossing that has ended: %q", by, got)
 		}
+	}
+}
+
+// leaves shows that a process which goes into another network namespace, and does nothing
+// there, is seen at that moment: the sensor at the kernel's own function is there. (T1611)
+func (m *machine) leaves(workload string) {
+	m.t.Helper()
+	r := m.workload(workload)(probe.Call{Op: "leave"})
+	if r.Error != "" {
+		m.t.Fatalf("%s: unshare: %s", workload, r.Error)
+	}
+	var found []detect.Finding
+	for end := time.Now().Add(patience); len(found) == 0 && time.Now().Before(end); {
+		check(m.t, json.Unmarshal([]byte(m.run("demarc", "findings", "--technique", "T1611", "-o", "json")), &found), "read findings")
+	}
+	if len(found) != 1 || found[0].Detector != "namespace" || found[0].Subject.Workload != workload {
+		m.t.Fatalf("findings of a change of network namespace: %+v", found)
+	}
+	late := found[0].FirstSeen.Sub(time.Unix(0, int64(r.N)))
+	m.t.Logf("a change of network namespace was seen %s after it", late)
+	if late > 10*time.Millisecond { // a round over all files is made every 5 s
+		m.t.Errorf("a change of network namespace was seen %s after it was made", late)
 	}
 }
 

@@ -88,8 +88,8 @@ type Descriptors struct {
 	Allowed  *os.File // ring of allowed flows
 	Signals  *os.File // ring of signals
 	Counts   *os.File // abi.CountKey -> per-CPU uint64
-	Rings    *os.File // ring number -> per-CPU abi.RingState
-	Faults   *os.File // abi.Fault -> per-CPU uint64
+	Rings    *os.File // ring number -> per-CPU record.RingState
+	Faults   *os.File // record.Fault -> per-CPU uint64
 	Bindings *os.File // cgroup id -> abi.Binding
 	State    *os.File // 0 -> abi.State
 }
