@@ -22,11 +22,11 @@ static __always_inline __u8 protocol_of(struct __sk_buff *skb)
 }
 
 /* Whether enough data are in a segment. Most of those of short connections have none. */
-static __always_inline bool has_room_for_banner(struct __sk_buff *skb, bool ipv4)
+static __always_inline bool has_room_for_banner(struct __sk_buff *skb)
 {
 	__u8 *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
 
-	if (ipv4)
+	if (skb->protocol == bpf_htons(ETH_P_IP))
 		return data + 33 > end || skb->len >= 20 + (data[32] >> 4) * 4 + BANNER;
 	return data + 53 > end || skb->len >= 40 + (data[52] >> 4) * 4 + BANNER;
 }
@@ -38,23 +38,23 @@ static __always_inline bool begins_connection(struct __sk_buff *skb)
 	return tcp && tcp->data_segs_out == 1 && tcp->bytes_acked <= 1;
 }
 
-static __always_inline bool asks_for_name(struct __sk_buff *skb, bool ipv4)
+/* UDP and TCP have their ports at the same place. */
+static __always_inline bool asks_for_name(struct __sk_buff *skb)
 {
 	__u8 *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
-	__u32 port = (ipv4 ? sizeof(struct iphdr) : sizeof(struct ipv6hdr)) + offsetof(struct udphdr, dest);
+	__u32 port = (skb->protocol == bpf_htons(ETH_P_IP) ? sizeof(struct iphdr) : sizeof(struct ipv6hdr)) +
+		     offsetof(struct udphdr, dest);
 
 	return data + port + sizeof(__be16) <= end && *(__be16 *)(data + port) == bpf_htons(DNS_PORT);
 }
 
 static __always_inline bool worth_a_look(struct __sk_buff *skb, __u8 protocol)
 {
-	bool ipv4 = skb->protocol == bpf_htons(ETH_P_IP);
-
 	switch (protocol) {
 	case PROTO_TCP:
-		return skb->len <= BANNER_MOST && has_room_for_banner(skb, ipv4) && begins_connection(skb);
+		return skb->len <= BANNER_MOST && has_room_for_banner(skb) && (asks_for_name(skb) || begins_connection(skb));
 	case PROTO_UDP:
-		return asks_for_name(skb, ipv4);
+		return asks_for_name(skb);
 	case PROTO_ICMP:
 	case PROTO_ICMP6:
 		return true;

@@ -214,16 +214,10 @@ static __always_inline void look_at_payload(struct __sk_buff *skb)
 {
 	switch (protocol_of(skb)) {
 	case PROTO_TCP:
-<<<<<<< HEAD
-		carries_banner(skb);
-=======
-		if (skb->len > BANNER_MOST || !has_room_for_banner(skb, ipv4))
-			break;
-		if (*(__be16 *)(data + (ipv4 ? 22 : 42)) == bpf_htons(DNS_PORT))
+		if (asks_for_name(skb))
 			carries_name(skb);
-		else if (begins_connection(skb))
+		else
 			carries_banner(skb);
->>>>>>> main
 		break;
 	case PROTO_UDP:
 		carries_name(skb);

@@ -85,4 +85,4 @@ func guarded(t testing.TB, n *netlab.Node, device string) {
 }
 
 // waitGuarded is generous: it is no measure.
-const waitGuarded = 20 * time.Second
+const waitGuarded = time.Minute

@@ -231,12 +231,12 @@ func TestCoreDescriptors(t *testing.T) {
 	lab := netlab.New(t)
 	node := lab.Node(policy, netlab.NodeOptions{CoreOnly: true})
 	// What a request holds while it is answered may be open for a moment longer.
-	settle := func(expected int) (n int) {
+	settle := func(most int) (n int) {
 		t.Helper()
 		var strange []string
-		for end := time.Now().Add(5 * time.Second); time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
+		for end := time.Now().Add(time.Minute); time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
 			n, strange = descriptors(t, node.Core.PID())
-			if len(strange) == 0 && (expected == 0 || n == expected) {
+			if len(strange) == 0 && (most == 0 || n <= most) {
 				break
 			}
 		}
@@ -253,7 +253,7 @@ func TestCoreDescriptors(t *testing.T) {
 	for v := range 10 {
 		node.Apply(strings.Replace(policy, "version: 1", fmt.Sprintf("version: %d", v+10), 1))
 	}
-	if after := settle(before); after != before {
+	if after := settle(before); after > before {
 		t.Errorf("%d descriptors after ten more policies, %d before", after, before)
 	}
 }
