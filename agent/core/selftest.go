@@ -2,7 +2,6 @@ package core
 
 import (
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"math/rand/v2"
 	"net/netip"
@@ -91,10 +90,11 @@ func (t *selftest) before() error {
 		t.asked = append(t.asked, t.about(t.former.gone[i], t.former.sites))
 	}
 	t.asked = t.askSubjects(t.askRules(t.asked, true), true)
-	if err := t.judge(t.asked); err != nil || t.stride == 1 {
-		return errors.Join(err, t.send(t.asked, maxPackets))
+	most := maxPackets
+	if t.stride > 1 {
+		most = maxUrgent
 	}
-	return t.send(t.asked, maxUrgent)
+	return t.put(t.asked, t.asked, most)
 }
 
 // after asks the rest, and sends packets of all.
@@ -103,10 +103,19 @@ func (t *selftest) after() error {
 		return nil
 	}
 	rest := t.askSubjects(t.askRules(nil, false), false)
-	if err := t.judge(rest); err != nil {
-		return err
+	return t.put(rest, slices.Concat(rest, t.asked), maxPackets)
+}
+
+// put asks questions, and sends so many of others as packets meanwhile: neither uses
+// what the other does.
+func (t *selftest) put(questions, packets []image.Query, most int) error {
+	sent := make(chan error, 1)
+	go func() { sent <- t.send(packets, most) }()
+	err, bad := t.judge(questions), <-sent
+	if err == nil {
+		err = bad
 	}
-	return t.send(append(rest, t.asked...), maxPackets)
+	return err
 }
 
 // send sends so many questions as packets.
