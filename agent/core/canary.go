@@ -37,7 +37,8 @@ type canary struct {
 
 // makeCanary makes the cgroup, before cgroups are named.
 func makeCanary(t *tree) error {
-	if err := os.Mkdir(t.dir+canaryPath, 0o755); err != nil && !errors.Is(err, fs.ErrExist) { // of a core that was killed
+	err := t.writing(func() error { return os.Mkdir(t.dir+canaryPath, 0o755) })
+	if err != nil && !errors.Is(err, fs.ErrExist) { // of a core that was stopped
 		return fmt.Errorf("make cgroup of the canary: %w", err)
 	}
 	return nil
@@ -143,19 +144,20 @@ func (c *canary) close() {
 	if c.socket >= 0 {
 		unix.Close(c.socket)
 	}
-	_ = os.Remove(c.dir) // the next start uses it otherwise
+	_ = os.Remove(c.dir) // may be forbidden by now; the next start uses it then
 }
 
-// removeCanary takes away what a core that was killed left.
+// removeCanary takes away what a core left.
 func removeCanary(root string) error {
 	t, err := openTree(root)
 	if err != nil {
 		return err
 	}
-	if err := os.Remove(filepath.Join(t.dir, canaryPath)); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return err
+	err = t.writing(func() error { return os.Remove(filepath.Join(t.dir, canaryPath)) })
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
 	}
-	return nil
+	return err
 }
 
 // prove shows that what this core put in force is: a datagram of nobody is refused,

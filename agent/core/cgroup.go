@@ -20,6 +20,25 @@ type tree struct {
 	path string // its path below the hierarchy's root as the kernel says it; "" for that root itself
 }
 
+// writing does what makes or removes a cgroup right below the managed root. The kernel
+// makes the root of a hierarchy without the right to write there, also for root, whose it
+// is. The core gives itself that right for the moment: it needs no capability over
+// everybody's files.
+func (t *tree) writing(do func() error) (err error) {
+	if err := do(); !errors.Is(err, fs.ErrPermission) {
+		return err
+	}
+	info, err := os.Stat(t.dir)
+	if err != nil {
+		return err
+	}
+	if err := os.Chmod(t.dir, info.Mode().Perm()|0o200); err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, os.Chmod(t.dir, info.Mode().Perm())) }()
+	return do()
+}
+
 // openTree finds the managed root: a directory inside a cgroup2 mount, or that
 // mount itself if nothing is configured. On a hybrid machine cgroup2 is mounted
 // beside v1, so it is found by its type, never by its place.

@@ -305,10 +305,10 @@ func (t *trial) attach() (err error) {
 	if t.dry {
 		dir = filepath.Join(t.tree.dir, fmt.Sprintf("demarc-preflight-%d", os.Getpid()))
 	}
-	if err := os.Mkdir(dir, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
+	if err := t.tree.writing(func() error { return os.Mkdir(dir, 0o755) }); err != nil && !errors.Is(err, fs.ErrExist) {
 		return proto.Refuse("mount cgroup2 so that root can make cgroups", "%w", err)
 	}
-	defer func() { err = errors.Join(err, os.Remove(dir)) }()
+	defer func() { err = errors.Join(err, t.tree.writing(func() error { return os.Remove(dir) })) }()
 	for _, name := range attachOrder {
 		l, err := attachProgram(t.objects.Programs[name], t.spec.Programs[name], dir, 0)
 		if err != nil {

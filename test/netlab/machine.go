@@ -51,6 +51,9 @@ func (l *Lab) Machine(name string) *Machine {
 	l.t.Helper()
 	m := &Machine{Namespace: l.Namespace(name), dir: filepath.Join(l.dir, "machine-"+name)}
 	m.Root = l.makeCgroup(filepath.Join(l.cgroup, "machine-"+name))
+	// As the kernel makes the root of a hierarchy: who has no capability for it cannot
+	// make a cgroup there, be it root.
+	l.check(os.Chmod(m.Root.dir, 0o555), "close cgroups")
 	l.check(os.Chmod(l.cgroup, 0o755), "open cgroups to users") // whose managers make their own
 	l.check(os.Mkdir(m.dir, 0o755), "make directory")
 	l.check(unix.Mount("tmpfs", m.dir, "tmpfs", 0, "mode=755"), "mount the file system of %s", name)
