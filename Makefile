@@ -8,7 +8,7 @@ OBJECT := agent/core/demarc_bpfel.o
 
 # Packages whose tests need root and the kernel's BPF. They fail without.
 # The longest first: two packages run at a time, each in cgroups and namespaces of its own.
-ROOT_TESTS := ./test/e2e ./agent/core/... ./test/...
+ROOT_TESTS := ./test/e2e ./agent/core/... ./agent/ring ./test/...
 
 .DEFAULT_GOAL := help
 .PHONY: help build docs generate check-generate lint test test-kernels test-hubble test-netpol test-faults lateral unit root demo tcb fuzz bench bench-micro clean
@@ -42,7 +42,7 @@ lint: ## formatting and vet
 	$(GO) vet -tags hubble ./test/e2e
 
 unit:
-	$(GO) test -race $$($(GO) list ./... | grep -v -e /agent/core -e '/test/')
+	$(GO) test -race $$($(GO) list ./... | grep -v -e /agent/core -e /agent/ring -e '/test/')
 
 root:
 	scripts/install test
