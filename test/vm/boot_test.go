@@ -41,7 +41,7 @@ done
 // Units of the machines. The network's is of the kind of ifupdown's: it waits for
 // network-pre.target, and for nothing else of demarc's.
 var bootUnits = map[string]string{
-	"node.service":         "[Unit]\nDefaultDependencies=no\n[Service]\nStandardOutput=file:/dev/console\nExecStart=/bin/sh -c '/usr/bin/node; s=$$?; echo; echo \"" + talk.Marker + "$$s\"; sync; /usr/bin/systemctl poweroff -ff'\n",
+	"node.service":         "[Unit]\nDefaultDependencies=no\nSuccessAction=poweroff-force\nFailureAction=reboot-force\n[Service]\nExecStart=/usr/bin/node\n",
 	"network.service":      "[Unit]\nDefaultDependencies=no\nAfter=local-fs.target network-pre.target\nBefore=network.target\nWants=network.target\n[Service]\nType=oneshot\nRemainAfterExit=yes\nExecStart=/usr/sbin/ip address add %[1]s dev eth0\nExecStart=/usr/sbin/ip link set eth0 up\n",
 	"worker-early.service": "[Unit]\nDefaultDependencies=no\n[Service]\nExecStart=/bin/bash /usr/bin/eager %[2]s early\n",
 	"worker-usual.service": "[Service]\nExecStart=/bin/bash /usr/bin/eager %[2]s usual\n",
@@ -168,6 +168,8 @@ func TestBoot(t *testing.T) {
 			outside.Echo(7002)
 			h.state = enforced(t, lab, outside)
 			m := h.start(t, lab, programs, debs[0], newest, outside)
+			// Only a node that has ended well has the power switched off.
+			m.well = "reboot: Power down\n"
 			m.hello = call[talk.Machine](m, "Hello", struct{}{})
 			for _, w := range h.workers {
 				m.await("/usr/bin/test", "-e", "/run/declared-"+w)

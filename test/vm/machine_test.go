@@ -40,6 +40,7 @@ type machine struct {
 	hello  talk.Machine
 	frames uint16        // sentinels so far
 	ahead  time.Duration // its wall clock, of this host's
+	well   string        // what its log says when it has ended well
 }
 
 // patience is for what an emulated machine does on a busy host. It only says when
@@ -105,7 +106,7 @@ func (m *machine) step(by time.Duration) {
 
 func start(t *testing.T, lab *netlab.Lab, l lane, content func(*machine) []byte) *machine {
 	t.Helper()
-	m := &machine{t: t, series: l.series, lsm: l.lsm, ns: lab.Namespace(cmp.Or(l.name, "linux-"+l.series))}
+	m := &machine{t: t, series: l.series, lsm: l.lsm, ns: lab.Namespace(cmp.Or(l.name, "linux-"+l.series)), well: "\n" + talk.Marker + "0\n"}
 	options := "console=ttyS0 panic=-1 quiet " + l.options
 	if l.lsm != "" {
 		options += " lsm=" + l.lsm
@@ -306,7 +307,7 @@ func (m *machine) stop() {
 	m.t.Helper()
 	m.calls.Go(talk.Service+".Stop", struct{}{}, new(bool), nil) // the machine's end is the answer
 	m.qemu.Wait(patience)
-	if !strings.Contains(m.log(), "\n"+talk.Marker+"0\n") {
+	if !strings.Contains(m.log(), m.well) {
 		m.t.Errorf("%s did not end well", m.ns.Name)
 	}
 }
