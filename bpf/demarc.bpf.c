@@ -35,6 +35,7 @@
 #include "young.h"
 #include "stream.h"
 #include "datagram.h"
+#include "glance.h"
 #include "skb.h"
 #include "socket.h"
 #include "handshake.h"
@@ -125,13 +126,19 @@ int sock_ops(struct bpf_sock_ops *ctx)
 SEC("cgroup_skb/egress")
 int egress(struct __sk_buff *skb)
 {
-	return skb_hook(skb, true);
+	__u8 protocol = protocol_of(skb);
+
+	if (!skb_hook(skb, protocol, true))
+		return 0;
+	if (worth_a_look(skb, protocol))
+		bpf_tail_call(skb, &observers, 0); /* which returns 1, too */
+	return 1;
 }
 
 SEC("cgroup_skb/ingress")
 int ingress(struct __sk_buff *skb)
 {
-	return skb_hook(skb, false);
+	return skb_hook(skb, protocol_of(skb), false);
 }
 
 SEC("tp_btf/cgroup_mkdir")

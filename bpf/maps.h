@@ -89,6 +89,14 @@ GENERATION(units, LPM_TRIE, BPF_F_NO_PREALLOC, struct demarc_path_key, struct de
  * Miss: not quarantined. */
 MAP(quarantines, HASH, 0, DEMARC_QUARANTINES, __u32, __u64);
 
+/* Who looks into packets that leave. Writer: core. Miss: nobody. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PROG_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, __u32);
+} observers SEC(".maps");
+
 /* Tag keys by pair of nodes and epoch. Writer: core; readers: sockops, ingress. Miss: no tag can be
  * made or verified. */
 MAP(keys, ARRAY, 0, DEMARC_PAIRS * DEMARC_EPOCHS, __u32, struct demarc_key);

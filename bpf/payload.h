@@ -1,15 +1,12 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR Apache-2.0) */
 /*
  * What a few packets carry: the first bytes of a connection, the names of DNS queries,
- * the size of pings. Looked at where a workload sends them, in a program that lets
- * everything pass; all other packets cost it a look at their headers. Packets that the
- * verdict refuses are looked at like others: an attempt is told, too.
+ * the size of pings. Looked at where a workload sends them and the verdict lets them pass
+ * (glance.h), in a program that returns 1.
  */
 #ifndef DEMARC_PAYLOAD_H
 #define DEMARC_PAYLOAD_H
 
-#define BANNER 5 /* bytes of one: SSH-1 or SSH-2 */
-#define DNS_PORT 53
 #define DNS_NAME_MAX 255
 #define DNS_LONG 30 /* bytes of a name up to which it is not counted */
 #define ECHO_LARGE 56 /* bytes that ping sends unless told otherwise */
@@ -213,45 +210,17 @@ static __noinline int carries_echo(struct __sk_buff *skb)
 	return 0;
 }
 
-#define BANNER_MOST 400 /* bytes of a packet that may carry a banner, headers and all */
-
-/* Whether enough data are in a segment. Most of those of short connections have none. */
-static __always_inline bool has_room_for_banner(struct __sk_buff *skb, bool ipv4)
-{
-	__u8 *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
-
-	if (ipv4)
-		return data + 33 > end || skb->len >= 20 + (data[32] >> 4) * 4 + BANNER;
-	return data + 53 > end || skb->len >= 40 + (data[52] >> 4) * 4 + BANNER;
-}
-
-static __always_inline bool begins_connection(struct __sk_buff *skb)
-{
-	struct bpf_tcp_sock *tcp = skb->sk ? bpf_tcp_sock(skb->sk) : 0;
-
-	return tcp && tcp->data_segs_out == 1 && tcp->bytes_acked <= 1;
-}
-
-/* Most packets end here after a look at their headers. */
 static __always_inline void look_at_payload(struct __sk_buff *skb)
 {
-	bool ipv4 = skb->protocol == bpf_htons(ETH_P_IP);
-	__u8 *data = (void *)(long)skb->data;
-
-	if (data + (ipv4 ? 24 : 44) > (__u8 *)(long)skb->data_end)
-		return;
-	switch (ipv4 ? data[9] : data[6]) {
+	switch (protocol_of(skb)) {
 	case PROTO_TCP:
-		if (skb->len > BANNER_MOST || !has_room_for_banner(skb, ipv4))
-			break;
-		if (*(__be16 *)(data + (ipv4 ? 22 : 42)) == bpf_htons(DNS_PORT))
+		if (asks_for_name(skb))
 			carries_name(skb);
-		else if (begins_connection(skb))
+		else
 			carries_banner(skb);
 		break;
 	case PROTO_UDP:
-		if (*(__be16 *)(data + (ipv4 ? 22 : 42)) == bpf_htons(DNS_PORT))
-			carries_name(skb);
+		carries_name(skb);
 		break;
 	case PROTO_ICMP:
 	case PROTO_ICMP6:

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: (GPL-2.0-only OR Apache-2.0)
 /*
  * What tasks and connections do. Programs of this object change no verdict: those at
- * tracepoints and iterators cannot, and the two at cgroups return 1 in every case, which
+ * tracepoints and iterators cannot, and the two of cgroups return 1 in every case, which
  * refuses nothing. They run when a connection opens, fails or ends, when somebody
  * listens, at fork and exec, when a device is opened or a task moved, and every few
- * seconds over all files (survey). Packets meet one of them, where workloads send them
- * (payload); it can be left out.
+ * seconds over all files (survey). Packets meet one of them (payload), which egress calls
+ * for the few that it lets pass and that are worth it; it can be left out.
  */
 #include <stdbool.h>
 #include <linux/bpf.h>
@@ -33,6 +33,7 @@
 #include "observe.h"
 #include "relay.h"
 #include "escape.h"
+#include "glance.h"
 #include "payload.h"
 #include "survey.h"
 
@@ -312,7 +313,7 @@ int opened(struct bpf_cgroup_dev_ctx *ctx)
 	return 1;
 }
 
-/* A packet leaves a socket. */
+/* A packet leaves a socket, and is worth a look. */
 SEC("cgroup_skb/egress")
 int payload(struct __sk_buff *skb)
 {

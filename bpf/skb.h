@@ -111,19 +111,6 @@ static __always_inline bool judge_closely(struct __sk_buff *skb, struct bpf_sock
 	return true;
 }
 
-/* Whether a packet says to be TCP where that mostly stands. What it is, and what its
- * socket is, is found out by a closer look; a TCP socket's verdict lets nothing else
- * through, as only its own packets meet it. */
-static __always_inline bool says_tcp(struct __sk_buff *skb)
-{
-	__u8 *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
-
-	if (data + sizeof(struct iphdr) > end)
-		return false;
-	return data[skb->protocol == bpf_htons(ETH_P_IP) ? offsetof(struct iphdr, protocol) :
-							    offsetof(struct ipv6hdr, nexthdr)] == PROTO_TCP;
-}
-
 /* What the socket is comes beside it, so that a test can say it: packets without a
  * network have a socket that is nothing. */
 static __always_inline bool judge_packet(struct __sk_buff *skb, struct bpf_sock *sk, __u64 cookie, bool stream,
@@ -146,11 +133,14 @@ static __always_inline bool judge_packet(struct __sk_buff *skb, struct bpf_sock 
 	return pass;
 }
 
-static __always_inline int skb_hook(struct __sk_buff *skb, bool outgoing)
+/* Whether a packet says to be TCP is enough at first: what it is, and what its socket is,
+ * is found out by a closer look; a TCP socket's verdict lets nothing else through, as only
+ * its own packets meet it. */
+static __always_inline int skb_hook(struct __sk_buff *skb, __u8 protocol, bool outgoing)
 {
 	struct bpf_sock *sk = skb->sk;
 
-	return sk && judge_packet(skb, sk, cookie_of(skb), says_tcp(skb), sk->state, outgoing);
+	return sk && judge_packet(skb, sk, cookie_of(skb), protocol == PROTO_TCP, sk->state, outgoing);
 }
 
 /* The self-test's packets: who opens (outgoing) or accepts a flow comes from a map,

@@ -75,6 +75,22 @@ static __always_inline __u64 socket_cgroup(struct bpf_sock_addr *ctx, __u64 othe
 	return e ? e->cgroup : otherwise;
 }
 
+/* Whether the current task is of its socket's cgroup. Each datagram without a connection
+ * asks this; two pointers are told apart sooner than two cgroups' numbers are found. */
+static __always_inline bool of_own_socket(struct bpf_sock_addr *ctx)
+{
+	struct bpf_sock_addr_kern *kernel;
+	struct task_struct *task;
+	struct sock *sk;
+
+	if (!bpf_cast_to_kern_ctx) /* before Linux 6.2 */
+		return socket_cgroup(ctx, 0) == bpf_get_current_cgroup_id();
+	kernel = bpf_cast_to_kern_ctx(ctx);
+	sk = kernel->sk;
+	task = bpf_get_current_task_btf();
+	return sk && sk->sk_cgrp_data.cgroup && sk->sk_cgrp_data.cgroup == task->cgroups->dfl_cgrp;
+}
+
 static __always_inline void read_user_address(struct bpf_sock_addr *ctx, __u8 *out, bool ipv6)
 {
 	__u32 word[4];
@@ -124,9 +140,9 @@ static __always_inline int address_judged(struct bpf_sock_addr *ctx, __u8 hook, 
 	/* A task that sends with a socket of its own cgroup: whether the datagram opens a
 	 * flow or answers one the packet hook knows, and its refusal reaches the task as
 	 * the same error. */
-	cgroup = socket_cgroup(ctx, 0);
-	if (hook == DEMARC_HOOK_SENDMSG && cgroup == bpf_get_current_cgroup_id())
+	if (hook == DEMARC_HOOK_SENDMSG && of_own_socket(ctx))
 		return 1;
+	cgroup = socket_cgroup(ctx, 0);
 	free_task = !begin_task(o, hook);
 	if (!cgroup)
 		cgroup = o->cgroup;

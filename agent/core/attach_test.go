@@ -92,7 +92,7 @@ func TestInterruptedStart(t *testing.T) {
 func TestAdoptOtherPrograms(t *testing.T) {
 	m := newMachine(t)
 	b := shop(t, nil)
-	c := m.start()
+	c := still(m.start()) // which would mend it
 	if _, err := c.Apply(b, 0); err != nil {
 		t.Fatal(err)
 	}

@@ -76,10 +76,15 @@ func (j *journal) path() string { return filepath.Join(j.dir, "audit.log") }
 
 // openJournal goes on where the log ends. It returns what is wrong with it, which is
 // no reason not to go on: the chain breaks there for good, and everybody can see it.
-func openJournal(dir string, kernel *ebpf.Map) (_ *journal, broken error, err error) {
+func openJournal(dir string, p pins, adopted bool) (_ *journal, broken error, err error) {
+	kernel, err := p.journalMap(adopted)
+	if err != nil {
+		return nil, nil, err
+	}
 	j := &journal{dir: dir, kernel: kernel, spare: auditSpare}
 	last, prev, broken := j.end()
 	if err := kernel.Lookup(uint32(0), &j.head); err != nil {
+		kernel.Close()
 		return nil, nil, fmt.Errorf("read end of the audit log: %w", err)
 	}
 	j.fresh = j.head.Seq == 0
@@ -318,13 +323,8 @@ func (c *Core) Audit() (*proto.Audit, []*os.File, error) {
 
 // begun opens the log as the core starts, and notes that.
 func (c *Core) begun(adopted bool) error {
-	kernel, err := c.pins.journalMap(adopted)
+	j, broken, err := openJournal(c.config.StateDir, c.pins, adopted)
 	if err != nil {
-		return err
-	}
-	j, broken, err := openJournal(c.config.StateDir, kernel)
-	if err != nil {
-		kernel.Close()
 		return err
 	}
 	c.journal = j
@@ -381,13 +381,8 @@ func detachRecord(dir string, p pins, committed bool) error {
 	if !committed {
 		return nil
 	}
-	kernel, err := p.journalMap(true)
+	j, broken, err := openJournal(dir, p, true)
 	if err != nil {
-		return err
-	}
-	j, broken, err := openJournal(dir, kernel)
-	if err != nil {
-		kernel.Close()
 		return err
 	}
 	defer j.close()

@@ -363,7 +363,7 @@ func TestApplyDiskRefuses(t *testing.T) {
 // somebody replaced. (I05)
 func TestI05StatusIsProved(t *testing.T) {
 	m := newMachine(t)
-	c := m.start()
+	c := still(m.start()) // which would mend it
 	if _, err := c.Apply(shop(t, nil), 0); err != nil {
 		t.Fatal(err)
 	}

@@ -385,6 +385,7 @@ const (
 	demarcMapKeys                  = "keys"
 	demarcMapLineages              = "lineages"
 	demarcMapMarks                 = "marks"
+	demarcMapObservers             = "observers"
 	demarcMapPaths                 = "paths"
 	demarcMapPendingSeed           = "pending_seed"
 	demarcMapPendingSyns           = "pending_syns"
@@ -541,6 +542,7 @@ type demarcMapSpecs struct {
 	Keys          *ebpf.MapSpec `ebpf:"keys"`
 	Lineages      *ebpf.MapSpec `ebpf:"lineages"`
 	Marks         *ebpf.MapSpec `ebpf:"marks"`
+	Observers     *ebpf.MapSpec `ebpf:"observers"`
 	Paths         *ebpf.MapSpec `ebpf:"paths"`
 	PendingSeed   *ebpf.MapSpec `ebpf:"pending_seed"`
 	PendingSyns   *ebpf.MapSpec `ebpf:"pending_syns"`
@@ -629,6 +631,7 @@ type demarcMaps struct {
 	Keys          *ebpf.Map `ebpf:"keys"`
 	Lineages      *ebpf.Map `ebpf:"lineages"`
 	Marks         *ebpf.Map `ebpf:"marks"`
+	Observers     *ebpf.Map `ebpf:"observers"`
 	Paths         *ebpf.Map `ebpf:"paths"`
 	PendingSeed   *ebpf.Map `ebpf:"pending_seed"`
 	PendingSyns   *ebpf.Map `ebpf:"pending_syns"`
@@ -678,6 +681,7 @@ func (m *demarcMaps) Close() error {
 		m.Keys,
 		m.Lineages,
 		m.Marks,
+		m.Observers,
 		m.Paths,
 		m.PendingSeed,
 		m.PendingSyns,

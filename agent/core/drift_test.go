@@ -371,7 +371,7 @@ func TestI18HookFull(t *testing.T) {
 		}
 	}
 	others := fill()
-	if len(others) != 62 { // egress, and payload, which observes at the same hook
+	if len(others) != 63 { // and egress
 		t.Fatalf("%d programs beside ours", len(others))
 	}
 	c.upkeep()

@@ -51,7 +51,7 @@ func TestPreviewed(t *testing.T) {
 		}, false, true},
 	}
 	m := newMachine(t)
-	c := m.start()
+	c := still(m.start())
 	next := uint64(1)
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
@@ -111,7 +111,7 @@ func TestPreviewed(t *testing.T) {
 
 // What was previewed is applied by its digest alone, as it lies, and nothing else is.
 func TestAppliedByDigest(t *testing.T) {
-	c := newMachine(t).start()
+	c := still(newMachine(t).start())
 	present, previewed, other := shop(t, version(1)), shop(t, version(2)), shop(t, version(3))
 	must(t, second(c.Apply(present, 0)))
 	apply := func(b []byte) error {

@@ -24,7 +24,7 @@ func TestBlastLimit(t *testing.T) {
 			}
 		}
 	})
-	c := m.start()
+	c := still(m.start())
 	if _, err := c.Apply(b, 0); err != nil {
 		t.Fatal(err)
 	}
@@ -48,7 +48,7 @@ func TestBlastLimit(t *testing.T) {
 		{workload: "web", automatic: true}, // once more is no more
 		{workload: "postgres"},             // somebody's order
 		{workload: "pod", automatic: true, err: full},
-		{workload: "pod", automatic: true, err: full, before: func() { c.Close(); c = m.start() }},
+		{workload: "pod", automatic: true, err: full, before: func() { c.Close(); c = still(m.start()) }},
 		{workload: "pod", automatic: true, before: func() { over("api") }},
 		{workload: "api", automatic: true, err: full},
 		{workload: "api", automatic: true, before: func() {

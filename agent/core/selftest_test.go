@@ -170,14 +170,22 @@ func TestSelftestAsksWhatChangedFirst(t *testing.T) {
 	must(t, err)
 	part, err := newSelftest(c.objects, g, former, false)
 	must(t, err)
-	part.now = whole.now
+	boot, err := newSelftest(c.objects, g, nil, true)
+	must(t, err)
+	part.now, boot.now = whole.now, whole.now
 	all, first, then := asked(whole, true), asked(part, true), asked(part, false)
+	soon, late := asked(boot, true), asked(boot, false)
 	for q := range all {
-		if !first[q] && !then[q] {
+		if !first[q] && !then[q] || !soon[q] && !late[q] {
 			t.Fatalf("nobody asks %+v", q)
 		}
 	}
-	for _, s := range [...]*selftest{whole, part} {
+	if len(soon) == 0 || len(soon) > 2*2*bootSample {
+		t.Errorf("after a boot %d of %d questions come first", len(soon), len(all))
+	}
+	must(t, boot.before())
+	must(t, boot.after())
+	for _, s := range [...]*selftest{whole, part, boot} {
 		if before, after := len(s.askSubjects(nil, true)), len(s.askSubjects(nil, false)); before+after != 11*(200+5) || s == whole && after != 0 {
 			t.Errorf("of the subjects %d questions come before, and %d after", before, after)
 		}
@@ -203,8 +211,10 @@ func TestSelftestAsksWhatChangedFirst(t *testing.T) {
 		later++
 	}
 	must(t, g.tables["rules"].Delete(key(&g.image.Rules[later])))
-	if err := errors.Join(part.before(), part.after()); err == nil {
-		t.Error("a rule that is missing is not found")
+	for _, s := range [...]*selftest{part, boot} {
+		if err := errors.Join(s.before(), s.after()); err == nil {
+			t.Errorf("a rule that is missing is not found, after a boot: %v", s == boot)
+		}
 	}
 	must(t, g.tables["rules"].Put(key(part.former.gone[0]), &abi.Rule{Crossing: [abi.Alternatives]uint32{0, abi.NoCrossing, abi.NoCrossing, abi.NoCrossing}}))
 	if err := part.before(); err == nil {
@@ -213,17 +223,29 @@ func TestSelftestAsksWhatChangedFirst(t *testing.T) {
 	must(t, emptySlot(c.objects, g.slot))
 }
 
+// pinnedMap opens a map for the rest of the test.
+func pinnedMap(t *testing.T, path string) *ebpf.Map {
+	t.Helper()
+	m, err := ebpf.LoadPinnedMap(path, nil)
+	must(t, err)
+	t.Cleanup(func() { m.Close() })
+	return m
+}
+
 // A wrong answer after the flip takes it back: what was in force is again, and on disk.
+// After a boot that is nothing, and the start fails.
 func TestSelftestAfterTheFlip(t *testing.T) {
 	m := newMachine(t)
-	var c *Core
 	spoil := false
-	c, err := m.open(hooks{flipped: func() {
-		if spoil { // the table is frozen, so there is another one in its place
-			slot, _ := readState(c.objects)
-			must(t, c.objects.Maps["rules"].Delete(abi.ActiveSlot(slot.Active)))
+	spoiling := hooks{flipped: func() {
+		if spoil { // the table is frozen, so there is none in its place
+			var state abi.State
+			at := pins{dir: m.config.BPFFS}
+			must(t, pinnedMap(t, at.maps("state")).Lookup(uint32(0), &state))
+			must(t, pinnedMap(t, at.maps("rules")).Delete(abi.ActiveSlot(state.Active)))
 		}
-	}})
+	}}
+	c, err := m.open(spoiling)
 	must(t, err)
 	defer func() { c.Close() }()
 	_, err = c.Apply(many(t, 1, nil), 0)
@@ -239,5 +261,21 @@ func TestSelftestAfterTheFlip(t *testing.T) {
 	spoil = false
 	if _, err = c.Apply(many(t, 2, nil), 0); err != nil {
 		t.Error(err)
+	}
+	must(t, c.Close())
+	must(t, Detach(m.config))
+	spoil = true
+	if broken, err := m.open(spoiling); err == nil || !strings.HasPrefix(err.Error(), "self-test: ") {
+		t.Errorf("a start on wrong tables: %v", err)
+		broken.Close()
+	}
+	if n := attached(t, m); n != 0 || !missing(m.config.BPFFS) {
+		t.Errorf("%d programs stay attached, or pins", n)
+	}
+	spoil = false
+	c, err = m.open(hooks{})
+	must(t, err)
+	if s := c.Status(); s.State != proto.StateEnforcing || s.Active.Version != 2 {
+		t.Errorf("a start on good ones: %+v", s)
 	}
 }

@@ -16,6 +16,7 @@ import (
 // the core.
 type observers struct {
 	links  map[string]link.Link
+	inside *ebpf.Map  // who looks into packets: egress calls it for few, which may pass
 	survey *link.Iter // over all files; nil = it cannot be had
 	blind  []string   // what cannot be seen here, and why
 }
@@ -42,7 +43,8 @@ var neverSeen = []string{
 // root. What it does not is a limit of detection, and no error. Without packets no
 // packet is looked at.
 func observe(o *objects, dir string, packets bool, types *btf.Cache) *observers {
-	all := &observers{links: map[string]link.Link{}, blind: slices.Clone(neverSeen)}
+	all := &observers{links: map[string]link.Link{}, inside: o.Maps["observers"], blind: slices.Clone(neverSeen)}
+	all.sealPackets() // one of a core that crashed may still look
 	spec, err := loadSignal()
 	if err != nil {
 		all.blind = append(all.blind, fmt.Sprintf("read observers: %v", err))
@@ -78,6 +80,8 @@ func (a *observers) attach(p *ebpf.Program, spec *ebpf.ProgramSpec, dir string) 
 	var l link.Link
 	if spec.AttachType == ebpf.AttachTraceIter {
 		a.survey, err = link.AttachIter(link.IterOptions{Program: p})
+	} else if spec.Name == "payload" {
+		err = a.inside.Put(uint32(0), p)
 	} else if l, err = attachProgram(p, spec, dir, 0); err == nil {
 		a.links[spec.Name] = l
 	}
@@ -128,10 +132,16 @@ func (a *observers) owns(id ebpf.ProgramID) bool {
 	return false
 }
 
+// sealPackets lets nobody look into packets.
+func (a *observers) sealPackets() {
+	_ = a.inside.Delete(uint32(0)) // there may be nobody
+}
+
 func (a *observers) close() {
 	if a == nil {
 		return
 	}
+	a.sealPackets()
 	closeAll(a.links)
 	if a.survey != nil {
 		_ = a.survey.Close()

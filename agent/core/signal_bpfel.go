@@ -396,6 +396,7 @@ const (
 	signalMapKeys                  = "keys"
 	signalMapLineages              = "lineages"
 	signalMapMarks                 = "marks"
+	signalMapObservers             = "observers"
 	signalMapPaths                 = "paths"
 	signalMapPendingSeed           = "pending_seed"
 	signalMapPendingSyns           = "pending_syns"
@@ -521,6 +522,7 @@ type signalMapSpecs struct {
 	Keys          *ebpf.MapSpec `ebpf:"keys"`
 	Lineages      *ebpf.MapSpec `ebpf:"lineages"`
 	Marks         *ebpf.MapSpec `ebpf:"marks"`
+	Observers     *ebpf.MapSpec `ebpf:"observers"`
 	Paths         *ebpf.MapSpec `ebpf:"paths"`
 	PendingSeed   *ebpf.MapSpec `ebpf:"pending_seed"`
 	PendingSyns   *ebpf.MapSpec `ebpf:"pending_syns"`
@@ -608,6 +610,7 @@ type signalMaps struct {
 	Keys          *ebpf.Map `ebpf:"keys"`
 	Lineages      *ebpf.Map `ebpf:"lineages"`
 	Marks         *ebpf.Map `ebpf:"marks"`
+	Observers     *ebpf.Map `ebpf:"observers"`
 	Paths         *ebpf.Map `ebpf:"paths"`
 	PendingSeed   *ebpf.Map `ebpf:"pending_seed"`
 	PendingSyns   *ebpf.Map `ebpf:"pending_syns"`
@@ -658,6 +661,7 @@ func (m *signalMaps) Close() error {
 		m.Keys,
 		m.Lineages,
 		m.Marks,
+		m.Observers,
 		m.Paths,
 		m.PendingSeed,
 		m.PendingSyns,

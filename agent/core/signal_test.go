@@ -39,11 +39,23 @@ func TestObserversLoad(t *testing.T) {
 	if a.survey != nil {
 		missing--
 	}
+	if a.looksInside() {
+		missing--
+	}
 	t.Log(strings.Join(a.blind, "\n"))
 	if refused := a.links["switched"] == nil; missing != 0 && !(missing == 1 && refused) || len(a.blind) != len(neverSeen)+missing {
 		t.Errorf("%d are not attached: %s", missing, strings.Join(a.blind, "\n"))
 	}
 	must(t, a.look())
+	a.sealPackets()
+	if a.looksInside() {
+		t.Error("somebody still looks into packets")
+	}
+}
+
+func (a *observers) looksInside() bool {
+	var program ebpf.ProgramID
+	return a.inside.Lookup(uint32(0), &program) == nil
 }
 
 // Observers end with the core, and its successor says for how long there were none.

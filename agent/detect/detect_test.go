@@ -277,9 +277,9 @@ func TestDetectors(t *testing.T) {
 		}, []string{}},
 		{"OK two peers are asked how they are", func(r *trace) {
 			for i := range 50 {
-				n := uint64(1000 + i)
+				n := uint64(200 + 10*i)
 				r.signal("web", Signal{Kind: Relay, Protocol: "tcp", Peer: peer("10.1.0.1:2380"), Comm: "etcd", PID: 7, Between: "opened",
-					Values: Values{Received: n, Bytes: n, Answered: n, Back: n, Parts: [4]uint32{10, 10, 10, 10}}}).wait(5 * time.Second)
+					Values: Values{Received: n, Bytes: n, Answered: n, Back: n, Parts: [4]uint32{uint32(10 + i), uint32(10 + i), uint32(10 + i), uint32(10 + i)}}}).wait(5 * time.Second)
 			}
 		}, []string{}},
 		{"relay of what is typed, through ssh", func(r *trace) {

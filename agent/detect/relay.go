@@ -24,7 +24,7 @@ func relay(g *Engine, m *moment) []Finding {
 	ssh := s.SSH || strings.HasPrefix(s.Comm, "ssh") || strings.HasPrefix(path.Base(s.Exe), "ssh")
 	how := m.relaysBytes(s, &c, ssh)
 	if how == "" {
-		how = m.relaysTyping(s, &c)
+		how = m.relaysTyping(s, &c, ssh)
 	}
 	if how == "" {
 		return nil
@@ -54,8 +54,8 @@ func (m *moment) relaysBytes(s *Signal, c *RelayConfig, ssh bool) string {
 }
 
 // relaysTyping does so for small messages.
-func (m *moment) relaysTyping(s *Signal, c *RelayConfig) string {
-	if !typed(&s.Values) {
+func (m *moment) relaysTyping(s *Signal, c *RelayConfig, ssh bool) string {
+	if !typed(&s.Values) || s.Between != "" && !ssh && s.Received == s.Answered {
 		return ""
 	}
 	seen := &m.actors.typed

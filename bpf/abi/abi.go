@@ -9,7 +9,6 @@ package abi
 import (
 	"fmt"
 	"net/netip"
-	"time"
 )
 
 // Version of the layouts. Pinned maps of another version are not adopted.
@@ -25,8 +24,6 @@ const (
 	PathMax          = 252
 	UnitSuffix       = 28
 	UnitAlternatives = 4
-	UnprovenMax      = 16
-	FlowIdle         = 180 * time.Second
 	TagKind          = 253
 	TagLength        = 16
 	TagExID          = 0xD3AC

@@ -164,6 +164,10 @@ struct sk_buff {
 	__u8 ip_summed : 2;
 };
 
+struct bpf_sock_addr_kern {
+	struct sock *sk;
+};
+
 struct ns_common {
 	unsigned int inum;
 };
