@@ -714,7 +714,7 @@ func TestI16BadDevicePins(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			m := newMachine(t)
 			plug(t, hostSide(t, "pod"))
-			c := m.enforce(Devices{Auto: true})
+			c := still(m.enforce(Devices{Auto: true})) // which would mend it
 			h := hook{"tc_egress", device(t, "pod").Attrs().Index}
 			tt.do(t, c, h.device, c.pins.links(h.String()))
 			c.Close()

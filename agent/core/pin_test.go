@@ -104,7 +104,7 @@ func TestI16BadPins(t *testing.T) {
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
 			m := newMachine(t)
-			c := m.start()
+			c := still(m.start()) // which would mend it
 			if _, err := c.Apply(shop(t, nil), 0); err != nil {
 				t.Fatal(err)
 			}
