@@ -21,6 +21,7 @@ type archive struct {
 const (
 	directoryMode = 0o040000
 	fileMode      = 0o100000
+	linkMode      = 0o120000
 )
 
 // add puts a file into the archive, and the directories that it is in. What holds
@@ -40,6 +41,15 @@ func (a *archive) directory(name string, perm uint32) {
 	a.directory(path.Dir(name), 0o755)
 	a.made[name] = true
 	a.entry(name, directoryMode|perm, nil)
+}
+
+// link puts a symbolic link there, unless something is.
+func (a *archive) link(name, to string) {
+	a.directory(path.Dir(name), 0o755)
+	if !a.made[name] {
+		a.made[name] = true
+		a.entry(name, linkMode|0o777, []byte(to))
+	}
 }
 
 func (a *archive) copy(name, from string) error {

@@ -3,6 +3,7 @@
 package vm_test
 
 import (
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -39,6 +40,7 @@ type machine struct {
 	hello  talk.Machine
 	frames uint16        // sentinels so far
 	ahead  time.Duration // its wall clock, of this host's
+	well   string        // what its log says when it has ended well
 }
 
 // patience is for what an emulated machine does on a busy host. It only says when
@@ -53,8 +55,11 @@ func boot(t *testing.T, programs string, lab *netlab.Lab, series ...string) []*m
 
 // lane is a kernel and how it is started.
 type lane struct {
-	series string
-	lsm    string // security modules of its command line; "" = its own choice
+	series  string
+	lsm     string // security modules of its command line; "" = its own choice
+	name    string // of the machine; "" = that of the kernel
+	options string // more of the command line
+	memory  int    // in MB; 0 = 640
 }
 
 func (l lane) String() string {
@@ -101,8 +106,8 @@ func (m *machine) step(by time.Duration) {
 
 func start(t *testing.T, lab *netlab.Lab, l lane, content func(*machine) []byte) *machine {
 	t.Helper()
-	m := &machine{t: t, series: l.series, lsm: l.lsm, ns: lab.Namespace("linux-" + l.series)}
-	options := "console=ttyS0 panic=-1 quiet"
+	m := &machine{t: t, series: l.series, lsm: l.lsm, ns: lab.Namespace(cmp.Or(l.name, "linux-"+l.series)), well: "\n" + talk.Marker + "0\n"}
+	options := "console=ttyS0 panic=-1 quiet " + l.options
 	if l.lsm != "" {
 		options += " lsm=" + l.lsm
 	}
@@ -118,7 +123,7 @@ func start(t *testing.T, lab *netlab.Lab, l lane, content func(*machine) []byte)
 	m.qemu = m.ns.Start(lab.Cgroup("machines"), netlab.Command{Path: "qemu-system-x86_64", Args: []string{
 		// One thread emulates both CPUs: with one each, kernels that patch their own
 		// code crash now and then at their start.
-		"-M", "pc", "-accel", "tcg,thread=single", "-cpu", "max", "-smp", "2", "-m", "640",
+		"-M", "pc", "-accel", "tcg,thread=single", "-cpu", "max", "-smp", "2", "-m", fmt.Sprint(cmp.Or(l.memory, 640)),
 		"-nodefaults", "-nographic", "-no-reboot", "-serial", "stdio",
 		"-kernel", filepath.Join(kernel(t, l.series), "vmlinuz"), "-initrd", root,
 		"-append", options,
@@ -182,11 +187,7 @@ func rootFiles(m *machine, programs string, key []byte) []byte {
 	for _, p := range []string{"node", "demarc", "demarc-core", "demarc-agent", rootTests} {
 		check(m.t, a.copy("/bin/"+p, filepath.Join(programs, p)), "copy program")
 	}
-	modules, err := filepath.Glob(filepath.Join(kernel(m.t, m.series), "modules", "*.ko"))
-	check(m.t, err, "list modules")
-	for _, ko := range modules {
-		check(m.t, a.copy("/modules/"+filepath.Base(ko), ko), "copy module")
-	}
+	m.addModules(&a)
 	config, err := json.Marshal(talk.Config{Addresses: []netip.Prefix{netip.PrefixFrom(m.ns.IP4, 16), netip.PrefixFrom(m.ns.IP6, 64)}})
 	check(m.t, err, "write configuration")
 	a.add(talk.ConfigFile, 0o644, config)
@@ -195,6 +196,15 @@ func rootFiles(m *machine, programs string, key []byte) []byte {
 	a.directory("/var/lib/demarc", 0o700)
 	a.add("/var/lib/demarc/keyring", 0o600, key)
 	return a.bytes()
+}
+
+func (m *machine) addModules(a *archive) {
+	m.t.Helper()
+	modules, err := filepath.Glob(filepath.Join(kernel(m.t, m.series), "modules", "*.ko"))
+	check(m.t, err, "list modules")
+	for _, ko := range modules {
+		check(m.t, a.copy("/modules/"+filepath.Base(ko), ko), "copy module")
+	}
 }
 
 // The files of demarc in a machine; what is not said here is in its usual place.
@@ -297,7 +307,7 @@ func (m *machine) stop() {
 	m.t.Helper()
 	m.calls.Go(talk.Service+".Stop", struct{}{}, new(bool), nil) // the machine's end is the answer
 	m.qemu.Wait(patience)
-	if !strings.Contains(m.log(), "\n"+talk.Marker+"0\n") {
+	if !strings.Contains(m.log(), m.well) {
 		m.t.Errorf("%s did not end well", m.ns.Name)
 	}
 }

@@ -1,6 +1,9 @@
 // Command init is the first process of a virtual machine: it mounts what a
 // distribution would, loads the modules of /modules in their order, runs /bin/node
 // and switches the machine off. The last line of the log says how node ended.
+//
+// Where there is a systemd, it does what an initial RAM disk does: it loads the modules
+// and becomes that.
 package main
 
 import (
@@ -17,6 +20,11 @@ import (
 )
 
 func main() {
+	if _, err := os.Stat(talk.Systemd); err == nil {
+		fmt.Println("init: hand over:", handOver()) // it does not return
+		_ = unix.Reboot(unix.LINUX_REBOOT_CMD_POWER_OFF)
+		select {}
+	}
 	status := 1
 	if err := prepare(); err != nil {
 		fmt.Println("init:", err)
@@ -52,6 +60,10 @@ func prepare() error {
 			return fmt.Errorf("mount %s: %w", m.at, err)
 		}
 	}
+	return loadAll()
+}
+
+func loadAll() error {
 	modules, err := filepath.Glob("/modules/*.ko")
 	if err != nil {
 		return err
@@ -72,6 +84,33 @@ func load(module string) error {
 	}
 	defer f.Close()
 	return unix.FinitModule(int(f.Fd()), "", 0)
+}
+
+// handOver makes the root a mount of its own, as who changes to another one finds it,
+// and becomes systemd there.
+func handOver() error {
+	if err := loadAll(); err != nil {
+		return err
+	}
+	const root = "/sysroot"
+	err := os.MkdirAll(root, 0o755)
+	if err == nil {
+		err = unix.Mount("/", root, "", unix.MS_BIND, "")
+	}
+	if err == nil {
+		err = os.Chdir(root)
+	}
+	if err == nil {
+		err = unix.Mount(".", "/", "", unix.MS_MOVE, "")
+	}
+	if err == nil {
+		err = unix.Chroot(".")
+	}
+	if err != nil {
+		return fmt.Errorf("change root: %w", err)
+	}
+	fmt.Println(talk.Started)
+	return unix.Exec(talk.Systemd, []string{talk.Systemd}, []string{"PATH=/usr/sbin:/usr/bin", "TERM=dumb"})
 }
 
 // run runs the node as a child: the first process gets no signals by default, and

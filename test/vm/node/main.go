@@ -47,8 +47,10 @@ func serve() error {
 	if err := json.Unmarshal(text, &config); err != nil {
 		return err
 	}
-	if err := network(config.Addresses); err != nil {
-		return fmt.Errorf("set up network: %w", err)
+	if len(config.Addresses) > 0 {
+		if err := network(config.Addresses); err != nil {
+			return fmt.Errorf("set up network: %w", err)
+		}
 	}
 	channel, err := openPort()
 	if err != nil {

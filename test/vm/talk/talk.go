@@ -27,9 +27,12 @@ const Marker = "DEMARC-VM "
 // Started is the line that init says first.
 const Started = "DEMARC-VM-INIT"
 
+// Systemd is where a machine has one. What is first there hands the machine over to it.
+const Systemd = "/usr/lib/systemd/systemd"
+
 // Config is what a machine is told before it starts.
 type Config struct {
-	Addresses []netip.Prefix // of eth0
+	Addresses []netip.Prefix // of eth0, which the node gives it; none = who else does
 }
 
 // Machine is what the node found.
