@@ -120,8 +120,13 @@ func (r *Reader) take(fd int, buf []byte) (record []byte, more, found bool, err 
 		return nil, false, false, nil
 	}
 	at := atomic.LoadUint64(position(r.consumer))
-	end := atomic.LoadUint64(position(r.producer))
-	for at != end {
+	for {
+		// Looked at anew behind each record that was skipped: the kernel wakes nobody for
+		// what it wrote while the reader's position was still before that.
+		end := atomic.LoadUint64(position(r.producer))
+		if at == end {
+			return nil, false, false, nil
+		}
 		b, err := r.at(fd, at)
 		if err != nil {
 			return nil, false, true, err
@@ -149,7 +154,6 @@ func (r *Reader) take(fd int, buf []byte) (record []byte, more, found bool, err 
 		atomic.StoreUint64(position(r.consumer), next)
 		return record, next != end, true, nil
 	}
-	return nil, false, false, nil
 }
 
 // copy appends what lies at a position, also over the window's and the buffer's end.
