@@ -212,6 +212,7 @@ func (m *machine) guarded(guard bool) {
 		m.t.Error("nothing was tried")
 	}
 	m.t.Logf("tampering: %v", done)
+	time.Sleep(time.Second) // the agent's answer may be older than this, by a tenth of a second
 	m.run("demarc", "status", "--wait", "enforcing", "--timeout", patience.String())
 	m.healthy()
 }
