@@ -78,7 +78,10 @@ func loadObjects(spec *ebpf.CollectionSpec, pinned map[string]*ebpf.Map, types *
 }
 
 // load makes the maps that are not there yet, and then gives the programs to the
-// kernel, one to each processor: most of a start is the kernel's verifier. It returns
+// kernel, one to each processor: most of a start is the kernel's verifier. Programs are
+// made for the types of the kernel itself. Those of its modules are looked at only where
+// a program's target is not there, and by one after the other: the library guards the
+// kernel's types against being read at once, but not as part of a module's. It returns
 // what was loaded, and why the other programs were not, by name; by "" what kept all
 // from it.
 func load(spec *ebpf.CollectionSpec, there map[string]*ebpf.Map, types *btf.Cache) (*ebpf.Collection, map[string]error) {
@@ -88,35 +91,70 @@ func load(spec *ebpf.CollectionSpec, there map[string]*ebpf.Map, types *btf.Cach
 	if err != nil {
 		return &ebpf.Collection{}, map[string]error{"": err}
 	}
+	kernel, err := types.Kernel()
+	if err != nil {
+		all.Close()
+		return &ebpf.Collection{}, map[string]error{"": err}
+	}
 	all.Programs = map[string]*ebpf.Program{}
 	part.Variables = nil
 	errs := map[string]error{}
-	names := make(chan string)
 	var mu sync.Mutex // guards the two maps of results
+	loadOne := func(name string) {
+		one := part
+		one.Programs = map[string]*ebpf.ProgramSpec{name: spec.Programs[name]}
+		c, err := ebpf.NewCollectionWithOptions(&one, ebpf.CollectionOptions{
+			MapReplacements: all.Maps, Cache: types, Programs: ebpf.ProgramOptions{KernelTypes: kernel},
+		})
+		mu.Lock()
+		defer mu.Unlock()
+		if err != nil {
+			errs[name] = err
+			return
+		}
+		all.Programs[name] = c.DetachProgram(name)
+		c.Close()
+	}
+	names := make(chan string)
 	var workers sync.WaitGroup
 	for range min(runtime.GOMAXPROCS(0), len(spec.Programs)) {
 		workers.Go(func() {
 			for name := range names {
-				one := part
-				one.Programs = map[string]*ebpf.ProgramSpec{name: spec.Programs[name]}
-				c, err := ebpf.NewCollectionWithOptions(&one, ebpf.CollectionOptions{MapReplacements: all.Maps, Cache: types})
-				mu.Lock()
-				if err != nil {
-					errs[name] = err
-				} else {
-					all.Programs[name] = c.DetachProgram(name)
-					c.Close()
-				}
-				mu.Unlock()
+				loadOne(name)
 			}
 		})
 	}
+	var elsewhere []string
 	for _, name := range sortedKeys(spec.Programs) {
+		if at := target(spec.Programs[name]); at != "" {
+			if _, err := kernel.AnyTypesByName(at); err != nil {
+				elsewhere = append(elsewhere, name)
+				continue
+			}
+		}
 		names <- name
 	}
 	close(names)
 	workers.Wait()
+	for _, name := range elsewhere {
+		loadOne(name)
+	}
 	return all, errs
+}
+
+// target is the type of the kernel's that a program is attached by; "" = none.
+func target(p *ebpf.ProgramSpec) string {
+	switch {
+	case p.AttachTo == "":
+		return ""
+	case p.Type == ebpf.LSM:
+		return "bpf_lsm_" + p.AttachTo
+	case p.AttachType == ebpf.AttachTraceRawTp:
+		return "btf_trace_" + p.AttachTo
+	case p.AttachType == ebpf.AttachTraceIter:
+		return "bpf_iter_" + p.AttachTo
+	}
+	return p.AttachTo
 }
 
 // lacking names the first kind of program or helper function of these programs that
