@@ -122,9 +122,9 @@ type change struct {
 	shadow    time.Duration // it does not: it is asked beside what is; 0 = it does
 }
 
-// install puts a verified generation in force. Each step is undone if a later one fails; what was in force stays in its
-// slot until the next time, because packets may still be judged there, or return
-// there.
+// install puts a verified generation in force. Each step is undone if a later one
+// fails; what was in force stays in its slot until the next time, because packets may
+// still be judged there, or return there.
 func (c *Core) install(g *generation, how change) (err error) {
 	before, err := readState(c.objects)
 	if err != nil {
