@@ -289,8 +289,9 @@ static __always_inline bool settled(const struct demarc_flow *flow, __u32 subjec
 /* Lets a socket carry what was decided of its talk. */
 GLOBAL int talk(struct __sk_buff *skb, const struct packet *p, struct outcome *o, bool outgoing)
 {
-	__u32 epoch, now_turns = turns_so_far();
+	__u64 since = talk_begins();
 	struct demarc_flow *flow;
+	__u32 epoch;
 	struct demarc_tuple mine, *other = &o->opener; /* which is not needed any more */
 
 	if (!p || !o || p->tuple.proto != PROTO_UDP || DEMARC_ACTIVE_FLAGS(o->active) & DEMARC_ACTIVE_OBSERVE)
@@ -309,7 +310,7 @@ GLOBAL int talk(struct __sk_buff *skb, const struct packet *p, struct outcome *o
 		if (!flow || !settled(flow, o->query.subject, epoch, false))
 			return 0;
 	}
-	return carry_on(skb, &mine, epoch, now_turns, true);
+	return carry_on(skb, &mine, epoch, since, true);
 }
 
 /* Unmanaged processes among themselves: only who they are is written down, and
@@ -336,9 +337,10 @@ GLOBAL int carefree_datagram(struct packet *p, struct outcome *o, bool outgoing)
 	if (!outgoing || !(DEMARC_ACTIVE_FLAGS(o->active) & DEMARC_ACTIVE_UNMANAGED))
 		return true;
 	if (flow && flow->opener && flow->opener != DEMARC_ID_UNMANAGED && fresh_flow(flow, o->query.now)) {
-		if (flow->acceptor != DEMARC_ID_UNMANAGED)
+		if (flow->acceptor != DEMARC_ID_UNMANAGED) {
+			flow->acceptor = DEMARC_ID_UNMANAGED;
 			turn();
-		flow->acceptor = DEMARC_ID_UNMANAGED;
+		}
 	} else {
 		vouch(&p->tuple, DEMARC_ID_UNMANAGED, false);
 	}

@@ -10,7 +10,6 @@
 
 #define TCX_NEXT (-1)
 #define TCX_DROP 2
-#define ETHERNET_HEADER 14
 #define CHECKSUM_PARTIAL 3
 
 struct demarc_udp_tag {
@@ -198,7 +197,7 @@ static __noinline bool ordinary(struct __sk_buff *skb, bool leaves)
 	if (proto != PROTO_UDP || !sk)
 		return false;
 	sk = bpf_sk_fullsock(sk);
-	return sk && goes_on(skb, sk, ETHERNET_HEADER, true, false, active_word());
+	return sk && goes_on(skb, cookie_of(skb), true, false, active_word());
 }
 
 /* Frames of packet sockets: they never met a socket hook. */
@@ -256,14 +255,14 @@ GLOBAL int fragment_leaves(struct __sk_buff *skb, struct packet *p, struct outco
  * socket hook of this host wrote. */
 static __always_inline int datagram_leaves(struct __sk_buff *skb, struct packet *p, struct outcome *o)
 {
-	__u64 now = o->query.now;
+	__u64 now = o->query.now, since = talk_begins();
 	struct demarc_tuple other;
 	struct demarc_flow *flow;
 
 	flow = flow_at(&p->tuple);
 	if (opens_with_proof(flow)) {
 		if (flow->acceptor && now - flow->tagged < DEMARC_UDP_TAG_REFRESH) {
-			carry_on(skb, &p->tuple, DEMARC_ACTIVE_EPOCH(o->active), turns_so_far(), false);
+			carry_on(skb, &p->tuple, DEMARC_ACTIVE_EPOCH(o->active), since, false);
 			return TCX_NEXT;
 		}
 		if (!append_tag(skb, p, flow->opener, flow->omits & TAG_OMISSIONS, nonce_of(flow))) {
@@ -275,7 +274,7 @@ static __always_inline int datagram_leaves(struct __sk_buff *skb, struct packet 
 	reverse(&other, &p->tuple);
 	flow = bpf_map_lookup_elem(&flows, &other);
 	if (!flow || !flow->owed) {
-		carry_on(skb, &p->tuple, DEMARC_ACTIVE_EPOCH(o->active), turns_so_far(), false);
+		carry_on(skb, &p->tuple, DEMARC_ACTIVE_EPOCH(o->active), since, false);
 		return TCX_NEXT;
 	}
 	if (flow->acceptor >= DEMARC_ID_FIRST && flow->verdict_in == DEMARC_ALLOW &&
@@ -395,8 +394,8 @@ GLOBAL int keep_answer(const struct packet *p, const struct outcome *o, __u64 ma
 		return spent;
 	if (flow->acceptor) /* somebody else answers now, and is to be judged */
 		flow->verdict_out = DEMARC_PROVISIONAL;
-	turn();
 	flow->acceptor = o->query.peer;
+	turn();
 	return 0;
 }
 
@@ -425,10 +424,10 @@ GLOBAL int keep_proof(const struct packet *p, const struct outcome *o, __u64 mac
 	if (!flow)
 		return DEMARC_MAP_FULL;
 	if (flow->opener != o->query.peer || flow->omits != o->omitted) {
-		turn();
 		flow->opener = o->query.peer;
 		flow->omits = o->omitted;
 		flow->epoch_in = 0; /* another peer, or less that is bound: judged anew */
+		turn();
 	}
 	flow->nonce = nonce;
 	flow->owed = 1;

@@ -155,23 +155,38 @@ MAP(young, ARRAY, BPF_F_MMAPABLE, DEMARC_YOUNG, __u32, struct demarc_young);
  * sockops. Miss: it may be young; otherwise no admitted handshake: deny. */
 PER_SOCKET(sockets, struct demarc_socket);
 
-/* What is known of a socket other than TCP: the cgroup that it was made in, and its
- * last talk (talk.h). Writers: sock_create; packets. Miss: the socket is older than
- * the programs: the task's cgroup stands for it, and each datagram is looked at. */
-struct demarc_endpoint {
-	__u64 cgroup;
-	__u32 version; /* of what follows; odd = it is being written */
+/* With whom a UDP socket talked last, and until when it may go on (talk.h). */
+struct demarc_talk {
+	__u32 owner;   /* of a place among `talks`: the socket's cookie, but for what says the place */
+	__u32 version; /* of all else; odd = it is being written */
 	__u32 epoch;
-	__u32 turns;
-	__u32 zero;
+	__be16 sport; /* this socket's end first */
+	__be16 dport;
 	__u64 admitted; /* until when, in jiffies */
 	__u64 untagged;
-	struct demarc_tuple talk; /* this socket's end first */
+	__be32 saddr[4]; /* IPv4 as in tuples */
+	__be32 daddr[4];
+};
+_Static_assert(sizeof(struct demarc_talk) == 64, "a place is a cache line");
+
+/* What sockets that talk now carry. Writers: egress, ingress, tc_egress. Miss: another
+ * one's place; it may be in storage. */
+#define DEMARC_TALK_BITS 14
+MAP(talks, ARRAY, BPF_F_MMAPABLE, 1 << DEMARC_TALK_BITS, __u32, struct demarc_talk);
+
+/* What is known of a socket other than TCP: the cgroup that it was made in, and its
+ * talk, where another socket has its place. Writers: sock_create; packets. Miss: the
+ * socket is older than the programs: the task's cgroup stands for it, and without a
+ * place each datagram is looked at. */
+struct demarc_endpoint {
+	__u64 cgroup;
+	struct demarc_talk talk;
 };
 PER_SOCKET(endpoints, struct demarc_endpoint);
 
-/* How often somebody came to speak in a flow in another's place. */
-ONE(turns, __u32);
+/* When somebody last came to speak in a flow in another's place, in jiffies. Writers:
+ * egress, ingress, tc_ingress. Never misses. */
+ONE(turned, __u64);
 
 /* Conversations without handshake, and what the sending hooks saw. Writers:
  * egress, ingress. Miss: judged anew, or for a reply: deny. */

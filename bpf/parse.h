@@ -6,6 +6,7 @@
 #ifndef DEMARC_PARSE_H
 #define DEMARC_PARSE_H
 
+#define ETHERNET_HEADER 14
 #define IPV6_EXTENSIONS 6
 #define FLAG_FIN 0x01
 #define FLAG_SYN 0x02

@@ -120,7 +120,7 @@ static __always_inline bool judge_packet(struct __sk_buff *skb, struct bpf_sock 
 	struct outcome o;
 	bool pass;
 
-	if (stream ? carried(skb, sk, cookie, tcp_state, outgoing, active) : goes_on(skb, sk, 0, outgoing, true, active))
+	if (stream ? carried(skb, sk, cookie, tcp_state, outgoing, active) : goes_on(skb, cookie, outgoing, true, active))
 		return true;
 	sk = bpf_sk_fullsock(sk);
 	if (!sk) /* the hook runs with full sockets only; without one nobody can be judged */

@@ -45,15 +45,9 @@ type demarcDemarcDoor struct {
 }
 
 type demarcDemarcEndpoint struct {
-	_        structs.HostLayout
-	Cgroup   uint64
-	Version  uint32
-	Epoch    uint32
-	Turns    uint32
-	Zero     uint32
-	Admitted uint64
-	Untagged uint64
-	Talk     demarcDemarcTuple
+	_      structs.HostLayout
+	Cgroup uint64
+	Talk   demarcDemarcTalk
 }
 
 type demarcDemarcFamily struct {
@@ -333,6 +327,19 @@ type demarcDemarcState struct {
 	Spared      uint64
 }
 
+type demarcDemarcTalk struct {
+	_        structs.HostLayout
+	Owner    uint32
+	Version  uint32
+	Epoch    uint32
+	Sport    uint16
+	Dport    uint16
+	Admitted uint64
+	Untagged uint64
+	Saddr    [4]uint32
+	Daddr    [4]uint32
+}
+
 type demarcDemarcTold struct {
 	_        structs.HostLayout
 	Began    uint64
@@ -407,8 +414,9 @@ const (
 	demarcMapState                 = "state"
 	demarcMapSubjects              = "subjects"
 	demarcMapSurveyedAt            = "surveyed_at"
+	demarcMapTalks                 = "talks"
 	demarcMapTellings              = "tellings"
-	demarcMapTurns                 = "turns"
+	demarcMapTurned                = "turned"
 	demarcMapUnits                 = "units"
 	demarcMapVersionFloor          = "version_floor"
 	demarcMapYoung                 = "young"
@@ -564,8 +572,9 @@ type demarcMapSpecs struct {
 	State         *ebpf.MapSpec `ebpf:"state"`
 	Subjects      *ebpf.MapSpec `ebpf:"subjects"`
 	SurveyedAt    *ebpf.MapSpec `ebpf:"surveyed_at"`
+	Talks         *ebpf.MapSpec `ebpf:"talks"`
 	Tellings      *ebpf.MapSpec `ebpf:"tellings"`
-	Turns         *ebpf.MapSpec `ebpf:"turns"`
+	Turned        *ebpf.MapSpec `ebpf:"turned"`
 	Units         *ebpf.MapSpec `ebpf:"units"`
 	VersionFloor  *ebpf.MapSpec `ebpf:"version_floor"`
 	Young         *ebpf.MapSpec `ebpf:"young"`
@@ -653,8 +662,9 @@ type demarcMaps struct {
 	State         *ebpf.Map `ebpf:"state"`
 	Subjects      *ebpf.Map `ebpf:"subjects"`
 	SurveyedAt    *ebpf.Map `ebpf:"surveyed_at"`
+	Talks         *ebpf.Map `ebpf:"talks"`
 	Tellings      *ebpf.Map `ebpf:"tellings"`
-	Turns         *ebpf.Map `ebpf:"turns"`
+	Turned        *ebpf.Map `ebpf:"turned"`
 	Units         *ebpf.Map `ebpf:"units"`
 	VersionFloor  *ebpf.Map `ebpf:"version_floor"`
 	Young         *ebpf.Map `ebpf:"young"`
@@ -703,8 +713,9 @@ func (m *demarcMaps) Close() error {
 		m.State,
 		m.Subjects,
 		m.SurveyedAt,
+		m.Talks,
 		m.Tellings,
-		m.Turns,
+		m.Turned,
 		m.Units,
 		m.VersionFloor,
 		m.Young,

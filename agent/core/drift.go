@@ -23,7 +23,7 @@ import (
 // programsOnly are the maps that nobody but the programs writes. They are frozen, so
 // that nobody else can.
 var programsOnly = []string{
-	"replays", "pending_syns", "young", "sockets", "endpoints", "turns", "flows", "port_owners", "bound_ports", "clock",
+	"replays", "pending_syns", "young", "sockets", "endpoints", "talks", "turned", "flows", "port_owners", "bound_ports", "clock",
 	"ring_state", "counts", "faults", "pending_seed", "scratch", "refusals_due",
 	"tellings", "seen", "marks", "hops", "lineages", "families", "surveyed_at",
 }

@@ -45,15 +45,9 @@ type signalDemarcDoor struct {
 }
 
 type signalDemarcEndpoint struct {
-	_        structs.HostLayout
-	Cgroup   uint64
-	Version  uint32
-	Epoch    uint32
-	Turns    uint32
-	Zero     uint32
-	Admitted uint64
-	Untagged uint64
-	Talk     signalDemarcTuple
+	_      structs.HostLayout
+	Cgroup uint64
+	Talk   signalDemarcTalk
 }
 
 type signalDemarcFamily struct {
@@ -333,6 +327,19 @@ type signalDemarcState struct {
 	Spared      uint64
 }
 
+type signalDemarcTalk struct {
+	_        structs.HostLayout
+	Owner    uint32
+	Version  uint32
+	Epoch    uint32
+	Sport    uint16
+	Dport    uint16
+	Admitted uint64
+	Untagged uint64
+	Saddr    [4]uint32
+	Daddr    [4]uint32
+}
+
 type signalDemarcTold struct {
 	_        structs.HostLayout
 	Began    uint64
@@ -419,8 +426,9 @@ const (
 	signalMapSubjects              = "subjects"
 	signalMapSurveyedAt            = "surveyed_at"
 	signalMapTakenApart            = "taken_apart"
+	signalMapTalks                 = "talks"
 	signalMapTellings              = "tellings"
-	signalMapTurns                 = "turns"
+	signalMapTurned                = "turned"
 	signalMapUnits                 = "units"
 	signalMapVersionFloor          = "version_floor"
 	signalMapYoung                 = "young"
@@ -545,8 +553,9 @@ type signalMapSpecs struct {
 	Subjects      *ebpf.MapSpec `ebpf:"subjects"`
 	SurveyedAt    *ebpf.MapSpec `ebpf:"surveyed_at"`
 	TakenApart    *ebpf.MapSpec `ebpf:"taken_apart"`
+	Talks         *ebpf.MapSpec `ebpf:"talks"`
 	Tellings      *ebpf.MapSpec `ebpf:"tellings"`
-	Turns         *ebpf.MapSpec `ebpf:"turns"`
+	Turned        *ebpf.MapSpec `ebpf:"turned"`
 	Units         *ebpf.MapSpec `ebpf:"units"`
 	VersionFloor  *ebpf.MapSpec `ebpf:"version_floor"`
 	Young         *ebpf.MapSpec `ebpf:"young"`
@@ -633,8 +642,9 @@ type signalMaps struct {
 	Subjects      *ebpf.Map `ebpf:"subjects"`
 	SurveyedAt    *ebpf.Map `ebpf:"surveyed_at"`
 	TakenApart    *ebpf.Map `ebpf:"taken_apart"`
+	Talks         *ebpf.Map `ebpf:"talks"`
 	Tellings      *ebpf.Map `ebpf:"tellings"`
-	Turns         *ebpf.Map `ebpf:"turns"`
+	Turned        *ebpf.Map `ebpf:"turned"`
 	Units         *ebpf.Map `ebpf:"units"`
 	VersionFloor  *ebpf.Map `ebpf:"version_floor"`
 	Young         *ebpf.Map `ebpf:"young"`
@@ -684,8 +694,9 @@ func (m *signalMaps) Close() error {
 		m.Subjects,
 		m.SurveyedAt,
 		m.TakenApart,
+		m.Talks,
 		m.Tellings,
-		m.Turns,
+		m.Turned,
 		m.Units,
 		m.VersionFloor,
 		m.Young,
