@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"os"
 	"time"
 	"unsafe"
 
@@ -83,13 +82,8 @@ func entryOf(k *keyring.Key, now time.Time, clock bootClock) keyEntry {
 // firstKeyring reads the keyring, and makes one with a random key if there is no
 // file yet. The caller wipes it.
 func firstKeyring(file string, now time.Time) (*keyring.Ring, error) {
-	if _, err := os.Lstat(file); errors.Is(err, fs.ErrNotExist) {
-		k, err := keyring.New(1)
-		if err != nil {
-			return nil, err
-		}
-		defer k.Wipe()
-		if err := keyring.Create(file, &keyring.Ring{Keys: []keyring.Key{k}}); err != nil && !errors.Is(err, fs.ErrExist) {
+	if missing(file) {
+		if err := keyring.Create(file); err != nil && !errors.Is(err, fs.ErrExist) {
 			return nil, err
 		}
 	}
