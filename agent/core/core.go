@@ -14,7 +14,6 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -26,6 +25,10 @@ import (
 
 // Core is one running core. Open makes it, Close ends it.
 type Core struct {
+	// Beat is called each second, as long as the core does its work; nil = nobody
+	// wants to know. It is set before Serve.
+	Beat func()
+
 	config    Config
 	log       *slog.Logger
 	lock      *os.File // held while this core runs
@@ -41,10 +44,9 @@ type Core struct {
 	donated   *proto.Descriptors
 	stop      func() // ends the upkeep; nil = it never began
 	canary    *canary
-	observers *observers    // nil = none yet
-	flipped   func()        // for tests
-	looks     atomic.Uint64 // of the upkeep
-	guard     *guard        // nil = the kernel has no BPF LSM
+	observers *observers // nil = none yet
+	flipped   func()     // for tests
+	guard     *guard     // nil = the kernel has no BPF LSM
 
 	mu          sync.Mutex
 	active      *generation       // what this core put in force; nil = nothing

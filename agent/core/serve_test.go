@@ -354,10 +354,8 @@ func FuzzSession(f *testing.F) {
 		// In whatever order requests come, nothing but hello opens the session.
 		for _, s := range []session{{core: c}, {core: c, greeted: true}} {
 			before := s.greeted
-			r, files, mine := s.handle(q, nil)
-			if mine {
-				proto.CloseFiles(files)
-			}
+			r, files := s.handle(q, nil)
+			proto.CloseFiles(files)
 			if !before && (s.greeted != (r.Hello != nil) || r.Status != nil) {
 				t.Errorf("%s before hello: %+v", b, r)
 			}

@@ -35,13 +35,16 @@ func (c *Core) start() {
 func (c *Core) run(ctx context.Context) {
 	ticker := time.NewTicker(upkeepInterval)
 	defer ticker.Stop()
-	for {
+	for looks := 1; ; looks++ {
 		select {
 		case <-ctx.Done():
 			return
 		case <-ticker.C:
 			c.upkeep()
-			if c.looks.Add(1)%surveyEvery == 0 {
+			if c.Beat != nil {
+				c.Beat()
+			}
+			if looks%surveyEvery == 0 {
 				if err := c.observers.look(); err != nil {
 					c.log.Warn("a round of the observers failed", "error", err)
 				}
@@ -49,9 +52,6 @@ func (c *Core) run(ctx context.Context) {
 		}
 	}
 }
-
-// Looks grows each second, as long as the core does its work.
-func (c *Core) Looks() uint64 { return c.looks.Load() }
 
 // upkeep is one look. What goes wrong stays a problem until it goes well.
 func (c *Core) upkeep() {
