@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"net"
 	"os"
 	"path/filepath"
@@ -37,7 +36,7 @@ func (c *Core) Listen() (*net.UnixListener, error) {
 		return nil, proto.Refuse("chown root and chmod go-w it", "others than root may put another socket into run_dir %s", filepath.Dir(path))
 	}
 	// Of a core that was killed: the lock says that no other one runs.
-	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	if err := remove(path); err != nil {
 		return nil, fmt.Errorf("remove old socket: %w", err)
 	}
 	old := unix.Umask(0o177)

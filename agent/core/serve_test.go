@@ -345,7 +345,7 @@ func FuzzSession(f *testing.F) {
 	}
 	defer null.Close()
 	given := &proto.Descriptors{Denied: null, Allowed: null, Signals: null, Counts: null, Rings: null, Faults: null, Bindings: null, State: null}
-	c := &Core{log: slog.New(slog.DiscardHandler), tree: &tree{dir: "/"}, donated: given, links: &links{}, store: store{dir: f.TempDir(), log: slog.New(slog.DiscardHandler)}}
+	c := &Core{log: slog.New(slog.DiscardHandler), found: found{tree: &tree{dir: "/"}}, donated: given, links: &links{}, store: store{dir: f.TempDir(), log: slog.New(slog.DiscardHandler)}}
 	f.Fuzz(func(t *testing.T, b []byte) {
 		var q proto.Request
 		if proto.Unmarshal(b, &q) != nil {
