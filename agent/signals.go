@@ -240,7 +240,7 @@ func (e *events) tellBlind() {
 	if st == nil {
 		return
 	}
-	for _, what := range st.Blind {
+	for _, what := range blindness(st.Blind) {
 		if !e.blind[what] {
 			e.blind[what] = true
 			e.queue = append(e.queue, detect.Event{Signal: &detect.Signal{Kind: detect.Blind, Time: time.Now().UTC(), Node: e.resolver.Node, Cause: what}})
