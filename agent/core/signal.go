@@ -3,6 +3,7 @@ package core
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"time"
 
 	"github.com/cilium/ebpf"
@@ -35,12 +36,8 @@ func observe(o *objects, dir string, packets bool, types *btf.Cache) *observers 
 		delete(spec.Programs, "payload")
 		all.blind = append(all.blind, `payload: the configuration says "observe_packets": false`)
 	}
-	shared := map[string]*ebpf.Map{}
-	for name := range spec.Maps {
-		if o.Maps[name] != nil && kept(name) {
-			shared[name] = o.Maps[name]
-		}
-	}
+	shared := maps.Clone(o.Maps)
+	maps.DeleteFunc(shared, func(name string, _ *ebpf.Map) bool { return spec.Maps[name] == nil || !kept(name) })
 	c, errs := load(spec, shared, types)
 	defer c.Close()
 	for _, name := range sortedKeys(spec.Programs) {
