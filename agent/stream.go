@@ -116,7 +116,7 @@ func (s *service) Flows(ctx context.Context, q *flow.Query, out flow.Sink) error
 func (s *service) resolver() *flow.Resolver {
 	r := &flow.Resolver{
 		Node: s.node, Book: s.link.book, Wall: s.link.clock.Wall,
-		Cgroup: func(id uint64) string { return s.cgroups.Path(s.link.view().Root, id) },
+		Cgroup: func(id uint64) string { return s.cgroups.Path(s.link.cgroupRoot(), id) },
 	}
 	if s.binder != nil {
 		r.Container = s.binder.containers.Of

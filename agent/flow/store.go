@@ -205,50 +205,38 @@ func (c *Cursor) Read(events []record.Event) (int, Loss) {
 	return n, loss
 }
 
+// already is closed.
+var already = func() chan struct{} { c := make(chan struct{}); close(c); return c }()
+
 // Changed is closed when something is new, or when the store is closed.
 func (c *Cursor) Changed() <-chan struct{} {
 	s := c.store
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	for i := range s.rings {
+		if s.closed || c.at[i] != s.rings[i].next || c.missed[i] < s.rings[i].missed {
+			return already
+		}
+	}
 	if s.changed == nil {
 		s.changed = make(chan struct{})
 	}
-	changed := s.changed
-	for i := range s.rings {
-		b := &s.rings[i]
-		if s.closed || c.at[i] != b.next || c.missed[i] < b.missed {
-			now := make(chan struct{})
-			close(now)
-			return now
-		}
-	}
-	return changed
+	return s.changed
+}
+
+// Closed says whether the store was closed: nothing more comes.
+func (c *Cursor) Closed() bool {
+	c.store.mu.Lock()
+	defer c.store.mu.Unlock()
+	return c.store.closed
 }
 
 // Wait returns when something is new, with false when ctx or the store ended.
 func (c *Cursor) Wait(ctx context.Context) bool {
-	for {
-		s := c.store
-		s.mu.Lock()
-		if s.closed {
-			s.mu.Unlock()
-			return false
-		}
-		for i, b := range s.rings {
-			if c.at[i] != b.next || c.missed[i] < b.missed {
-				s.mu.Unlock()
-				return true
-			}
-		}
-		if s.changed == nil {
-			s.changed = make(chan struct{})
-		}
-		changed := s.changed
-		s.mu.Unlock()
-		select {
-		case <-ctx.Done():
-			return false
-		case <-changed:
-		}
+	select {
+	case <-ctx.Done():
+		return false
+	case <-c.Changed():
 	}
+	return !c.Closed()
 }
