@@ -481,7 +481,7 @@ func (l *link) look(f func(view, kernel)) {
 // catchUp waits until what happened so far has been read, but not for long: what
 // happens all the time is never all read.
 func (l *link) catchUp(ctx context.Context) {
-	const longest = 10 * rest
+	const longest = 10 * longestRest
 	for end := time.Now().Add(longest); time.Now().Before(end) && ctx.Err() == nil; time.Sleep(time.Millisecond) {
 		drained := true
 		l.look(func(_ view, k kernel) { drained = k == nil || k.Drained() })
