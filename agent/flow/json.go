@@ -5,6 +5,7 @@ import (
 	"net/netip"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
 )
 
@@ -36,8 +37,7 @@ func (f *Flow) AppendJSON(b []byte) []byte {
 }
 
 func (e *Endpoint) appendJSON(b []byte) []byte {
-	b = append(b, '{')
-	start := len(b)
+	start := len(b) // each field begins with a comma, and the first one's becomes the brace
 	if e.Address != (netip.Addr{}) {
 		b = append(b, `,"address":"`...)
 		b = append(e.Address.AppendTo(b), '"')
@@ -75,9 +75,10 @@ func (e *Endpoint) appendJSON(b []byte) []byte {
 		}
 		b = append(b, '}')
 	}
-	if len(b) > start { // the first field has a comma too many
-		b = append(b[:start], b[start+1:]...)
+	if len(b) == start {
+		return append(b, "{}"...)
 	}
+	b[start] = '{'
 	return append(b, '}')
 }
 
@@ -101,12 +102,25 @@ func appendNumber(b []byte, key string, n uint64) []byte {
 	return strconv.AppendUint(append(b, key...), n, 10)
 }
 
+// isClean are the characters that stand for themselves in a string.
+var isClean = func() (clean [256]bool) {
+	for c := 0x20; c <= 0x7e; c++ {
+		clean[c] = !strings.ContainsRune(`"\<>&`, rune(c))
+	}
+	return clean
+}()
+
 // appendString adds a quoted string. Anything beyond ASCII is none of what demarc
 // lets in, and is escaped byte for byte as a flow's other strings are.
 func appendString(b []byte, s string) []byte {
 	const hex = "0123456789abcdef"
 	b = append(b, '"')
-	for i := 0; i < len(s); i++ {
+	clean := 0
+	for clean < len(s) && isClean[s[clean]] {
+		clean++
+	}
+	b = append(b, s[:clean]...)
+	for i := clean; i < len(s); i++ {
 		switch c := s[i]; {
 		case c == '"' || c == '\\':
 			b = append(b, '\\', c)
