@@ -35,6 +35,27 @@ func (b *buffer) oldest() uint64 {
 	return 0
 }
 
+// add keeps events; what there is no room for is pushed out, oldest first.
+func (b *buffer) add(events []record.Event) {
+	for len(events) > 0 {
+		n := copy(b.kept[b.next%uint64(len(b.kept)):], events)
+		b.next += uint64(n)
+		events = events[n:]
+	}
+}
+
+// read copies events from a number on, and returns how many there were.
+func (b *buffer) read(from uint64, events []record.Event) (n int) {
+	for n < len(events) && from != b.next {
+		at := from % uint64(len(b.kept))
+		end := min(uint64(len(b.kept)), at+b.next-from)
+		copied := copy(events[n:], b.kept[at:end])
+		n += copied
+		from += uint64(copied)
+	}
+	return n
+}
+
 // NewStore makes a store for size events a ring.
 func NewStore(size int) *Store {
 	s := &Store{}
@@ -60,11 +81,7 @@ func (s *Store) AddAll(ring int, events []record.Event) {
 		return
 	}
 	s.mu.Lock()
-	b := &s.rings[ring]
-	for i := range events {
-		b.kept[b.next%uint64(len(b.kept))] = events[i]
-		b.next++
-	}
+	s.rings[ring].add(events)
 	s.wake()
 	s.mu.Unlock()
 }
@@ -182,6 +199,20 @@ func (c *Cursor) Read(events []record.Event) (int, Loss) {
 			loss.Kernel += b.missed - c.missed[i]
 			c.missed[i] = b.missed
 		}
+	}
+	ring, several := -1, false
+	for i := range s.rings {
+		if c.at[i] != s.rings[i].next {
+			ring, several = i, ring >= 0
+		}
+	}
+	if !several {
+		if ring < 0 {
+			return 0, loss
+		}
+		n := s.rings[ring].read(c.at[ring], events)
+		c.at[ring] += uint64(n)
+		return n, loss
 	}
 	n := 0
 	for ; n < len(events); n++ {
