@@ -248,8 +248,9 @@ func (l *link) connected(parent context.Context, up func()) error {
 	}
 }
 
-// readBatch is how many events are put into the store at a time, at most.
-const readBatch = 256
+// readBatch is how many events are put into the store at a time, at most. Each time wakes
+// all who follow it; so many come in a rest at 20,000 a second.
+const readBatch = 1024
 
 // ringNumber tells a ring from any other, also of another start of the machine; 0 where
 // the kernel tells none.
