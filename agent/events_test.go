@@ -116,7 +116,7 @@ func busyNode(b testing.TB, workloads int) (*service, *told) {
 // BenchmarkEvents is what the agent does with an event: it takes it off the ring, shows
 // it to the detectors, and tells a reader as JSON.
 func BenchmarkEvents(b *testing.B) {
-	const batch = 512
+	const batch = 8192
 	s, k := busyNode(b, 200)
 	read := func() {
 		k.left = batch

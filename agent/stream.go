@@ -129,13 +129,14 @@ type lines struct {
 	to      io.Writer
 	control *http.ResponseController
 	buffer  []byte
+	json    flow.JSON
 }
 
 // fullBuffer is how much is written at a time, in bytes.
 const fullBuffer = 64 << 10
 
 func (l *lines) Flow(f *flow.Flow) error {
-	l.buffer = append(f.AppendJSON(l.buffer), '\n')
+	l.buffer = append(l.json.Append(l.buffer, f), '\n')
 	if len(l.buffer) < fullBuffer {
 		return nil
 	}

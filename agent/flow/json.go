@@ -11,9 +11,43 @@ import (
 
 // AppendJSON adds a flow as JSON, byte for byte as encoding/json writes it, to b. It
 // takes a fifth of the time, which is what a reader of every flow is worth.
-func (f *Flow) AppendJSON(b []byte) []byte {
+func (f *Flow) AppendJSON(b []byte) []byte { return new(JSON).Append(b, f) }
+
+// JSON writes one flow after the other. It keeps what a flow's text has in common with the
+// next one's. The zero value is ready; it belongs to one goroutine.
+type JSON struct {
+	second int64  // since 1970
+	stamp  []byte // of that second, up to its fraction; empty = of none
+}
+
+// appendTime is AppendFormat by time.RFC3339Nano.
+func (j *JSON) appendTime(b []byte, t time.Time) []byte {
+	if t.Location() != time.UTC {
+		return t.AppendFormat(b, time.RFC3339Nano)
+	}
+	if second := t.Unix(); second != j.second || len(j.stamp) == 0 {
+		j.second, j.stamp = second, t.AppendFormat(j.stamp[:0], "2006-01-02T15:04:05")
+	}
+	b = append(b, j.stamp...)
+	if fraction := t.Nanosecond(); fraction != 0 {
+		digits := [10]byte{'.'}
+		for i := 9; i > 0; i-- {
+			digits[i] = '0' + byte(fraction%10)
+			fraction /= 10
+		}
+		end := len(digits)
+		for digits[end-1] == '0' {
+			end--
+		}
+		b = append(b, digits[:end]...)
+	}
+	return append(b, 'Z')
+}
+
+// Append is AppendJSON.
+func (j *JSON) Append(b []byte, f *Flow) []byte {
 	b = append(b, `{"time":"`...)
-	b = f.Time.AppendFormat(b, time.RFC3339Nano)
+	b = j.appendTime(b, f.Time)
 	b = append(b, '"')
 	b = appendText(b, `,"node":`, f.Node)
 	b = appendWord(b, `,"verdict":"`, f.Verdict.String())
