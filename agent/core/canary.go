@@ -153,11 +153,7 @@ func removeCanary(root string) error {
 	if err != nil {
 		return err
 	}
-	err = t.writing(func() error { return os.Remove(filepath.Join(t.dir, canaryPath)) })
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
-	return err
+	return t.writing(func() error { return remove(filepath.Join(t.dir, canaryPath)) })
 }
 
 // prove shows that what this core put in force is: a datagram of nobody is refused,

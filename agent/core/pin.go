@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"slices"
 	"sync"
+	"syscall"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
@@ -103,15 +104,11 @@ func checkDirectory(dir string, known []string) error {
 }
 
 func checkOwner(path string, mode fs.FileMode) error {
-	var stat unix.Stat_t
-	if err := unix.Lstat(path, &stat); err != nil {
-		return fmt.Errorf("check owner of %s: %w", path, err)
-	}
 	info, err := os.Lstat(path)
 	if err != nil {
 		return fmt.Errorf("check owner of %s: %w", path, err)
 	}
-	if stat.Uid != 0 || info.Mode() != mode {
+	if stat := info.Sys().(*syscall.Stat_t); stat.Uid != 0 || info.Mode() != mode {
 		return proto.Refuse("find out who changed it; chown root and chmod it if nobody did",
 			"adopt pins: %s belongs to user %d with mode %v, not to root with %v", path, stat.Uid, info.Mode(), mode)
 	}
@@ -223,20 +220,40 @@ func (p pins) makeDirectories() error {
 	return nil
 }
 
-// commit says that everything is pinned.
+// commit says that everything is pinned, in the place of what may be there.
 func (p pins) commit(spec *ebpf.CollectionSpec, t *tree) error {
-	m, err := ebpf.NewMap(&cardSpec)
+	if err := remove(p.abi()); err != nil {
+		return err
+	}
+	m, err := pinMap(p.abi(), &cardSpec, card(spec, t))
 	if err != nil {
-		return fmt.Errorf("make abi map: %w", err)
-	}
-	defer m.Close()
-	if err := m.Put(uint32(0), card(spec, t)); err != nil {
-		return fmt.Errorf("fill abi map: %w", err)
-	}
-	if err := m.Pin(p.abi()); err != nil {
-		return fmt.Errorf("pin abi map: %w", err)
+		return err
 	}
 	p.saw(p.abi())
+	return m.Close()
+}
+
+// pinMap makes a map of one entry, fills it, and pins it. The caller closes it.
+func pinMap(path string, spec *ebpf.MapSpec, value any) (*ebpf.Map, error) {
+	m, err := ebpf.NewMap(spec)
+	if err != nil {
+		return nil, fmt.Errorf("make %s map: %w", spec.Name, err)
+	}
+	if err = m.Put(uint32(0), value); err == nil {
+		err = m.Pin(path)
+	}
+	if err != nil {
+		m.Close()
+		return nil, fmt.Errorf("fill and pin %s map: %w", spec.Name, err)
+	}
+	return m, nil
+}
+
+// remove is happy where there is nothing.
+func remove(path string) error {
+	if err := os.Remove(path); !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
 	return nil
 }
 
@@ -255,7 +272,7 @@ func (p pins) clear(spec *ebpf.CollectionSpec) error {
 		paths = append(paths, p.maps(name))
 	}
 	for _, path := range append(paths, p.links(""), p.maps(""), p.dir) {
-		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		if err := remove(path); err != nil {
 			return fmt.Errorf("remove pin: %w", err)
 		}
 	}

@@ -5,7 +5,6 @@ import (
 	"fmt"
 
 	"github.com/cilium/ebpf"
-	"golang.org/x/sys/unix"
 
 	"github.com/demarc/demarc/bpf/abi"
 	"github.com/demarc/demarc/policy/image"
@@ -125,11 +124,7 @@ func (s *scanner) bind(c cgroup, identity, flags uint32) (bool, error) {
 	b.Identity[s.slot], b.Flags = identity, flags
 	how := ebpf.UpdateExist
 	if fresh {
-		var now unix.Timespec
-		if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &now); err != nil {
-			return false, fmt.Errorf("read boot clock: %w", err)
-		}
-		b.Since, how = uint64(now.Nano()), ebpf.UpdateNoExist
+		b.Since, how = uint64(bootTime()), ebpf.UpdateNoExist
 	}
 	err = bindings.Update(c.id, &b, how)
 	if errors.Is(err, ebpf.ErrKeyExist) || errors.Is(err, ebpf.ErrKeyNotExist) {

@@ -107,15 +107,11 @@ func (a *observers) look() error {
 // resumed says for how long, at most, nobody observed before: a former core's observers
 // ended after its last round.
 func (a *observers) resumed(o *objects) error {
-	clock, err := readBootClock()
-	if err != nil {
-		return err
-	}
 	var last uint64
 	if err := o.Maps["surveyed_at"].Lookup(uint32(0), &last); err != nil {
 		return fmt.Errorf("read when the last round was: %w", err)
 	}
-	if now := clock.now(); last != 0 && now > last {
+	if now := uint64(bootTime()); last != 0 && now > last {
 		a.blind = append(a.blind, fmt.Sprintf("what tasks and connections did for at most %v until %s, when no core ran",
 			time.Duration(now-last).Round(100*time.Millisecond), time.Now().UTC().Format(time.RFC3339)))
 	}
