@@ -101,7 +101,7 @@ func TestApplyAndRollback(t *testing.T) {
 		{"bad rollback", func() error { _, err := r.client.Rollback(t.Context()); return err },
 			api.Error{Message: "there is no previous policy", Hint: "apply another one first", Code: http.StatusUnprocessableEntity}},
 		{"bad image", func() error { _, err := r.client.Apply(t.Context(), []byte("x"), 0); return err },
-			api.Error{Message: "not an image: envelope: byte 1: an object is needed here", Hint: "build the image again with: demarc policy build FILE -o IMAGE", Code: http.StatusUnprocessableEntity}},
+			api.Error{Message: "not an image: envelope:1:1: a JSON object is needed", Hint: "build the image again with: demarc policy build FILE -o IMAGE", Code: http.StatusUnprocessableEntity}},
 		{"bad core away", func() error {
 			core.stop()
 			eventually(t, "core left", func() bool { return !r.link.view().Connected })

@@ -49,6 +49,8 @@ const (
 	// auditSpare is how many records of peers may come at once; one a second comes
 	// back. Whoever may talk to the core could otherwise push out what came before.
 	auditSpare = 60
+	// auditTrouble is the part of the upkeep that the log itself is.
+	auditTrouble = "audit log"
 )
 
 // journal appends to the audit log. The log ends where the kernel says, too, so that
@@ -77,7 +79,12 @@ func (j *journal) path() string { return filepath.Join(j.dir, "audit.log") }
 // openJournal goes on where the log ends. It returns what is wrong with it, which is
 // no reason not to go on: the chain breaks there for good, and everybody can see it.
 func openJournal(dir string, p pins, adopted bool) (_ *journal, broken error, err error) {
-	kernel, err := p.journalMap(adopted)
+	var kernel *ebpf.Map
+	if adopted && !missing(p.audit()) { // a former core may have had none
+		kernel, err = openPinnedMap(p.audit(), &journalSpec)
+	} else {
+		kernel, err = pinMap(p.audit(), &journalSpec, audit.Head{})
+	}
 	if err != nil {
 		return nil, nil, err
 	}
@@ -252,14 +259,9 @@ func (c *Core) record(by, what string, g *generation, format string, args ...any
 		r.Policy, r.Version, r.Digest = g.image.Name, g.image.Version, hex.EncodeToString(g.digest[:])
 	}
 	err := c.journal.append(r)
-	if text := ""; err != nil {
-		if text = "audit log: " + err.Error(); text != c.troubles["audit log"] {
-			c.log.Error("degraded", "problem", text)
-		}
-		c.troubles["audit log"] = text
+	if c.attend(auditTrouble, err); err != nil {
 		return proto.Refuse("make room in state_dir, or mend its disk", "nothing is changed without a record of it: %w", err)
 	}
-	delete(c.troubles, "audit log")
 	return nil
 }
 
@@ -322,7 +324,8 @@ func (c *Core) Audit() (*proto.Audit, []*os.File, error) {
 }
 
 // begun opens the log as the core starts, and notes that.
-func (c *Core) begun(adopted bool) error {
+func (c *Core) begun() error {
+	adopted := c.committed
 	j, broken, err := openJournal(c.config.StateDir, c.pins, adopted)
 	if err != nil {
 		return err
@@ -338,23 +341,6 @@ func (c *Core) begun(adopted bool) error {
 	}
 	_ = c.record("core", auditStart, nil, "%s", detail) // a problem of its own
 	return nil
-}
-
-// journalMap opens the pinned end of the log, or makes it: a former core may have had
-// none.
-func (p pins) journalMap(adopted bool) (*ebpf.Map, error) {
-	if _, err := os.Lstat(p.audit()); adopted && err == nil {
-		return openPinnedMap(p.audit(), &journalSpec)
-	}
-	m, err := ebpf.NewMap(&journalSpec)
-	if err != nil {
-		return nil, fmt.Errorf("make audit map: %w", err)
-	}
-	if err := m.Pin(p.audit()); err != nil {
-		m.Close()
-		return nil, fmt.Errorf("pin audit map: %w", err)
-	}
-	return m, nil
 }
 
 // greeted notes who said hello.

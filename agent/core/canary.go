@@ -84,7 +84,7 @@ func openCanary(t *tree) (_ *canary, err error) {
 		return nil, err
 	}
 	var problem string
-	files, err := proto.ReadFrame(conn.(*net.UnixConn), &problem)
+	files, err := proto.ReadFrame(conn.(*net.UnixConn), &problem, nil)
 	defer proto.CloseFiles(files)
 	if err != nil {
 		return nil, err
@@ -153,11 +153,7 @@ func removeCanary(root string) error {
 	if err != nil {
 		return err
 	}
-	err = t.writing(func() error { return os.Remove(filepath.Join(t.dir, canaryPath)) })
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
-	return err
+	return t.writing(func() error { return remove(filepath.Join(t.dir, canaryPath)) })
 }
 
 // prove shows that what this core put in force is: a datagram of nobody is refused,

@@ -14,8 +14,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/demarc/demarc/agent/core/strict"
 	"github.com/demarc/demarc/bpf/abi"
+	"github.com/demarc/demarc/internal/strict"
 )
 
 // Config is everything that a node of its own needs, so that two can live on one
@@ -51,13 +51,45 @@ func LoadConfig(file string) (Config, error) {
 // ParseConfig reads one JSON object with nothing unknown, nothing twice and
 // nothing behind it. Errors start with file:line:col.
 func ParseConfig(file string, src []byte) (Config, error) {
-	r := strict.New(file, src)
+	r := reader{strict.New(file, src)}
 	c := Config{BPFFS: "/sys/fs/bpf/demarc", RunDir: "/run/demarc", StateDir: "/var/lib/demarc", Devices: Devices{Auto: true}, Blast: defaultBlast}
-	if err := r.Object(func(key string) error { return c.set(r, key) }, "cgroup_root", "bpffs", "run_dir", "state_dir", "trust_dir", "keyring",
-		"devices", "agent_user", "quarantine_automatic", "guard", "observe_packets", "log_level", "log_format"); err != nil {
-		return Config{}, err
+	err := r.Object(map[string]func() error{
+		"cgroup_root": func() error { return r.Value(&c.CgroupRoot) },
+		"bpffs":       func() error { return r.directory(&c.BPFFS) },
+		"run_dir":     func() error { return r.directory(&c.RunDir) },
+		"state_dir":   func() error { return r.directory(&c.StateDir) },
+		"trust_dir":   func() error { return r.directory(&c.TrustDir) },
+		"keyring":     func() error { return r.directory(&c.Keyring) },
+		"devices":     func() error { return r.devices(&c.Devices) },
+		"agent_user":  func() error { return r.user(&c.AgentUID) },
+		"quarantine_automatic": func() error {
+			err := r.Value(&c.Blast)
+			if err == nil && (c.Blast < 0 || c.Blast > abi.Quarantines) {
+				err = r.Fail("quarantine_automatic is a number from 0 to %d", abi.Quarantines)
+			}
+			return err
+		},
+		"guard":           func() error { return r.unless(&c.Unguarded) },
+		"observe_packets": func() error { return r.unless(&c.Sealed) },
+		"log_level": func() error {
+			if r.Value(&c.LogLevel) != nil {
+				return r.Fail("log_level is one of debug, info, warn, error")
+			}
+			return nil
+		},
+		"log_format": func() error {
+			var format string
+			err := r.Value(&format)
+			if c.LogJSON = format == "json"; err == nil && !c.LogJSON && format != "text" {
+				err = r.Fail("log_format is text or json")
+			}
+			return err
+		},
+	})
+	if err == nil {
+		err = r.End()
 	}
-	if err := r.End(); err != nil {
+	if err != nil {
 		return Config{}, err
 	}
 	if c.Keyring == "" {
@@ -72,73 +104,49 @@ func ParseConfig(file string, src []byte) (Config, error) {
 	return c, nil
 }
 
-// set reads the value of one key.
-func (c *Config) set(r *strict.Reader, key string) (err error) {
-	directories := map[string]*string{"bpffs": &c.BPFFS, "run_dir": &c.RunDir, "state_dir": &c.StateDir, "trust_dir": &c.TrustDir, "keyring": &c.Keyring}
-	if out, found := directories[key]; found {
-		if err := r.Value(out); err != nil {
-			return err
-		}
-		if !filepath.IsAbs(*out) || filepath.Clean(*out) != *out || *out == "/" {
-			return r.Fail("%q is not a clean absolute path", *out)
-		}
-		return nil
+type reader struct{ *strict.Reader }
+
+func (r reader) directory(out *string) error {
+	if err := r.Value(out); err != nil {
+		return err
 	}
-	switch key {
-	case "cgroup_root":
-		err = r.Value(&c.CgroupRoot)
-	case "devices":
-		err = c.setDevices(r)
-	case "agent_user":
-		err = c.setUser(r)
-	case "quarantine_automatic":
-		if err = r.Value(&c.Blast); err == nil && (c.Blast < 0 || c.Blast > abi.Quarantines) {
-			err = r.Fail("quarantine_automatic is a number from 0 to %d", abi.Quarantines)
-		}
-	case "log_level":
-		if r.Value(&c.LogLevel) != nil {
-			err = r.Fail("log_level is one of debug, info, warn, error")
-		}
-	case "guard":
-		on := true
-		err = r.Value(&on)
-		c.Unguarded = !on
-	case "observe_packets":
-		on := true
-		err = r.Value(&on)
-		c.Sealed = !on
-	case "log_format":
-		var format string
-		if err = r.Value(&format); err == nil && format != "text" && format != "json" {
-			err = r.Fail("log_format is text or json")
-		}
-		c.LogJSON = format == "json"
+	if !filepath.IsAbs(*out) || filepath.Clean(*out) != *out || *out == "/" {
+		return r.Fail("%q is not a clean absolute path", *out)
 	}
+	return nil
+}
+
+// unless reads a switch, and notes whether it is off.
+func (r reader) unless(off *bool) error {
+	on := true
+	err := r.Value(&on)
+	*off = !on
 	return err
 }
 
-// setDevices takes "auto" or a list of names, which may be empty.
-func (c *Config) setDevices(r *strict.Reader) error {
-	var raw json.RawMessage
-	if err := r.Value(&raw); err != nil {
-		return err
-	}
-	c.Devices = Devices{Auto: string(raw) == `"auto"`}
-	if c.Devices.Auto {
+// devices takes "auto" or a list of names, which may be empty.
+func (r reader) devices(out *Devices) error {
+	if r.Next() != '[' {
+		if word, err := r.Raw(); err != nil || string(word) != `"auto"` {
+			return r.Fail(`devices is "auto" or a list of names`)
+		}
+		*out = Devices{Auto: true}
 		return nil
 	}
-	if err := json.Unmarshal(raw, &c.Devices.Names); err != nil || c.Devices.Names == nil {
-		return r.Fail(`devices is "auto" or a list of names`)
-	}
-	for i, name := range c.Devices.Names {
-		if !deviceName(name) {
+	*out = Devices{Names: []string{}}
+	return r.List(func() error {
+		var name string
+		switch err := r.Value(&name); {
+		case err != nil:
+			return err
+		case !deviceName(name):
 			return r.Fail("%q cannot be the name of a device", name)
-		}
-		if slices.Contains(c.Devices.Names[:i], name) {
+		case slices.Contains(out.Names, name):
 			return r.Fail("device %q is given twice", name)
 		}
-	}
-	return nil
+		out.Names = append(out.Names, name)
+		return nil
+	})
 }
 
 // deviceName says whether the kernel would accept a name (dev_valid_name in
@@ -148,10 +156,10 @@ func deviceName(name string) bool {
 		!strings.ContainsFunc(name, func(r rune) bool { return r == '/' || r == ':' || unicode.IsSpace(r) || r == 0 })
 }
 
-// setUser takes a name or a number.
-func (c *Config) setUser(r *strict.Reader) error {
-	var raw json.RawMessage
-	if err := r.Value(&raw); err != nil {
+// user takes a name or a number.
+func (r reader) user(out *uint32) error {
+	raw, err := r.Raw()
+	if err != nil {
 		return err
 	}
 	text := string(raw)
@@ -165,6 +173,6 @@ func (c *Config) setUser(r *strict.Reader) error {
 	if err != nil {
 		return r.Fail("agent_user %s is no user of this machine", raw)
 	}
-	c.AgentUID = uint32(uid)
+	*out = uint32(uid)
 	return nil
 }

@@ -14,37 +14,34 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
-	"sync/atomic"
 	"time"
 
+	"github.com/cilium/ebpf/btf"
 	"golang.org/x/sys/unix"
 
 	"github.com/demarc/demarc/agent/core/proto"
 	"github.com/demarc/demarc/bpf/abi"
-	"github.com/demarc/demarc/policy/envelope"
 )
 
 // Core is one running core. Open makes it, Close ends it.
 type Core struct {
+	// Beat is called each second, as long as the core does its work; nil = nobody
+	// wants to know. It is set before Serve.
+	Beat func()
+
+	found
 	config    Config
 	log       *slog.Logger
 	lock      *os.File // held while this core runs
-	tree      *tree
 	pins      pins
 	store     store
-	objects   *objects
 	links     *links
 	devices   *boundary
-	answers   *refusals      // nil = refused callers wait in vain
-	limits    []string       // what this machine cannot enforce
-	trusted   []envelope.Key // images must be signed by one of them; none = need not be signed
 	donated   *proto.Descriptors
 	stop      func() // ends the upkeep; nil = it never began
 	canary    *canary
-	observers *observers    // nil = none yet
-	flipped   func()        // for tests
-	looks     atomic.Uint64 // of the upkeep
-	guard     *guard        // nil = the kernel has no BPF LSM
+	observers *observers // nil = none yet
+	flipped   func()     // for tests
 
 	mu          sync.Mutex
 	active      *generation       // what this core put in force; nil = nothing
@@ -99,8 +96,7 @@ func open(config Config, log *slog.Logger, h hooks) (_ *Core, err error) {
 	if err := t.passed(); err != nil {
 		return nil, err
 	}
-	c.tree, c.objects, t.objects = t.tree, t.objects, nil
-	c.limits, c.trusted = t.limits, t.trusted
+	c.found, t.found = t.found, found{}
 	c.links, t.links = newLinks(c.objects, t.links), nil
 	taps := newLinks(c.objects, t.taps)
 	for _, l := range []*links{c.links, taps} {
@@ -110,53 +106,11 @@ func open(config Config, log *slog.Logger, h hooks) (_ *Core, err error) {
 		return nil, err
 	}
 	t.taps = nil
-	c.answers, t.answers = t.answers, nil
-	if !t.committed {
-		if err := c.begin(); err != nil {
-			return nil, err
-		}
-	}
-	if err := c.begun(t.committed); err != nil {
-		return nil, err
-	}
-	if err := freeze(c.objects); err != nil {
-		return nil, err
-	}
-	if err := makeCanary(c.tree); err != nil {
-		return nil, err
-	}
-	if c.donated, err = c.donate(); err != nil {
-		return nil, err
-	}
-	if err := c.useKeys(); err != nil {
-		return nil, err
-	}
-	if err := c.setWall(); err != nil {
-		return nil, err
-	}
-	if err := c.resumeQuarantines(); err != nil {
-		return nil, err
-	}
-	if err := c.resume(t.committed); err != nil {
-		return nil, err
-	}
-	if t.committed {
-		if err := errors.Join(c.links.update(), c.devices.adopt()); err != nil {
-			return nil, err
-		}
-	}
-	if c.canary, err = openCanary(c.tree); err != nil {
-		c.stand("no canary, which would prove that the kernel enforces: %v", err)
-	}
-	c.observers = observe(c.objects, c.tree.dir, !config.Sealed, &t.types)
-	if t.committed {
-		if err := c.observers.resumed(c.objects); err != nil {
-			return nil, err
-		}
-	}
-	c.guard, t.shield = t.shield, nil
-	if c.guard != nil {
-		if err := errors.Join(c.guard.raise(c.tree, c.pins), c.guard.cover(c.guarded())); err != nil {
+	for _, step := range []func() error{
+		c.begin, c.begun, func() error { return freeze(c.objects) }, func() error { return makeCanary(c.tree) }, c.donate,
+		c.useKeys, c.setWall, c.resumeQuarantines, c.resume, c.adopt, func() error { return c.watchers(&t.types) },
+	} {
+		if err := step(); err != nil {
 			return nil, err
 		}
 	}
@@ -184,43 +138,72 @@ func lockState(dir string) (*os.File, error) {
 	return f, nil
 }
 
-// begin takes away what an interrupted start left, and pins new maps.
+// begin takes away what an interrupted start left, and pins new maps, unless there are
+// those of a former core.
 func (c *Core) begin() error {
+	if c.committed {
+		return nil
+	}
 	if err := c.pins.clear(c.objects.spec); err != nil {
 		return err
 	}
 	return c.pins.pinMaps(c.objects)
 }
 
+// adopt puts this core's programs in the place of a former one's.
+func (c *Core) adopt() error {
+	if !c.committed {
+		return nil
+	}
+	return errors.Join(c.links.update(), c.devices.adopt())
+}
+
+// watchers begin what proves that the kernel enforces, what observes, and what guards.
+func (c *Core) watchers(types *btf.Cache) (err error) {
+	if c.canary, err = openCanary(c.tree); err != nil {
+		c.stand("no canary, which would prove that the kernel enforces: %v", err)
+	}
+	c.observers = observe(c.objects, c.tree.dir, !c.config.Sealed, types)
+	if c.committed {
+		if err := c.observers.resumed(c.objects); err != nil {
+			return err
+		}
+	}
+	if c.guard == nil {
+		return nil
+	}
+	return errors.Join(c.guard.raise(c.tree, c.pins), c.guard.cover(c.guarded()))
+}
+
 // resume puts the stored image in force. If it cannot be, what the kernel enforces
 // goes on; if that is nothing, the image before it is better than none.
-func (c *Core) resume(committed bool) error {
+func (c *Core) resume() error {
 	if err := c.abandon(); err != nil {
 		return err
 	}
 	c.readFloor()
 	g, err := c.stored(activeImage)
 	switch {
-	case err != nil && committed:
+	case err != nil && c.committed:
 		c.stand("%v; what was in force goes on: apply an image", err)
 	case err != nil:
 		if g = c.storedPrevious(); g == nil {
 			return proto.Refuse(fmt.Sprintf("remove %s and .b to start without a policy", c.store.file(activeImage, "a")), "%w", err)
 		}
 		c.stand("%v; the image before it is in force", err)
-	case g == nil && committed:
+	case g == nil && c.committed:
 		c.stand("the image in force is not on disk: apply one")
 	}
 	if g != nil {
 		c.raiseFloor(g.floor())
-		if committed {
+		if c.committed {
 			c.recoverClaims(g)
 		}
-		if bad := c.install(g, change{boot: !committed}); bad != nil {
+		if bad := c.install(g, change{boot: !c.committed}); bad != nil {
 			return bad
 		}
 	}
-	if err == nil || committed { // whatever is enforced is by now
+	if err == nil || c.committed { // whatever is enforced is by now
 		if previous := c.storedPrevious(); previous != nil {
 			c.previous = previous.describe()
 		}
@@ -334,14 +317,12 @@ func (c *Core) Close() error {
 			closeAll(c.links.open)
 		}
 		c.devices.close()
-		c.answers.close()
-		c.guard.close()
 		for _, g := range []*generation{c.active, c.fallback, c.shadow} {
 			if g != nil {
 				g.close()
 			}
 		}
-		c.objects.Close()
+		c.found.close()
 	}
 	if c.lock != nil {
 		err = errors.Join(err, c.lock.Close())

@@ -13,39 +13,33 @@ import (
 	"github.com/demarc/demarc/policy/envelope"
 )
 
-// donate opens the maps that the agent may have. A ring must be opened for
-// writing to be read, because its reader keeps its place in it; nothing else can
-// be done with that descriptor.
-func (c *Core) donate() (*proto.Descriptors, error) {
+// donate opens the maps that the agent may have, in the order of the wire. A ring must
+// be opened for writing to be read, because its reader keeps its place in it; nothing
+// else can be done with that descriptor.
+func (c *Core) donate() error {
 	var d proto.Descriptors
-	for _, m := range []struct {
-		name string
-		to   **os.File
-		ring bool
-	}{
-		{"denied_events", &d.Denied, true},
-		{"allowed_events", &d.Allowed, true},
-		{"signals", &d.Signals, true},
-		{"counts", &d.Counts, false},
-		{"ring_state", &d.Rings, false},
-		{"faults", &d.Faults, false},
-		{"bindings", &d.Bindings, false},
-		{"state", &d.State, false},
-	} {
-		opened, err := ebpf.LoadPinnedMap(c.pins.maps(m.name), &ebpf.LoadPinOptions{ReadOnly: !m.ring})
+	names := []string{"denied_events", "allowed_events", "signals", "counts", "ring_state", "faults", "bindings", "state"}
+	for i, place := range d.Places() {
+		m, err := ebpf.LoadPinnedMap(c.pins.maps(names[i]), &ebpf.LoadPinOptions{ReadOnly: i >= 3})
+		if err == nil {
+			*place, err = duplicate(m.FD(), names[i])
+			m.Close()
+		}
 		if err != nil {
 			d.Close()
-			return nil, fmt.Errorf("open map %s for the agent: %w", m.name, err)
+			return fmt.Errorf("open map %s for the agent: %w", names[i], err)
 		}
-		fd, err := unix.FcntlInt(uintptr(opened.FD()), unix.F_DUPFD_CLOEXEC, 0)
-		opened.Close()
-		if err != nil {
-			d.Close()
-			return nil, fmt.Errorf("open map %s for the agent: %w", m.name, err)
-		}
-		*m.to = os.NewFile(uintptr(fd), m.name)
 	}
-	return &d, nil
+	c.donated = &d
+	return nil
+}
+
+func duplicate(fd int, name string) (*os.File, error) {
+	copied, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		return nil, err
+	}
+	return os.NewFile(uintptr(copied), name), nil
 }
 
 // hand copies the descriptors for one peer. The caller closes the copies; the
@@ -54,12 +48,12 @@ func (c *Core) hand() (files []*os.File, err error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for _, f := range c.donated.Files() {
-		fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 0)
+		copied, err := duplicate(int(f.Fd()), f.Name())
 		if err != nil {
 			proto.CloseFiles(files)
 			return nil, fmt.Errorf("copy descriptor of %s: %w", f.Name(), err)
 		}
-		files = append(files, os.NewFile(uintptr(fd), f.Name()))
+		files = append(files, copied)
 	}
 	return files, nil
 }
@@ -79,7 +73,7 @@ func (t *trial) donation() error {
 
 // imageOf returns the image in force, or the one in shadow, in a file that nobody can
 // change. The caller closes it.
-func (c *Core) imageOf(shadow bool) (*os.File, error) {
+func (c *Core) imageOf(shadow bool) ([]*os.File, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	g := c.active
@@ -104,7 +98,7 @@ func (c *Core) imageOf(shadow bool) (*os.File, error) {
 		f.Close()
 		return nil, fmt.Errorf("make image file: %w", err)
 	}
-	return f, nil
+	return []*os.File{f}, nil
 }
 
 // readImage takes the bytes of a received image once, so that what is verified is

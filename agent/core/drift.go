@@ -5,8 +5,6 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"io/fs"
-	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -178,7 +176,7 @@ type pinnable interface {
 
 // again pins what is open where something else may be by now.
 func (p pins) again(path string, what pinnable) error {
-	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	if err := remove(path); err != nil {
 		return err
 	}
 	_ = what.Unpin() // it still believes to be pinned
@@ -211,16 +209,9 @@ func (c *Core) watchLinks() []incident {
 		what.look(path, maps[path])
 	}
 	if !c.pins.intact(c.pins.abi()) {
-		what.failed(c.pins.abi(), c.recommit())
+		what.failed(c.pins.abi(), c.pins.commit(c.objects.spec, c.tree))
 	}
 	return append(all, what.incidents()...)
-}
-
-func (c *Core) recommit() error {
-	if err := os.Remove(c.pins.abi()); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return err
-	}
-	return c.pins.commit(c.objects.spec, c.tree)
 }
 
 // pinning sums up what is wrong with pins: where one is gone, mostly all are.
@@ -284,7 +275,7 @@ func (c *Core) watchKeys() (all []incident) {
 		}
 	}
 	if len(all) > 0 {
-		all[0].problem = c.upkeepKeys()
+		all[0].problem = c.followKeys(theClock())
 	}
 	return all
 }

@@ -6,6 +6,7 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/cilium/ebpf"
@@ -124,28 +125,19 @@ func (g *guard) cover(guarded [2]map[uint32]bool) error {
 // guarded are the ids of every map and link that enforces, and of the observers' links.
 func (c *Core) guarded() (ids [2]map[uint32]bool) {
 	ids = [2]map[uint32]bool{{}, {}}
-	note := func(m *ebpf.Map) {
+	all := slices.Concat(slices.Collect(maps.Values(c.objects.Maps)), slices.Collect(maps.Values(c.guard.Maps)))
+	if c.journal != nil {
+		all = append(all, c.journal.kernel)
+	}
+	for _, m := range all {
 		if info, err := m.Info(); err == nil {
 			if id, known := info.ID(); known {
 				ids[0][uint32(id)] = true
 			}
 		}
 	}
-	for _, m := range c.objects.Maps {
-		note(m)
-	}
-	for _, m := range c.guard.Maps {
-		note(m)
-	}
-	if c.journal != nil {
-		note(c.journal.kernel)
-	}
-	if c.active != nil {
-		ready := c.decisive()
-		if c.prepared != nil {
-			ready = append(ready, c.prepared)
-		}
-		for _, g := range ready {
+	for _, g := range append(c.decisive(), c.prepared) {
+		if g != nil {
 			for _, id := range g.ids {
 				ids[0][uint32(id)] = true
 			}
@@ -182,12 +174,12 @@ func (c *Core) watchGuard() []incident {
 	return nil
 }
 
-// guard says what keeps root from what enforces.
-func (t *trial) guard() error {
+// shield finds what keeps root from what enforces.
+func (t *trial) shield() error {
 	lsm := `the configuration says "guard": false`
 	if !t.config.Unguarded {
 		var err error
-		if t.shield, err = newGuard(); err == nil {
+		if t.guard, err = newGuard(); err == nil {
 			return nil
 		}
 		why, _, _ := strings.Cut(err.Error(), "\n")

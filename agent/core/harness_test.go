@@ -262,4 +262,7 @@ func (c *Core) Shadow(b []byte, lasting time.Duration) (*proto.Status, error) {
 func (c *Core) EndShadow() (*proto.Status, error) { return c.stopShadow("core") }
 func (c *Core) Confirm() (*proto.Status, error)   { return c.confirm("core") }
 func (c *Core) Rollback() (*proto.Status, error)  { return c.rollback("core") }
-func (c *Core) Image() (*os.File, error)          { return c.imageOf(false) }
+func (c *Core) Image() (*os.File, error) {
+	files, err := c.imageOf(false)
+	return append(files, nil)[0], err
+}

@@ -95,11 +95,9 @@ func (l legal) say(t *testing.T, s *session) {
 		}
 	}
 	before := s.greeted
-	r, answer, mine := s.handle(l.request, files)
+	r, answer := s.handle(l.request, files)
 	proto.CloseFiles(files)
-	if mine {
-		proto.CloseFiles(answer)
-	}
+	proto.CloseFiles(answer)
 	if !strings.HasPrefix(r.Error, want) || want == "" && r.Error != "" {
 		t.Fatalf("%s: %q, want %q", l.name, r.Error, want)
 	}
@@ -206,7 +204,7 @@ func call(t *testing.T, c *Core) caller {
 func (c caller) answer() string {
 	c.t.Helper()
 	var r proto.Response
-	files, err := proto.ReadFrame(c.UnixConn, &r)
+	files, err := proto.ReadFrame(c.UnixConn, &r, nil)
 	proto.CloseFiles(files)
 	if err != nil {
 		return err.Error()
@@ -409,7 +407,7 @@ func TestX24ImageThatChanges(t *testing.T) {
 	whole := 0
 	for range 2000 {
 		s := &session{core: c, greeted: true}
-		r, _, _ := s.handle(proto.Request{Op: proto.OpApply}, []*os.File{f})
+		r, _ := s.handle(proto.Request{Op: proto.OpApply}, []*os.File{f})
 		switch {
 		case r.Error == "":
 			whole++

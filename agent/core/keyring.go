@@ -6,11 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"os"
 	"time"
 	"unsafe"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/demarc/demarc/agent/core/keyring"
 	"github.com/demarc/demarc/agent/core/proto"
@@ -57,13 +54,7 @@ func near(a, b uint64) bool {
 }
 
 // wall is the wall clock's time, to the precision that keys need.
-func (c bootClock) wall() time.Time {
-	var boot unix.Timespec
-	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &boot); err != nil {
-		return time.Time{} // never: this clock was read before
-	}
-	return time.Unix(0, boot.Nano()+c.offset)
-}
+func (c bootClock) wall() time.Time { return time.Unix(0, bootTime()+c.offset) }
 
 // entryOf is what the kernel must hold for a key. What has expired must be gone.
 func entryOf(k *keyring.Key, now time.Time, clock bootClock) keyEntry {
@@ -83,13 +74,8 @@ func entryOf(k *keyring.Key, now time.Time, clock bootClock) keyEntry {
 // firstKeyring reads the keyring, and makes one with a random key if there is no
 // file yet. The caller wipes it.
 func firstKeyring(file string, now time.Time) (*keyring.Ring, error) {
-	if _, err := os.Lstat(file); errors.Is(err, fs.ErrNotExist) {
-		k, err := keyring.New(1)
-		if err != nil {
-			return nil, err
-		}
-		defer k.Wipe()
-		if err := keyring.Create(file, &keyring.Ring{Keys: []keyring.Key{k}}); err != nil && !errors.Is(err, fs.ErrExist) {
+	if missing(file) {
+		if err := keyring.Create(file); err != nil && !errors.Is(err, fs.ErrExist) {
 			return nil, err
 		}
 	}
@@ -112,10 +98,7 @@ func readKeyring(file string, now time.Time) (*keyring.Ring, error) {
 
 // useKeys puts the keyring into the kernel as the core starts, whatever is there.
 func (c *Core) useKeys() error {
-	clock, err := readBootClock()
-	if err != nil {
-		return err
-	}
+	clock := theClock()
 	ring, err := firstKeyring(c.config.Keyring, clock.wall())
 	if err != nil {
 		return err
@@ -127,16 +110,8 @@ func (c *Core) useKeys() error {
 	return c.writeKeys(ring, clock)
 }
 
-func (c *Core) upkeepKeys() error {
-	clock, err := readBootClock()
-	if err != nil {
-		return err
-	}
-	return c.followKeys(clock)
-}
-
-// followKeys is the upkeep of the keys at the time that a clock shows: it takes over what changed in the file, and
-// moves the bounds of keys when the wall clock was stepped. A file that cannot be
+// followKeys is the upkeep of the keys at the time that a clock shows: it takes over
+// what changed in the file, and moves the bounds of keys when the wall clock was stepped. A file that cannot be
 // used changes nothing; the keys loaded before go on holding and ending as they
 // were to.
 func (c *Core) followKeys(clock bootClock) error {

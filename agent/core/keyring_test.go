@@ -18,6 +18,7 @@ import (
 	"github.com/demarc/demarc/agent/core/keyring"
 	"github.com/demarc/demarc/agent/core/proto"
 	"github.com/demarc/demarc/bpf/abi"
+	"github.com/demarc/demarc/internal/keyfile"
 )
 
 func TestFirstKeyringIsMadeOnce(t *testing.T) {
@@ -349,7 +350,7 @@ func TestKeysAreFollowed(t *testing.T) {
 	next, err := keyring.New(2)
 	must(t, err)
 	next.Send = time.Now().Truncate(time.Second)
-	must(t, keyring.Replace(m.config.Keyring, &keyring.Ring{Keys: append(ring.Keys, next)}))
+	must(t, keyfile.Replace(m.config.Keyring, &keyring.Ring{Keys: append(ring.Keys, next)}))
 	b := &keyBench{Core: c, t: t}
 	for end := time.Now().Add(patience); ; time.Sleep(20 * time.Millisecond) {
 		state, err := readState(c.objects)

@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"slices"
 	"sync"
+	"syscall"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
@@ -40,6 +41,24 @@ func (p pins) abi() string              { return filepath.Join(p.dir, "abi") }
 // systems allow no dot in a name.
 func (p pins) aside(name string) string { return p.links(name) + "_new" }
 
+// all are the paths of whatever could be ours, in the order in which it is taken away:
+// what judges packets goes first, and the directories last. Programs that nobody else
+// holds are detached by it. `abi` goes before all else: what an interruption leaves is
+// then known to be unfinished.
+func (p pins) all(spec *ebpf.CollectionSpec) []string {
+	paths := []string{p.abi(), p.audit()}
+	for _, h := range p.hooks() {
+		paths = append(paths, p.links(h.String()))
+	}
+	for _, name := range slices.Backward(slices.Concat(attachOrder, guardOrder)) {
+		paths = append(paths, p.links(name), p.aside(name))
+	}
+	for _, name := range keptMaps(spec) {
+		paths = append(paths, p.maps(name))
+	}
+	return append(paths, p.links(""), p.maps(""), p.dir)
+}
+
 // check looks at the directory and changes nothing. It reports whether a core
 // finished its start here.
 func (p pins) check(spec *ebpf.CollectionSpec) (committed bool, err error) {
@@ -49,18 +68,8 @@ func (p pins) check(spec *ebpf.CollectionSpec) (committed bool, err error) {
 	if err := checkBPFFS(p.dir); err != nil {
 		return false, err
 	}
-	known := map[string][]string{p.dir: {"maps", "links", "abi", "audit"}, p.maps(""): keptMaps(spec), p.links(""): nil}
-	for _, name := range slices.Concat(attachOrder, guardOrder) {
-		known[p.links("")] = append(known[p.links("")], name, filepath.Base(p.aside(name)))
-	}
-	for _, h := range p.hooks() {
-		known[p.links("")] = append(known[p.links("")], h.String())
-	}
 	for _, dir := range []string{p.dir, p.maps(""), p.links("")} {
-		if err := checkDirectory(dir, known[dir]); err != nil {
-			if errors.Is(err, fs.ErrNotExist) {
-				continue
-			}
+		if err := checkDirectory(dir, p.all(spec)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return false, err
 		}
 	}
@@ -79,7 +88,7 @@ func checkBPFFS(dir string) error {
 	return nil
 }
 
-// checkDirectory wants root's own directory with nothing unknown in it.
+// checkDirectory wants root's own directory with nothing in it but known paths.
 func checkDirectory(dir string, known []string) error {
 	if err := checkOwner(dir, fs.ModeDir|0o700); err != nil {
 		return err
@@ -90,7 +99,7 @@ func checkDirectory(dir string, known []string) error {
 	}
 	for _, e := range entries {
 		path := filepath.Join(dir, e.Name())
-		if !slices.Contains(known, e.Name()) {
+		if !slices.Contains(known, path) {
 			return proto.Refuse("find out who made it, and remove it", "adopt pins: %s is not ours", path)
 		}
 		if !e.IsDir() {
@@ -103,15 +112,11 @@ func checkDirectory(dir string, known []string) error {
 }
 
 func checkOwner(path string, mode fs.FileMode) error {
-	var stat unix.Stat_t
-	if err := unix.Lstat(path, &stat); err != nil {
-		return fmt.Errorf("check owner of %s: %w", path, err)
-	}
 	info, err := os.Lstat(path)
 	if err != nil {
 		return fmt.Errorf("check owner of %s: %w", path, err)
 	}
-	if stat.Uid != 0 || info.Mode() != mode {
+	if stat := info.Sys().(*syscall.Stat_t); stat.Uid != 0 || info.Mode() != mode {
 		return proto.Refuse("find out who changed it; chown root and chmod it if nobody did",
 			"adopt pins: %s belongs to user %d with mode %v, not to root with %v", path, stat.Uid, info.Mode(), mode)
 	}
@@ -223,39 +228,47 @@ func (p pins) makeDirectories() error {
 	return nil
 }
 
-// commit says that everything is pinned.
+// commit says that everything is pinned, in the place of what may be there.
 func (p pins) commit(spec *ebpf.CollectionSpec, t *tree) error {
-	m, err := ebpf.NewMap(&cardSpec)
+	if err := remove(p.abi()); err != nil {
+		return err
+	}
+	m, err := pinMap(p.abi(), &cardSpec, card(spec, t))
 	if err != nil {
-		return fmt.Errorf("make abi map: %w", err)
-	}
-	defer m.Close()
-	if err := m.Put(uint32(0), card(spec, t)); err != nil {
-		return fmt.Errorf("fill abi map: %w", err)
-	}
-	if err := m.Pin(p.abi()); err != nil {
-		return fmt.Errorf("pin abi map: %w", err)
+		return err
 	}
 	p.saw(p.abi())
+	return m.Close()
+}
+
+// pinMap makes a map of one entry, fills it, and pins it. The caller closes it.
+func pinMap(path string, spec *ebpf.MapSpec, value any) (*ebpf.Map, error) {
+	m, err := ebpf.NewMap(spec)
+	if err != nil {
+		return nil, fmt.Errorf("make %s map: %w", spec.Name, err)
+	}
+	if err = m.Put(uint32(0), value); err == nil {
+		err = m.Pin(path)
+	}
+	if err != nil {
+		m.Close()
+		return nil, fmt.Errorf("fill and pin %s map: %w", spec.Name, err)
+	}
+	return m, nil
+}
+
+// remove is happy where there is nothing.
+func remove(path string) error {
+	if err := os.Remove(path); !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
 	return nil
 }
 
-// clear removes every pin that could be ours, what judges packets first, and the
-// directory. Programs that nobody else holds are detached by it. `abi` goes
-// before all else: what an interruption leaves is then known to be unfinished.
+// clear removes every pin that could be ours, and the directory.
 func (p pins) clear(spec *ebpf.CollectionSpec) error {
-	paths := []string{p.abi(), p.audit()}
-	for _, h := range p.hooks() {
-		paths = append(paths, p.links(h.String()))
-	}
-	for _, name := range slices.Backward(slices.Concat(attachOrder, guardOrder)) {
-		paths = append(paths, p.links(name), p.aside(name))
-	}
-	for _, name := range keptMaps(spec) {
-		paths = append(paths, p.maps(name))
-	}
-	for _, path := range append(paths, p.links(""), p.maps(""), p.dir) {
-		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	for _, path := range p.all(spec) {
+		if err := remove(path); err != nil {
 			return fmt.Errorf("remove pin: %w", err)
 		}
 	}

@@ -38,36 +38,45 @@ func Preflight(config Config) []Check {
 	return t.run()
 }
 
-// trial collects what the checks opened, so that a start need not do it again.
-type trial struct {
-	config    Config
-	hooks     hooks
-	dry       bool     // nothing may stay
-	made      []string // directories that go again if so, deepest first
+// found is what the checks opened and learned for the core that comes of them.
+type found struct {
 	tree      *tree
-	types     btf.Cache // of the kernel
-	spec      *ebpf.CollectionSpec
-	committed bool // a former core finished its start here
-	maps      map[string]*ebpf.Map
-	links     map[hook]attachment // at the managed root
-	taps      map[hook]attachment // at devices
-	noTCX     bool                // the kernel has no place for programs at devices
-	limits    []string            // what is not enforced, though a start is not refused
-	trusted   []envelope.Key      // keys that sign images; none = images need no signature
 	objects   *objects
-	answers   *refusals // nil = the machine does not let us
-	shield    *guard    // nil = the kernel loads no BPF LSM programs
+	committed bool           // a former core finished its start here
+	limits    []string       // what is not enforced, though a start is not refused
+	trusted   []envelope.Key // images must be signed by one of them; none = need not be signed
+	answers   *refusals      // nil = the machine does not let us: refused callers wait in vain
+	guard     *guard         // nil = the kernel loads no BPF LSM programs
+}
+
+func (f *found) close() {
+	f.answers.close()
+	f.guard.close()
+	if f.objects != nil {
+		f.objects.Close()
+	}
+}
+
+// trial is the checks. What they opened a start need not open again.
+type trial struct {
+	found
+	config Config
+	hooks  hooks
+	dry    bool      // nothing may stay
+	made   []string  // directories that go again if so, deepest first
+	types  btf.Cache // of the kernel
+	spec   *ebpf.CollectionSpec
+	maps   map[string]*ebpf.Map
+	links  map[hook]attachment // at the managed root
+	taps   map[hook]attachment // at devices
+	noTCX  bool                // the kernel has no place for programs at devices
 }
 
 func (t *trial) close() {
 	closeAll(t.maps)
 	closeAll(t.links)
 	closeAll(t.taps)
-	t.answers.close()
-	t.shield.close()
-	if t.objects != nil {
-		t.objects.Close()
-	}
+	t.found.close()
 	for _, dir := range t.made {
 		os.Remove(dir)
 	}
@@ -96,7 +105,7 @@ var checks = []struct {
 	{"attach", "programs", "attach every program to a scratch cgroup and detach it", "look for another program that does not share the hook", (*trial).attach},
 	{"refusals", "programs", "make the raw sockets that tell callers they are refused", "grant CAP_NET_RAW", (*trial).refusals},
 	{"ring buffer", "programs", "map the events ring into memory", "use a kernel with BPF_MAP_TYPE_RINGBUF", (*trial).ring},
-	{"guard", "", "load the BPF LSM programs that keep others from what enforces", "keep root in the host's namespaces to those who may end enforcement", (*trial).guard},
+	{"guard", "", "load the BPF LSM programs that keep others from what enforces", "keep root in the host's namespaces to those who may end enforcement", (*trial).shield},
 	{"self-test", "programs", "ask the loaded decision a question", "use a kernel with BPF_PROG_RUN for syscall programs", (*trial).judge},
 }
 

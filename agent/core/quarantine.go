@@ -42,12 +42,8 @@ func (c *Core) quarantine(id uint32, lasting time.Duration, reason string, autom
 		c.peerRecord(by, auditRefused, c.active, "quarantine %s: %v", c.called(id), err)
 		return nil, err
 	}
-	clock, err := readBootClock()
-	if err != nil {
-		return nil, err
-	}
 	now := time.Now()
-	q := quarantined{Boot: clock.now() + uint64(lasting), Quarantine: proto.Quarantine{
+	q := quarantined{Boot: theClock().now() + uint64(lasting), Quarantine: proto.Quarantine{
 		Identity: id, Since: now.UTC(), Until: now.Add(lasting).UTC().Truncate(time.Millisecond), Reason: reason, By: by, Automatic: automatic}}
 	former, had := c.quarantines[id]
 	if had && automatic && (!former.Automatic || former.Boot >= q.Boot) {
@@ -57,19 +53,7 @@ func (c *Core) quarantine(id uint32, lasting time.Duration, reason string, autom
 	if automatic {
 		how = ", without anybody's order"
 	}
-	if err := c.record(by, auditQuarantine, c.active, "%s for %v%s: %s", c.called(id), lasting, how, reason); err != nil {
-		return nil, err
-	}
-	c.quarantines[id] = q
-	if err := c.enforceQuarantines(); err != nil {
-		if delete(c.quarantines, id); had {
-			c.quarantines[id] = former
-		}
-		_ = c.record(by, auditFailed, c.active, "quarantine %s: %v", c.called(id), err)
-		return nil, errors.Join(err, c.enforceQuarantines())
-	}
-	c.keepQuarantines()
-	return c.status(), nil
+	return c.requarantine(by, auditQuarantine, id, fmt.Sprintf(" for %v%s: %s", lasting, how, reason), func() { c.quarantines[id] = q })
 }
 
 // release ends a quarantine.
@@ -82,14 +66,21 @@ func (c *Core) release(id uint32, by string) (*proto.Status, error) {
 	if !had {
 		return nil, proto.Refuse("see `demarc status` for those that are", "identity %d is not quarantined", id)
 	}
-	if err := c.record(by, auditRelease, c.active, "%s: %s", c.called(id), former.Reason); err != nil {
+	return c.requarantine(by, auditRelease, id, ": "+former.Reason, func() { delete(c.quarantines, id) })
+}
+
+// requarantine changes which identities are, and notes it before. What fails leaves all
+// as they were.
+func (c *Core) requarantine(by, what string, id uint32, why string, change func()) (*proto.Status, error) {
+	if err := c.record(by, what, c.active, "%s%s", c.called(id), why); err != nil {
 		return nil, err
 	}
-	delete(c.quarantines, id)
+	former := maps.Clone(c.quarantines)
+	change()
 	if err := c.enforceQuarantines(); err != nil {
-		c.quarantines[id] = former
-		_ = c.record(by, auditFailed, c.active, "release %s: %v", c.called(id), err)
-		return nil, err
+		c.quarantines = former
+		_ = c.record(by, auditFailed, c.active, "%s %s: %v", what, c.called(id), err)
+		return nil, errors.Join(err, c.enforceQuarantines())
 	}
 	c.keepQuarantines()
 	return c.status(), nil
@@ -204,10 +195,7 @@ func (c *Core) kernelQuarantines() (map[uint32]uint64, error) {
 // endQuarantines forgets those whose time is over. The kernel ended them by itself, so
 // only the records follow.
 func (c *Core) endQuarantines() {
-	clock, err := readBootClock()
-	if err != nil {
-		return
-	}
+	clock := theClock()
 	ended := false
 	for id, q := range c.quarantines {
 		if clock.now() < q.Boot {
@@ -229,8 +217,7 @@ func (c *Core) watchQuarantines() []incident {
 	if err != nil {
 		return []incident{{"quarantines cannot be read", err}}
 	}
-	same := maps.EqualFunc(found, c.quarantines, func(until uint64, q quarantined) bool { return until == q.Boot })
-	if same {
+	if maps.EqualFunc(found, c.quarantines, func(until uint64, q quarantined) bool { return until == q.Boot }) {
 		return nil
 	}
 	return []incident{{"somebody else wrote the table of quarantines", c.enforceQuarantines()}}
@@ -255,10 +242,7 @@ func (c *Core) resumeQuarantines() error {
 	if err != nil {
 		return err
 	}
-	clock, err := readBootClock()
-	if err != nil {
-		return err
-	}
+	clock := theClock()
 	var kept []quarantined
 	b, bad := c.store.load(quarantineRecord)
 	if bad == nil && b != nil {
@@ -285,11 +269,7 @@ func (c *Core) resumeQuarantines() error {
 		c.quarantines = map[uint32]quarantined{}
 		c.stand("quarantines on the disk are more than there can be")
 	}
-	for id, q := range c.quarantines {
-		if clock.now() >= q.Boot {
-			delete(c.quarantines, id)
-		}
-	}
+	c.endQuarantines()
 	if len(c.quarantines) == 0 && len(found) == 0 {
 		return nil
 	}

@@ -3,9 +3,9 @@ package core
 import (
 	"errors"
 	"fmt"
+	"path"
 
 	"github.com/cilium/ebpf"
-	"golang.org/x/sys/unix"
 
 	"github.com/demarc/demarc/bpf/abi"
 	"github.com/demarc/demarc/policy/image"
@@ -54,9 +54,9 @@ func (s *scanner) pass(below string) (named int, changed bool, err error) {
 		case c.path == "/":
 			p = parent{uint32(image.Unmanaged), abi.BindingSlices}
 		case i == 0:
-			p.identity, p.flags, err = s.binding(above(c.path))
+			p.identity, p.flags, err = s.binding(path.Dir(c.path))
 		default:
-			p = parents[above(c.path)]
+			p = parents[path.Dir(c.path)]
 		}
 		if err != nil {
 			return 0, false, err
@@ -82,16 +82,6 @@ func (s *scanner) pass(below string) (named int, changed bool, err error) {
 		changed = changed || wrote
 	}
 	return named, changed, s.rebury()
-}
-
-// above is the path of the parent.
-func above(path string) string {
-	for i := len(path) - 1; i > 0; i-- {
-		if path[i] == '/' {
-			return path[:i]
-		}
-	}
-	return "/"
 }
 
 // binding reads what a cgroup is bound to.
@@ -125,11 +115,7 @@ func (s *scanner) bind(c cgroup, identity, flags uint32) (bool, error) {
 	b.Identity[s.slot], b.Flags = identity, flags
 	how := ebpf.UpdateExist
 	if fresh {
-		var now unix.Timespec
-		if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &now); err != nil {
-			return false, fmt.Errorf("read boot clock: %w", err)
-		}
-		b.Since, how = uint64(now.Nano()), ebpf.UpdateNoExist
+		b.Since, how = uint64(bootTime()), ebpf.UpdateNoExist
 	}
 	err = bindings.Update(c.id, &b, how)
 	if errors.Is(err, ebpf.ErrKeyExist) || errors.Is(err, ebpf.ErrKeyNotExist) {

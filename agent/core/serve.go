@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"net"
 	"os"
 	"path/filepath"
@@ -37,7 +36,7 @@ func (c *Core) Listen() (*net.UnixListener, error) {
 		return nil, proto.Refuse("chown root and chmod go-w it", "others than root may put another socket into run_dir %s", filepath.Dir(path))
 	}
 	// Of a core that was killed: the lock says that no other one runs.
-	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	if err := remove(path); err != nil {
 		return nil, fmt.Errorf("remove old socket: %w", err)
 	}
 	old := unix.Umask(0o177)
@@ -132,59 +131,30 @@ func refusal(why error) proto.Response {
 // the other end may be in an attacker's hands.
 func (c *Core) serveOne(conn *net.UnixConn, by string) error {
 	s := session{core: c, by: by}
+	hurry := func() error { return conn.SetDeadline(time.Now().Add(frameTimeout)) }
 	for {
-		if err := awaitFrame(conn); err != nil {
-			if errors.Is(err, io.EOF) {
-				return nil
-			}
-			return err
-		}
-		if err := conn.SetDeadline(time.Now().Add(frameTimeout)); err != nil {
+		if err := conn.SetDeadline(time.Time{}); err != nil {
 			return err
 		}
 		var q proto.Request
-		files, err := proto.ReadFrame(conn, &q)
+		files, err := proto.ReadFrame(conn, &q, hurry)
+		if errors.Is(err, io.EOF) {
+			return nil
+		}
 		if err != nil {
-			if errors.Is(err, io.EOF) {
-				return nil
-			}
 			c.turnAway(conn, err)
 			return err
 		}
-		r, answer, mine := s.handle(q, files)
+		r, answer := s.handle(q, files)
 		proto.CloseFiles(files)
-		if err = conn.SetDeadline(time.Now().Add(frameTimeout)); err == nil {
+		if err = hurry(); err == nil {
 			err = proto.WriteFrame(conn, r, answer...)
 		}
-		if mine {
-			proto.CloseFiles(answer)
-		}
+		proto.CloseFiles(answer)
 		if err != nil {
 			return err
 		}
 	}
-}
-
-// awaitFrame waits, for as long as it takes, until something can be read.
-func awaitFrame(conn *net.UnixConn) error {
-	if err := conn.SetDeadline(time.Time{}); err != nil {
-		return err
-	}
-	raw, err := conn.SyscallConn()
-	if err != nil {
-		return err
-	}
-	var one [1]byte
-	var n int
-	var peekErr error
-	err = raw.Read(func(fd uintptr) bool {
-		n, _, peekErr = unix.Recvfrom(int(fd), one[:], unix.MSG_PEEK|unix.MSG_DONTWAIT)
-		return !errors.Is(peekErr, unix.EAGAIN)
-	})
-	if err = errors.Join(err, peekErr); err == nil && n == 0 {
-		err = io.EOF
-	}
-	return err
 }
 
 // checkPeer asks the kernel who opened the connection: root, the agent, or somebody
@@ -196,13 +166,9 @@ func (c *Core) checkPeer(conn *net.UnixConn) (root bool, by string, err error) {
 	}
 	var peer *unix.Ucred
 	var optErr error
-	if err := raw.Control(func(fd uintptr) {
-		peer, optErr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
-	}); err != nil {
-		return false, "", err
-	}
-	if optErr != nil {
-		return false, "", fmt.Errorf("read peer credentials: %w", optErr)
+	err = raw.Control(func(fd uintptr) { peer, optErr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) })
+	if err = errors.Join(err, optErr); err != nil {
+		return false, "", fmt.Errorf("read peer credentials: %w", err)
 	}
 	if peer.Uid != 0 && peer.Uid != c.config.AgentUID {
 		return false, "", fmt.Errorf("user %d may not talk to the core", peer.Uid)
@@ -219,129 +185,114 @@ type session struct {
 	claimed map[string]bool // paths bound on this connection
 }
 
-// handle answers one request. The files stay the caller's; so do those of the
-// answer, unless mine.
-func (s *session) handle(q proto.Request, files []*os.File) (r proto.Response, answer []*os.File, mine bool) {
+// handle answers one request. The files stay the caller's, who closes those of the
+// answer, too.
+func (s *session) handle(q proto.Request, files []*os.File) (r proto.Response, answer []*os.File) {
 	var err error
 	switch {
 	case (q.Op == proto.OpHello) == s.greeted:
 		err = proto.Refuse("say hello first, and once", "%s is out of order", q.Op)
 	case !wellFormed(q, len(files)):
 		err = proto.Refuse("", "malformed %q request", q.Op)
-	case q.Op == proto.OpForget:
-		err = s.core.forget(s.claimed)
 	default:
-		r, answer, mine, err = s.core.answer(q, files, s.by)
-	}
-	if err == nil && q.Op == proto.OpBind {
-		if s.claimed == nil {
-			s.claimed = map[string]bool{}
+		var image []byte
+		if len(files) > 0 {
+			image, err = readImage(files[0])
 		}
-		s.claimed[q.Path] = true
+		if err == nil {
+			r, answer, err = s.answer(q, image)
+		}
 	}
 	if err != nil {
-		return refusal(err), nil, false
+		return refusal(err), nil
 	}
 	s.greeted = true
-	return r, answer, mine
+	return r, answer
+}
+
+// forms are the requests that there are: what each may hold beside its kind, and
+// whether an image comes with it.
+var forms = map[proto.Op]struct {
+	holds func(proto.Request) proto.Request // nil = nothing
+	image bool
+}{
+	proto.OpHello: {holds: func(q proto.Request) proto.Request { return proto.Request{Version: q.Version} }},
+	proto.OpApply: {holds: func(q proto.Request) proto.Request {
+		return proto.Request{Within: q.Within, Spare: q.Spare, Digest: q.Digest}
+	}, image: true},
+	proto.OpShadow: {holds: func(q proto.Request) proto.Request { return proto.Request{For: q.For} }, image: true},
+	proto.OpQuarantine: {holds: func(q proto.Request) proto.Request {
+		return proto.Request{Identity: q.Identity, For: q.For, Reason: q.Reason, Automatic: q.Automatic}
+	}},
+	proto.OpRelease: {holds: func(q proto.Request) proto.Request { return proto.Request{Identity: q.Identity} }},
+	proto.OpBind:    {holds: func(q proto.Request) proto.Request { return proto.Request{Path: q.Path, Identity: q.Identity} }},
+	proto.OpUnbind:  {holds: func(q proto.Request) proto.Request { return proto.Request{Path: q.Path} }},
+	proto.OpPreview: {image: true},
+	proto.OpStatus:  {}, proto.OpConfirm: {}, proto.OpRollback: {}, proto.OpUnshadow: {}, proto.OpImage: {}, proto.OpShadowed: {}, proto.OpForget: {}, proto.OpAudit: {},
 }
 
 // wellFormed says whether a request has the fields and descriptors of its kind,
 // and no others.
 func wellFormed(q proto.Request, files int) bool {
-	want := proto.Request{Op: q.Op}
-	wantFiles := 0
-	switch q.Op {
-	case proto.OpHello:
-		want.Version = q.Version
-	case proto.OpBind:
-		want.Path, want.Identity = q.Path, q.Identity
-	case proto.OpUnbind:
-		want.Path = q.Path
-	case proto.OpApply:
-		// What does not fit a time.Duration would come out as another time.
-		want.Within, want.Spare, want.Digest = q.Within, q.Spare, q.Digest
-		if q.Within < 0 || q.Within > maxTrial.Milliseconds() || q.Spare < 0 || q.Spare > maxSpare.Milliseconds() {
-			return false
-		}
-		if q.Digest == "" {
-			wantFiles = 1
-		}
-	case proto.OpPreview:
-		wantFiles = 1
-	case proto.OpShadow:
-		if want.For = q.For; q.For < 0 || q.For > maxShadow.Milliseconds() {
-			return false
-		}
-		wantFiles = 1
-	case proto.OpQuarantine:
-		want.Identity, want.For, want.Reason, want.Automatic = q.Identity, q.For, q.Reason, q.Automatic
-		if q.For < 0 || q.For > maxQuarantine.Milliseconds() {
-			return false
-		}
-	case proto.OpRelease:
-		want.Identity = q.Identity
-	case proto.OpStatus, proto.OpConfirm, proto.OpRollback, proto.OpUnshadow, proto.OpImage, proto.OpShadowed, proto.OpForget, proto.OpAudit:
-	default:
-		return false
+	form, known := forms[q.Op]
+	var want proto.Request
+	if form.holds != nil {
+		want = form.holds(q)
 	}
-	return q == want && files == wantFiles
+	want.Op = q.Op
+	wantFiles := 0
+	if form.image && q.Digest == "" { // one that was just previewed need not come again
+		wantFiles = 1
+	}
+	// What does not fit a time.Duration would come out as another time.
+	return known && q == want && files == wantFiles && min(q.Within, q.Spare, q.For) >= 0 &&
+		q.Within <= maxTrial.Milliseconds() && q.Spare <= maxSpare.Milliseconds() && q.For <= maxQuarantine.Milliseconds()
 }
 
-func (c *Core) answer(q proto.Request, files []*os.File, by string) (r proto.Response, answer []*os.File, mine bool, err error) {
+// answer does what a request asks for. The image is nil where there is none.
+func (s *session) answer(q proto.Request, image []byte) (r proto.Response, files []*os.File, err error) {
+	c, lasting := s.core, time.Duration(q.For)*time.Millisecond
 	switch q.Op {
 	case proto.OpHello:
 		if q.Version != proto.Version {
-			return r, nil, false, proto.Refuse("install core and agent of one version",
-				"the agent speaks protocol %d, the core %d", q.Version, proto.Version)
+			return r, nil, proto.Refuse("install core and agent of one version", "the agent speaks protocol %d, the core %d", q.Version, proto.Version)
 		}
-		c.greeted(by)
+		c.greeted(s.by)
 		r.Hello = &proto.Hello{Version: proto.Version, ABI: abi.Version, CgroupRoot: c.tree.dir}
-		answer, err = c.hand()
-		return r, answer, true, err
+		files, err = c.hand()
 	case proto.OpStatus:
 		r.Status = c.Status()
 	case proto.OpApply:
-		var image []byte
-		if q.Digest == "" {
-			image, err = readImage(files[0])
-		}
-		if err == nil {
-			r.Status, err = c.apply(image, change{previewed: q.Digest, within: time.Duration(q.Within) * time.Millisecond, spare: time.Duration(q.Spare) * time.Millisecond}, by)
-		}
+		how := change{previewed: q.Digest, within: time.Duration(q.Within) * time.Millisecond, spare: time.Duration(q.Spare) * time.Millisecond}
+		r.Status, err = c.apply(image, how, s.by)
 	case proto.OpPreview:
-		var image []byte
-		if image, err = readImage(files[0]); err == nil {
-			r.Preview, err = c.Preview(image)
-		}
+		r.Preview, err = c.Preview(image)
 	case proto.OpShadow:
-		var image []byte
-		if image, err = readImage(files[0]); err == nil {
-			r.Status, err = c.beginShadow(image, time.Duration(q.For)*time.Millisecond, by)
-		}
+		r.Status, err = c.beginShadow(image, lasting, s.by)
 	case proto.OpUnshadow:
-		r.Status, err = c.stopShadow(by)
+		r.Status, err = c.stopShadow(s.by)
 	case proto.OpConfirm:
-		r.Status, err = c.confirm(by)
+		r.Status, err = c.confirm(s.by)
 	case proto.OpRollback:
-		r.Status, err = c.rollback(by)
+		r.Status, err = c.rollback(s.by)
 	case proto.OpQuarantine:
-		r.Status, err = c.quarantine(q.Identity, time.Duration(q.For)*time.Millisecond, q.Reason, q.Automatic, by)
+		r.Status, err = c.quarantine(q.Identity, lasting, q.Reason, q.Automatic, s.by)
 	case proto.OpRelease:
-		r.Status, err = c.release(q.Identity, by)
+		r.Status, err = c.release(q.Identity, s.by)
 	case proto.OpImage, proto.OpShadowed:
-		var f *os.File
-		if f, err = c.imageOf(q.Op == proto.OpShadowed); err == nil {
-			return r, []*os.File{f}, true, nil
-		}
+		files, err = c.imageOf(q.Op == proto.OpShadowed)
 	case proto.OpAudit:
-		if r.Audit, answer, err = c.Audit(); err == nil {
-			return r, answer, true, nil
-		}
+		r.Audit, files, err = c.Audit()
 	case proto.OpBind:
+		if s.claimed == nil {
+			s.claimed = map[string]bool{}
+		}
 		err = c.Bind(q.Path, q.Identity)
+		s.claimed[q.Path] = s.claimed[q.Path] || err == nil
 	case proto.OpUnbind:
 		err = c.Unbind(q.Path)
+	case proto.OpForget:
+		err = c.forget(s.claimed)
 	}
-	return r, nil, false, err
+	return r, files, err
 }

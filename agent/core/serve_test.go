@@ -239,7 +239,7 @@ func TestProtocolRefuses(t *testing.T) {
 			var last proto.Response
 			for {
 				var r proto.Response
-				files, err := proto.ReadFrame(conn, &r)
+				files, err := proto.ReadFrame(conn, &r, nil)
 				proto.CloseFiles(files)
 				if err != nil {
 					break
@@ -345,7 +345,7 @@ func FuzzSession(f *testing.F) {
 	}
 	defer null.Close()
 	given := &proto.Descriptors{Denied: null, Allowed: null, Signals: null, Counts: null, Rings: null, Faults: null, Bindings: null, State: null}
-	c := &Core{log: slog.New(slog.DiscardHandler), tree: &tree{dir: "/"}, donated: given, links: &links{}, store: store{dir: f.TempDir(), log: slog.New(slog.DiscardHandler)}}
+	c := &Core{log: slog.New(slog.DiscardHandler), found: found{tree: &tree{dir: "/"}}, donated: given, links: &links{}, store: store{dir: f.TempDir(), log: slog.New(slog.DiscardHandler)}}
 	f.Fuzz(func(t *testing.T, b []byte) {
 		var q proto.Request
 		if proto.Unmarshal(b, &q) != nil {
@@ -354,10 +354,8 @@ func FuzzSession(f *testing.F) {
 		// In whatever order requests come, nothing but hello opens the session.
 		for _, s := range []session{{core: c}, {core: c, greeted: true}} {
 			before := s.greeted
-			r, files, mine := s.handle(q, nil)
-			if mine {
-				proto.CloseFiles(files)
-			}
+			r, files := s.handle(q, nil)
+			proto.CloseFiles(files)
 			if !before && (s.greeted != (r.Hello != nil) || r.Status != nil) {
 				t.Errorf("%s before hello: %+v", b, r)
 			}

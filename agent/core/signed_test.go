@@ -323,7 +323,7 @@ func TestJ02Mixed(t *testing.T) {
 		}
 	}
 	// One member of one object from each.
-	wantRefused(t, "two envelopes in one", second(openImage(append(signed(t, one, ops), signed(t, two, ops)...), keys)), "verify image: not an image: envelope: ")
+	wantRefused(t, "two envelopes in one", second(openImage(append(signed(t, one, ops), signed(t, two, ops)...), keys)), "verify image: not an image: envelope:2:1: ")
 }
 
 // TestX5Signed flips bits of a signed image and cuts it at sampled places. It is

@@ -19,7 +19,7 @@ var update = flag.Bool("update", false, "write TCB.golden instead of comparing w
 
 // trusted are the directories of the trusted core.
 var trusted = []string{
-	"cmd/demarc-core", "agent/core", "agent/core/audit", "agent/core/calls", "agent/core/keyring", "agent/core/proto", "agent/core/strict", "agent/core/trust", "policy/envelope",
+	"cmd/demarc-core", "agent/core", "agent/core/audit", "agent/core/calls", "agent/core/keyring", "agent/core/proto", "agent/core/trust", "internal/strict", "policy/envelope",
 	"policy/image", "policy/image/layout", "bpf", "bpf/abi", "bpf/include",
 }
 

@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"sync"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // upkeepInterval is how often the core looks whether what it wrote is still right.
@@ -35,13 +37,16 @@ func (c *Core) start() {
 func (c *Core) run(ctx context.Context) {
 	ticker := time.NewTicker(upkeepInterval)
 	defer ticker.Stop()
-	for {
+	for looks := 1; ; looks++ {
 		select {
 		case <-ctx.Done():
 			return
 		case <-ticker.C:
 			c.upkeep()
-			if c.looks.Add(1)%surveyEvery == 0 {
+			if c.Beat != nil {
+				c.Beat()
+			}
+			if looks%surveyEvery == 0 {
 				if err := c.observers.look(); err != nil {
 					c.log.Warn("a round of the observers failed", "error", err)
 				}
@@ -49,9 +54,6 @@ func (c *Core) run(ctx context.Context) {
 		}
 	}
 }
-
-// Looks grows each second, as long as the core does its work.
-func (c *Core) Looks() uint64 { return c.looks.Load() }
 
 // upkeep is one look. What goes wrong stays a problem until it goes well.
 func (c *Core) upkeep() {
@@ -64,7 +66,7 @@ func (c *Core) upkeep() {
 	c.endQuarantines()
 	c.watch()
 	c.attend("clock", c.setWall())
-	c.attend("keyring", c.upkeepKeys())
+	c.attend("keyring", c.followKeys(theClock()))
 	c.upkeepImage()
 }
 
@@ -84,26 +86,23 @@ func (c *Core) upkeepImage() {
 }
 
 // attend notes how a part of the upkeep went: a problem for as long as err is not
-// nil, logged when it changes.
+// nil, logged when it changes. Drift and the log itself tell more, and themselves.
 func (c *Core) attend(part string, err error) {
-	text := ""
-	if err != nil {
-		text = fmt.Sprintf("%s: %v", part, err)
+	was := c.troubles[part]
+	if err == nil {
+		if delete(c.troubles, part); was != "" && part != auditTrouble {
+			_ = c.record("core", auditHealthy, c.active, "no more %s", was)
+		}
+		return
 	}
-	if text != "" && text != c.troubles[part] {
+	text := fmt.Sprintf("%s: %v", part, err)
+	c.troubles[part] = text
+	if text != was {
 		c.log.Error("degraded", "problem", text)
-		if part != "drift" && c.troubles[part] == "" { // drift tells more, and itself
+		if part != "drift" && part != auditTrouble && was == "" {
 			_ = c.record("core", auditProblem, c.active, "%s", text)
 		}
 	}
-	if text == "" {
-		if c.troubles[part] != "" {
-			_ = c.record("core", auditHealthy, c.active, "no more %s", c.troubles[part])
-		}
-		delete(c.troubles, part)
-		return
-	}
-	c.troubles[part] = text
 }
 
 const (
@@ -117,6 +116,25 @@ const (
 	wallGap = time.Second
 )
 
+// theClock is the clock that preflight found to be readable. The kernel does not take it
+// back; a core that could not tell the time would end, and not guess.
+func theClock() bootClock {
+	clock, err := readBootClock()
+	if err != nil {
+		panic(err)
+	}
+	return clock
+}
+
+// bootTime is what CLOCK_BOOTTIME shows, in ns.
+func bootTime() int64 {
+	var t unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &t); err != nil {
+		panic(err)
+	}
+	return t.Nano()
+}
+
 // setWall tells the programs what time it is. A wall clock that went forward is
 // followed at once. One that went back is not: tags that were used before would be
 // good again, after the memory of them has ended. The kernel's time goes on then,
@@ -124,10 +142,7 @@ const (
 // A core that starts takes the wall clock's word. All writers of the state hold mu:
 // it is written whole.
 func (c *Core) setWall() error {
-	clock, err := readBootClock()
-	if err != nil {
-		return err
-	}
+	clock := theClock()
 	state, err := readState(c.objects)
 	if err != nil {
 		return err

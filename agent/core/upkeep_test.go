@@ -125,3 +125,24 @@ func TestWallDuringApply(t *testing.T) {
 		t.Errorf("the time is off by %v", off)
 	}
 }
+
+// Whoever wants to know hears of a core only as long as it works.
+func TestBeat(t *testing.T) {
+	m := newMachine(t)
+	c := m.start()
+	beats := make(chan struct{}, 100)
+	c.Beat = func() { beats <- struct{}{} }
+	c.mu.Lock() // so that it hangs
+	c.start()
+	select {
+	case <-beats:
+		t.Error("a core that hangs was heard")
+	case <-time.After(3 * upkeepInterval):
+	}
+	c.mu.Unlock()
+	select {
+	case <-beats:
+	case <-time.After(10 * time.Second):
+		t.Error("a core that works is not heard")
+	}
+}

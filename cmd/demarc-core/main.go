@@ -13,7 +13,6 @@ import (
 	"net"
 	"os"
 	"os/signal"
-	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -123,7 +122,8 @@ func enforce(ctx context.Context, args []string, stderr io.Writer, getenv func(s
 		if err := notify(getenv("NOTIFY_SOCKET"), "READY=1"); err != nil {
 			log.Warn("service manager is not told", "problem", err)
 		}
-		go feed(ctx, getenv, c.Looks)
+		// A core that hangs is restarted by the watchdog, if there is one.
+		c.Beat = func() { _ = notify(getenv("NOTIFY_SOCKET"), "WATCHDOG=1") } // the next one tells again
 		err = c.Serve(ctx, l)
 	}
 	return errors.Join(err, c.Close())
@@ -162,28 +162,6 @@ func detach(args []string, stderr io.Writer) error {
 	return core.Detach(config)
 }
 
-// feed tells the service manager's watchdog that the core lives, as long as looks
-// grows: a core that hangs is restarted. Without a watchdog it does nothing.
-func feed(ctx context.Context, getenv func(string) string, looks func() uint64) {
-	usec, err := strconv.ParseUint(getenv("WATCHDOG_USEC"), 10, 32)
-	if err != nil || usec == 0 {
-		return
-	}
-	ticker := time.NewTicker(time.Duration(usec) * time.Microsecond / 4)
-	defer ticker.Stop()
-	for last := looks(); ; {
-		select {
-		case <-ctx.Done():
-			return
-		case <-ticker.C:
-			if now := looks(); now != last {
-				last = now
-				_ = notify(getenv("NOTIFY_SOCKET"), "WATCHDOG=1") // the next one tells again
-			}
-		}
-	}
-}
-
 // notify tells the service manager; see sd_notify(3). Without one it does nothing.
 func notify(socket, state string) error {
 	if socket == "" {
@@ -197,6 +175,10 @@ func notify(socket, state string) error {
 		return err
 	}
 	defer conn.Close()
+	// A manager that does not read must not keep the core from its work.
+	if err := conn.SetDeadline(time.Now().Add(time.Second)); err != nil {
+		return err
+	}
 	_, err = conn.Write([]byte(state))
 	return err
 }

@@ -13,6 +13,7 @@ import (
 	"github.com/demarc/demarc/agent/core/keyring"
 	"github.com/demarc/demarc/agent/core/proto"
 	"github.com/demarc/demarc/bpf/abi"
+	"github.com/demarc/demarc/internal/keyfile"
 )
 
 func newKeysCommand(env *environment) *cobra.Command {
@@ -82,7 +83,7 @@ func tagKeyRun(env *environment, o tagKeyOptions, now time.Time) error {
 	if err != nil {
 		return err
 	}
-	if err := keyring.Replace(o.add, ring); err != nil {
+	if err := keyfile.Replace(o.add, ring); err != nil {
 		return err
 	}
 	for _, line := range said {
@@ -114,7 +115,7 @@ func makeKeyring(env *environment, o tagKeyOptions, now time.Time) error {
 	if o.validFor > 0 {
 		k.Until = now.Add(o.validFor)
 	}
-	err = keyring.Create(o.out, &keyring.Ring{Keys: []keyring.Key{k}})
+	err = keyfile.Create(o.out, &keyring.Ring{Keys: []keyring.Key{k}})
 	if errors.Is(err, fs.ErrExist) {
 		return hintError{fmt.Errorf("%s is there already", o.out), "add a key to it with --add, or choose another file"}
 	}

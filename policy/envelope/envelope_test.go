@@ -148,14 +148,14 @@ func TestDecodeRefuses(t *testing.T) {
 	}
 	const sig = `{"sig":"eA=="}`
 	tests := []struct{ name, text, want string }{
-		{"bad empty", "", "byte 1: an object is needed here"},
-		{"bad list", "[]", "byte 1: an object is needed here"},
-		{"bad null", "null", "byte 1: an object is needed here"},
-		{"bad empty object", "{}", "byte 2: a string is needed here"},
-		{"bad cut off", `{"payload":"eA==",`, "a string is needed here"},
-		{"bad unknown member", `{"payloads":"eA=="}`, `byte 12: member "payloads" is unknown here, or given twice`},
-		{"bad other case", `{"Payload":"eA=="}`, `member "Payload" is unknown here`},
-		{"bad payload twice", `{"payload":"eA==","payload":"eA==",` + typ + `,"signatures":[` + sig + `]}`, `byte 28: member "payload" is unknown here, or given twice`},
+		{"bad empty", "", "envelope:1:1: the file ends too early"},
+		{"bad list", "[]", "envelope:1:1: a JSON object is needed"},
+		{"bad null", "null", "envelope:1:1: a JSON object is needed"},
+		{"bad empty object", "{}", `envelope:1:2: the object holds no "payload"`},
+		{"bad cut off", `{"payload":"eA==",`, "the file ends too early"},
+		{"bad unknown member", `{"payloads":"eA=="}`, `envelope:1:2: unknown key "payloads": use payload, payloadType, signatures`},
+		{"bad other case", `{"Payload":"eA=="}`, `unknown key "Payload"`},
+		{"bad payload twice", `{"payload":"eA==","payload":"eA==",` + typ + `,"signatures":[` + sig + `]}`, `envelope:1:19: "payload" is given twice`},
 		{"bad no payload", `{` + typ + `,"signatures":[` + sig + `]}`, `the object holds no "payload"`},
 		{"bad no type", `{"payload":"eA==","signatures":[` + sig + `]}`, `the object holds no "payloadType"`},
 		{"bad no signatures", `{"payload":"eA==",` + typ + `}`, `the object holds no "signatures"`},
@@ -175,21 +175,21 @@ func TestDecodeRefuses(t *testing.T) {
 		{"bad bits after the end", whole("eB==", "["+sig+"]"), "illegal base64 data"},
 		{"bad mixed alphabets", whole("+_+_", "["+sig+"]"), "illegal base64 data"},
 		{"bad UTF-8", whole("é", "["+sig+"]"), "character 0xc3 is not used here"},
-		{"bad empty list", whole("eA==", "[]"), "an object is needed here"},
-		{"bad signatures is an object", whole("eA==", sig), "a list is needed here"},
-		{"bad list without end", `{"payload":"eA==",` + typ + `,"signatures":[` + sig + `}`, "the list does not end here"},
+		{"bad empty list", whole("eA==", "[]"), "there is no signature"},
+		{"bad signatures is an object", whole("eA==", sig), "a JSON list is needed"},
+		{"bad list without end", `{"payload":"eA==",` + typ + `,"signatures":[` + sig + `}`, "a comma or the end of the list is needed here"},
 		{"bad nine signatures", whole("eA==", "["+strings.TrimSuffix(strings.Repeat(sig+",", 9), ",")+"]"), "more than 8 signatures"},
 		{"bad signature without sig", whole("eA==", `[{"keyid":"x"}]`), `the object holds no "sig"`},
-		{"bad cert", whole("eA==", `[{"sig":"eA==","cert":"x"}]`), `member "cert" is unknown here`},
-		{"bad two keyids", whole("eA==", `[{"keyid":"a","sig":"eA==","keyid":"b"}]`), `member "keyid" is unknown here, or given twice`},
+		{"bad cert", whole("eA==", `[{"sig":"eA==","cert":"x"}]`), `unknown key "cert"`},
+		{"bad two keyids", whole("eA==", `[{"keyid":"a","sig":"eA==","keyid":"b"}]`), `"keyid" is given twice`},
 		{"bad long keyid", whole("eA==", `[{"keyid":"`+strings.Repeat("a", 257)+`","sig":"eA=="}]`), "keyid is longer than 256 bytes"},
 		{"bad long sig", whole("eA==", `[{"sig":"`+strings.Repeat("AAAA", 400)+`"}]`), "more than 1024 bytes"},
-		{"bad deep", strings.Repeat(`{"signatures":[`, 100_000), "is unknown here"},
+		{"bad deep", strings.Repeat(`{"signatures":[`, 100_000), `unknown key "signatures": use keyid, sig`},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
 			_, err := envelope.Decode([]byte(tt.text))
-			if err == nil || !strings.HasPrefix(err.Error(), "envelope: byte ") || !strings.Contains(err.Error(), tt.want) {
+			if err == nil || !strings.HasPrefix(err.Error(), "envelope:1:") || !strings.Contains(err.Error(), tt.want) {
 				t.Errorf("got %v, want %s", err, tt.want)
 			}
 		})

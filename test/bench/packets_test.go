@@ -46,7 +46,7 @@ func TestPackets(t *testing.T) {
 		outcome.Best, seconds, tuples = 25, 1, 10_000
 	}
 	b := build(t, tuples)
-	b.addEmpty()
+	b.empty = b.addEmpty(empty, packetHooks)
 	b.addDemarc()
 	b.packets(&outcome)
 	for _, mode := range []Mode{Requests, Connections, Datagrams} {

@@ -64,6 +64,7 @@ type bench struct {
 	pairs  []*pair
 	node   *netlab.Node
 	empty  map[string]*ebpf.Program // attached to the pair of that name
+	pace   float64                  // connections a second, where they are paced
 }
 
 // build makes a bench without pairs.
@@ -169,7 +170,11 @@ func (b *bench) runAs(p *pair, mode Mode, seconds float64, client *netlab.Cgroup
 	b.t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), 90*time.Second)
 	defer cancel()
-	c := exec.CommandContext(ctx, b.load, string(mode), serverAddress, fmt.Sprint(seconds),
+	argument := string(mode)
+	if mode == Paced {
+		argument = fmt.Sprintf("%s:%.0f", Connections, b.pace)
+	}
+	c := exec.CommandContext(ctx, b.load, argument, serverAddress, fmt.Sprint(seconds),
 		fmt.Sprintf("/proc/self/fd/3,%s,%d", client.Dir(), b.cpus[0]),
 		fmt.Sprintf("/proc/self/fd/4,%s,%d", p.server.cgroup.Dir(), b.cpus[1]))
 	c.ExtraFiles = []*os.File{p.client.file, p.server.file}

@@ -3,9 +3,11 @@ package bench
 import (
 	"encoding/binary"
 	"fmt"
+	"maps"
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -33,21 +35,33 @@ func (b *bench) addNone(name string) {
 	b.pair(name, false, b.lab.Cgroup(name+"/client"), b.lab.Cgroup(name+"/server"))
 }
 
-// addEmpty attaches programs that let everything pass.
-func (b *bench) addEmpty() {
-	b.t.Helper()
-	p := b.pair(empty, false, b.lab.Cgroup("empty/client"), b.lab.Cgroup("empty/server"))
-	programs := b.programs(b.compile("peers"), "empty_egress", "empty_ingress")
-	b.empty = programs.Programs
-	for name, attach := range map[string]ebpf.AttachType{
+// What is attached where nothing is decided: to the packets of sockets, and to every
+// hook of demarc that this traffic meets.
+var (
+	packetHooks = map[string]ebpf.AttachType{
 		"empty_egress": ebpf.AttachCGroupInetEgress, "empty_ingress": ebpf.AttachCGroupInetIngress,
-	} {
+	}
+	everyHook = map[string]ebpf.AttachType{
+		"empty_egress": ebpf.AttachCGroupInetEgress, "empty_ingress": ebpf.AttachCGroupInetIngress,
+		"empty_create": ebpf.AttachCGroupInetSockCreate, "empty_release": ebpf.AttachCgroupInetSockRelease,
+		"empty_connect": ebpf.AttachCGroupInet4Connect, "empty_sendmsg": ebpf.AttachCGroupUDP4Sendmsg,
+		"empty_setsockopt": ebpf.AttachCGroupSetsockopt, "empty_handshake": ebpf.AttachCGroupSockOps,
+	}
+)
+
+// addEmpty attaches programs that let everything pass, and returns them.
+func (b *bench) addEmpty(name string, hooks map[string]ebpf.AttachType) map[string]*ebpf.Program {
+	b.t.Helper()
+	p := b.pair(name, false, b.lab.Cgroup(name+"/client"), b.lab.Cgroup(name+"/server"))
+	programs := b.programs(b.compile("peers"), slices.Collect(maps.Keys(hooks))...)
+	for program, attach := range hooks {
 		l, err := link.AttachCgroup(link.CgroupOptions{
-			Path: filepath.Dir(p.client.cgroup.Dir()), Attach: attach, Program: programs.Programs[name],
+			Path: filepath.Dir(p.client.cgroup.Dir()), Attach: attach, Program: programs.Programs[program],
 		})
 		check(b.t, err)
 		b.t.Cleanup(func() { l.Close() })
 	}
+	return programs.Programs
 }
 
 // programs loads some programs, and the maps they use.

@@ -10,14 +10,20 @@ type Mode string
 
 const (
 	Connections Mode = "crr"  // connect, one byte each way, close; 16 at a time
+	Paced       Mode = "crrp" // the same, at share of the rate of one without an agent
 	Requests    Mode = "rr"   // one byte each way on one connection
 	Datagrams   Mode = "udp"  // 64 bytes each way, 32 on their way, from a connected socket
 	Unconnected Mode = "udpu" // the same from an unconnected one
 )
 
+// share of the highest rate at which connections are paced. With as many as go, whoever
+// is slower lets the other end sleep more, and pays for waking it: part of what an agent
+// costs there is that. At the same rate all wake as often.
+const share = 0.6
+
 // modes of one round. Connections come twice: they are what costs most and what
 // swings most.
-var modes = []Mode{Connections, Requests, Datagrams, Connections, Unconnected}
+var modes = []Mode{Connections, Requests, Datagrams, Connections, Unconnected, Paced}
 
 // Result is what the load tool printed.
 type Result struct {
@@ -32,6 +38,8 @@ type Result struct {
 	ServerCPU         float64 `json:"server_cpu_us"`
 	ClientInvoluntary int64   `json:"client_involuntary"` // context switches
 	ServerInvoluntary int64   `json:"server_involuntary"`
+	ClientSleeps      int64   `json:"client_sleeps"` // voluntary ones
+	ServerSleeps      int64   `json:"server_sleeps"`
 }
 
 // metric is what a mode is judged by, in µs: CPU time of both ends an operation, or,
@@ -46,6 +54,7 @@ func (m Mode) metric(r Result) float64 {
 func (m Mode) describe() string {
 	return map[Mode]string{
 		Connections: "connections (crr), CPU/op",
+		Paced:       "connections at the same rate (crrp), CPU/op",
 		Requests:    "request-response (rr), p50",
 		Datagrams:   "datagrams, connected (udp), CPU/op",
 		Unconnected: "datagrams, unconnected (udpu), CPU/op",
@@ -68,7 +77,8 @@ const leastRounds = 9
 const (
 	noneA  = "none A"
 	noneB  = "none B"
-	empty  = "empty hooks"
+	empty  = "empty hooks" // on packets
+	every  = "every hook"  // empty, too: all of demarc's
 	demarc = "demarc"
 	nft    = "nftables"
 	tc     = "tc conntrack"
@@ -111,12 +121,14 @@ type Row struct {
 	P99           Spread  `json:"p99"`      // µs
 	Lost          int64   `json:"lost"`
 	Switches      float64 `json:"switches"` // involuntary, of both ends, a round
+	Sleeps        Spread  `json:"sleeps"`   // of both ends, an operation
 }
 
 // Traffic is the whole outcome. Control is the ratio of none A to none B.
 type Traffic struct {
 	Machine  Machine          `json:"machine"`
 	Tuples   int              `json:"tuples"` // peers and ports that each policy declares, each way
+	Pace     float64          `json:"pace"`   // connections a second of the paced ones
 	Control  map[Mode]Spread  `json:"control"`
 	Rows     []Row            `json:"rows"`
 	Goals    []Goal           `json:"goals"`
@@ -129,7 +141,7 @@ type Traffic struct {
 func (t *Traffic) sum(configurations []string) {
 	t.Control = map[Mode]Spread{}
 	ratios := map[Mode]map[string]Spread{}
-	for _, m := range []Mode{Connections, Requests, Datagrams, Unconnected} {
+	for _, m := range []Mode{Connections, Paced, Requests, Datagrams, Unconnected} {
 		var control []float64
 		ratios[m] = map[string]Spread{}
 		for _, r := range t.Rounds {
@@ -159,7 +171,7 @@ func (t *Traffic) conclusive(m Mode) bool {
 }
 
 func (t *Traffic) row(m Mode, name string) Row {
-	var ratio, absolute, rate, p99 []float64
+	var ratio, absolute, rate, p99, sleeps []float64
 	row := Row{Mode: m, Configuration: name}
 	for _, r := range t.Rounds {
 		if r.Mode != m {
@@ -170,12 +182,13 @@ func (t *Traffic) row(m Mode, name string) Row {
 		absolute = append(absolute, own)
 		rate = append(rate, r.median(name, func(r Result) float64 { return r.Rate }))
 		p99 = append(p99, r.median(name, func(r Result) float64 { return r.P99 }))
+		sleeps = append(sleeps, r.median(name, func(r Result) float64 { return float64(r.ClientSleeps+r.ServerSleeps) / float64(r.Operations) }))
 		for _, result := range r.Results[name] {
 			row.Lost += result.Lost
 			row.Switches += float64(result.ClientInvoluntary + result.ServerInvoluntary)
 		}
 	}
-	row.Ratio, row.Absolute, row.Rate, row.P99 = spread(ratio), spread(absolute), spread(rate), spread(p99)
+	row.Ratio, row.Absolute, row.Rate, row.P99, row.Sleeps = spread(ratio), spread(absolute), spread(rate), spread(p99), spread(sleeps)
 	row.Switches /= float64(max(len(ratio), 1))
 	return row
 }
@@ -193,9 +206,9 @@ func (t *Traffic) String() string {
 				note = ": inconclusive"
 			}
 			fmt.Fprintf(&b, "\n%s; n=%d; none A/none B %s, allowed ±%.1f %%%s\n", mode.describe(), c.N, c, mode.width()*100, note)
-			fmt.Fprintf(&b, "  %-14s %-22s %9s %11s %9s %6s %9s\n", "", "ratio", "µs", "op/s", "p99 µs", "lost", "switches")
+			fmt.Fprintf(&b, "  %-14s %-22s %9s %11s %9s %6s %9s %7s\n", "", "ratio", "µs", "op/s", "p99 µs", "lost", "switches", "sleeps")
 		}
-		fmt.Fprintf(&b, "  %-14s %-22s %9.2f %11.0f %9.1f %6d %9.0f\n", r.Configuration, r.Ratio, r.Absolute.Median, r.Rate.Median, r.P99.Median, r.Lost, r.Switches)
+		fmt.Fprintf(&b, "  %-14s %-22s %9.2f %11.0f %9.1f %6d %9.0f %7.2f\n", r.Configuration, r.Ratio, r.Absolute.Median, r.Rate.Median, r.P99.Median, r.Lost, r.Switches, r.Sleeps.Median)
 	}
 	fmt.Fprintf(&b, "\nOn a machine that is not idle op/s, µs and p99 say little: only the ratios are comparable.\n")
 	fmt.Fprintf(&b, "demarc's events: %d made, %d lost\n\n", t.Events["made"], t.Events["lost"])

@@ -34,7 +34,8 @@ func TestTraffic(t *testing.T) {
 	outcome := Traffic{Machine: describeMachine(), Tuples: tuples}
 	b := build(t, tuples)
 	b.addNone(noneA)
-	b.addEmpty()
+	b.addEmpty(empty, packetHooks)
+	b.addEmpty(every, everyHook)
 	b.addDemarc()
 	b.addNFT()
 	b.addTC()
@@ -45,6 +46,8 @@ func TestTraffic(t *testing.T) {
 	}
 
 	outcome.Controls = b.controls()
+	b.pace = share * b.run(b.pairs[0], Connections, max(seconds, 0.5)).Rate
+	outcome.Pace = b.pace
 	rings := b.node.Rings()
 	order := append([]*pair(nil), b.pairs...)
 	var connections int64

@@ -15,6 +15,7 @@ import (
 
 	"github.com/demarc/demarc/agent/core/keyring"
 	"github.com/demarc/demarc/bpf/abi"
+	"github.com/demarc/demarc/internal/keyfile"
 	"github.com/demarc/demarc/test/netlab"
 )
 
@@ -131,7 +132,7 @@ func newRotated(t *testing.T) *rotated {
 	}
 	first, err := keyring.New(1)
 	if err == nil {
-		err = keyring.Create(r.files[0], &keyring.Ring{Keys: []keyring.Key{first}})
+		err = keyfile.Create(r.files[0], &keyring.Ring{Keys: []keyring.Key{first}})
 	}
 	if err != nil {
 		t.Fatalf("make keyring: %v", err)
@@ -375,7 +376,7 @@ func (r *rotated) withdraw() {
 		r.t.Fatal(err)
 	}
 	print := fresh.Fingerprint()
-	if err := keyring.Replace(r.files[0], &keyring.Ring{Keys: []keyring.Key{fresh}}); err != nil {
+	if err := keyfile.Replace(r.files[0], &keyring.Ring{Keys: []keyring.Key{fresh}}); err != nil {
 		r.t.Fatal(err)
 	}
 	r.copyRing()

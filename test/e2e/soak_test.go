@@ -16,6 +16,7 @@ import (
 
 	"github.com/demarc/demarc/agent/api"
 	"github.com/demarc/demarc/agent/core/keyring"
+	"github.com/demarc/demarc/internal/keyfile"
 	"github.com/demarc/demarc/test/netlab"
 )
 
@@ -91,7 +92,7 @@ func newSoak(t *testing.T) *soak {
 	}
 	first, err := keyring.New(1)
 	if err == nil {
-		err = keyring.Create(r.files[0], &keyring.Ring{Keys: []keyring.Key{first}})
+		err = keyfile.Create(r.files[0], &keyring.Ring{Keys: []keyring.Key{first}})
 	}
 	if err != nil {
 		t.Fatalf("make keyring: %v", err)

@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/demarc/demarc/agent/core/keyring"
+	"github.com/demarc/demarc/internal/keyfile"
 	"github.com/demarc/demarc/test/netlab"
 )
 
@@ -30,7 +31,7 @@ func TestKeysLeaveMemory(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := keyring.Create(file, &keyring.Ring{Keys: []keyring.Key{first}}); err != nil {
+	if err := keyfile.Create(file, &keyring.Ring{Keys: []keyring.Key{first}}); err != nil {
 		t.Fatal(err)
 	}
 	ever := map[string][keyring.KeySize]byte{}
@@ -78,7 +79,7 @@ func TestKeysLeaveMemory(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := keyring.Create(file, &keyring.Ring{Keys: []keyring.Key{last}}); err != nil {
+	if err := keyfile.Create(file, &keyring.Ring{Keys: []keyring.Key{last}}); err != nil {
 		t.Fatal(err)
 	}
 	loaded()

@@ -1,8 +1,10 @@
 package keyring
 
 import (
+	"encoding/hex"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -33,64 +35,55 @@ func Read(file string) (*Ring, error) {
 	}
 	text := make([]byte, maxFile+1)
 	defer clear(text)
-	n := 0
-	for n < len(text) {
-		more, err := unix.Read(int(f.Fd()), text[n:])
-		if errors.Is(err, unix.EINTR) {
-			continue
-		}
-		if err != nil {
-			return nil, fmt.Errorf("read keyring: %w", err)
-		}
-		if more == 0 {
-			return Parse(file, text[:n])
-		}
-		n += more
+	switch n, err := io.ReadFull(f, text); {
+	case err == nil:
+		return nil, fmt.Errorf("read keyring: %s is larger than %d bytes", file, maxFile)
+	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
+		return Parse(file, text[:n])
+	default:
+		return nil, fmt.Errorf("read keyring: %w", err)
 	}
-	return nil, fmt.Errorf("read keyring: %s is larger than %d bytes", file, maxFile)
 }
 
-// Create writes a keyring where there is no file yet; else the error is
-// fs.ErrExist.
-func Create(file string, r *Ring) error { return write(file, r, os.Link) }
-
-// Replace writes a keyring in the place of what is there.
-func Replace(file string, r *Ring) error { return write(file, r, os.Rename) }
-
-// write leaves a whole file or what was there, also after a crash.
-func write(file string, r *Ring, put func(from, to string) error) error {
-	if bad := r.check(); bad.text != "" {
-		return fmt.Errorf("write keyring: %s", bad.text)
+// Create writes a keyring of one random key, whole, where there is no file yet; else
+// the error is fs.ErrExist.
+func Create(file string) error {
+	k, err := New(1)
+	if err != nil {
+		return err
 	}
+	defer k.Wipe()
+	text := append(make([]byte, 0, 128), `{"keys": [{"epoch": 1, "key": "`...) // it never grows: no copy is left behind
+	text = append(hex.AppendEncode(text, k.secret[:]), "\"}]}\n"...)
+	defer clear(text)
+	return Write(file, text, os.Link)
+}
+
+// Write leaves a whole file or what was there, also after a crash. How it comes to its
+// place is up to put.
+func Write(file string, text []byte, put func(from, to string) error) error {
 	dir := filepath.Dir(file)
 	f, err := os.CreateTemp(dir, "."+filepath.Base(file)+"-") // mode 0600
 	if err != nil {
 		return fmt.Errorf("write keyring: %w", err)
 	}
-	text := r.encode()
-	defer clear(text)
 	_, err = f.Write(text)
-	err = errors.Join(err, f.Sync(), f.Close())
-	if err == nil {
+	if err = errors.Join(err, f.Sync(), f.Close()); err == nil {
 		err = put(f.Name(), file)
 	}
 	// A renamed file has left this name.
-	if gone := os.Remove(f.Name()); gone != nil && !errors.Is(gone, fs.ErrNotExist) {
+	if gone := os.Remove(f.Name()); !errors.Is(gone, fs.ErrNotExist) {
 		err = errors.Join(err, gone)
 	}
+	var d *os.File
 	if err == nil {
-		err = syncDir(dir)
+		d, err = os.Open(dir)
+	}
+	if err == nil {
+		err = errors.Join(d.Sync(), d.Close())
 	}
 	if err != nil {
 		return fmt.Errorf("write keyring: %w", err)
 	}
 	return nil
-}
-
-func syncDir(dir string) error {
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
 }

@@ -11,8 +11,6 @@ import (
 	"encoding/hex"
 	"fmt"
 	"time"
-
-	"github.com/demarc/demarc/bpf/abi"
 )
 
 // KeySize of SipHash, in bytes.
@@ -27,7 +25,6 @@ type Key struct {
 	Print  [sha256.Size]byte
 
 	secret *[KeySize]byte // on the heap, so that no copy stays on an old stack; nil = wiped
-	place  string         // in the file
 }
 
 // Ring is a set of keys, by epoch.
@@ -98,39 +95,4 @@ func (r *Ring) Sending(now time.Time) *Key {
 		}
 	}
 	return best
-}
-
-// problem is what makes a ring ambiguous or senseless; at is the key it is told
-// of, nil = the ring.
-type problem struct {
-	at   *Key
-	text string
-}
-
-// check finds the first one; "" = none.
-func (r *Ring) check() problem {
-	if len(r.Keys) == 0 {
-		return problem{nil, "there is no key"}
-	}
-	epochs := map[uint8]bool{}
-	sends := map[int64]*Key{}
-	for i := range r.Keys {
-		k := &r.Keys[i]
-		from := k.SendFrom()
-		switch {
-		case k.Epoch >= abi.Epochs:
-			return problem{k, fmt.Sprintf("epoch %d is not one of 0..%d", k.Epoch, abi.Epochs-1)}
-		case epochs[k.Epoch]:
-			return problem{k, fmt.Sprintf("epoch %d is given twice", k.Epoch)}
-		case from.Before(k.Accept):
-			return problem{k, fmt.Sprintf("epoch %d would be sent with before it is accepted", k.Epoch)}
-		case !k.Until.IsZero() && !from.Before(k.Until):
-			return problem{k, fmt.Sprintf("epoch %d ends before it is sent with", k.Epoch)}
-		}
-		if other := sends[from.Unix()]; other != nil {
-			return problem{k, fmt.Sprintf("epochs %d and %d are sent with from the same moment: give each its own \"send\"", other.Epoch, k.Epoch)}
-		}
-		epochs[k.Epoch], sends[from.Unix()] = true, k
-	}
-	return problem{}
 }

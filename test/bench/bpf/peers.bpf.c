@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: (GPL-2.0-only OR Apache-2.0)
 /*
- * What demarc is compared with, as far as it is BPF: hooks that do nothing, and a
+ * What demarc is compared with, as far as it is BPF: hooks that do nothing (those of
+ * packets, and every one that demarc has), and a
  * boundary on the device in the way of today's network policy agents: an LRU
  * connection table, and for what it does not know a hash of declared peers and
  * ports, by address.
@@ -14,6 +15,8 @@
 #include <linux/udp.h>
 #include <bpf/bpf_endian.h>
 #include <bpf/bpf_helpers.h>
+
+#define FLAG_SYN 0x02
 
 char LICENSE[] SEC("license") = "GPL";
 
@@ -29,10 +32,69 @@ int empty_ingress(struct __sk_buff *skb)
 	return 1;
 }
 
+/* The hooks that a boundary with tags in handshakes needs beside them, doing nothing but
+ * what the kernel is asked for there: an option as long as a tag. */
+SEC("cgroup/sock_create")
+int empty_create(struct bpf_sock *ctx)
+{
+	return 1;
+}
+
+SEC("cgroup/sock_release")
+int empty_release(struct bpf_sock *ctx)
+{
+	return 1;
+}
+
+SEC("cgroup/connect4")
+int empty_connect(struct bpf_sock_addr *ctx)
+{
+	return 1;
+}
+
+SEC("cgroup/sendmsg4")
+int empty_sendmsg(struct bpf_sock_addr *ctx)
+{
+	return 1;
+}
+
+SEC("cgroup/setsockopt")
+int empty_setsockopt(struct bpf_sockopt *ctx)
+{
+	ctx->optlen = 0; /* the kernel is to use the caller's own value */
+	return 1;
+}
+
+SEC("sockops")
+int empty_handshake(struct bpf_sock_ops *ctx)
+{
+	int flags = ctx->bpf_sock_ops_cb_flags;
+	__u8 option[16] = { 253, sizeof(option), 0xff, 0xff }; /* an experiment that nobody registered */
+
+	switch (ctx->op) {
+	case BPF_SOCK_OPS_TCP_CONNECT_CB:
+	case BPF_SOCK_OPS_TCP_LISTEN_CB:
+		bpf_sock_ops_cb_flags_set(ctx, flags | BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG);
+		break;
+	case BPF_SOCK_OPS_HDR_OPT_LEN_CB:
+		if (ctx->skb_tcp_flags & FLAG_SYN)
+			bpf_reserve_hdr_opt(ctx, sizeof(option), 0);
+		break;
+	case BPF_SOCK_OPS_WRITE_HDR_OPT_CB:
+		if (ctx->skb_tcp_flags & FLAG_SYN)
+			bpf_store_hdr_opt(ctx, option, sizeof(option), 0);
+		break;
+	case BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB:
+	case BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB:
+		bpf_sock_ops_cb_flags_set(ctx, flags & ~BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG);
+		break;
+	}
+	return 1;
+}
+
 #define PROTO_TCP 6
 #define PROTO_UDP 17
 #define FLAG_FIN 0x01
-#define FLAG_SYN 0x02
 #define FLAG_RST 0x04
 #define FLAG_ACK 0x10
 

@@ -73,7 +73,7 @@ static double seconds(void)
 
 struct usage {
 	double cpu; /* seconds */
-	long involuntary;
+	long involuntary, sleeps; /* switches of context */
 };
 
 static struct usage usage(void)
@@ -84,7 +84,15 @@ static struct usage usage(void)
 	return (struct usage){
 		.cpu = r.ru_utime.tv_sec + r.ru_stime.tv_sec + (r.ru_utime.tv_usec + r.ru_stime.tv_usec) / 1e6,
 		.involuntary = r.ru_nivcsw,
+		.sleeps = r.ru_nvcsw,
 	};
+}
+
+static struct usage since(struct usage before)
+{
+	struct usage now = usage();
+
+	return (struct usage){ now.cpu - before.cpu, now.involuntary - before.involuntary, now.sleeps - before.sleeps };
 }
 
 /* What a side did. Both share the page that these lie in. */
@@ -347,8 +355,7 @@ static void call(const char *host, double last, double rate)
 		}
 	}
 	shared->client.lasted = seconds() - begin;
-	shared->client.used.cpu = usage().cpu - before.cpu;
-	shared->client.used.involuntary = usage().involuntary - before.involuntary;
+	shared->client.used = since(before);
 }
 
 static void ask_spinning(const char *host, double last)
@@ -380,8 +387,7 @@ static void ask_spinning(const char *host, double last)
 		shared->client.operations++;
 	}
 	shared->client.lasted = now - begin;
-	shared->client.used.cpu = usage().cpu - before.cpu;
-	shared->client.used.involuntary = usage().involuntary - before.involuntary;
+	shared->client.used = since(before);
 }
 
 /* Keeps a window of datagrams on their way. Each carries the time it left. What is
@@ -425,8 +431,7 @@ static void ask_datagrams(const char *host, double last, bool connected)
 		shared->client.operations++;
 	}
 	shared->client.lasted = now - begin;
-	shared->client.used.cpu = usage().cpu - before.cpu;
-	shared->client.used.involuntary = usage().involuntary - before.involuntary;
+	shared->client.used = since(before);
 }
 
 /* One connection, and at most half a second for it: lost says that there was none. */
@@ -452,7 +457,7 @@ static void try_port(const char *host, int port)
 
 static void server(const char *mode, const char *host, char *where)
 {
-	struct usage before, after;
+	struct usage before;
 
 	prctl(PR_SET_PDEATHSIG, SIGKILL);
 	alarm(70);
@@ -465,9 +470,7 @@ static void server(const char *mode, const char *host, char *where)
 		serve_datagrams(host);
 	else
 		serve(host);
-	after = usage();
-	shared->server.used.cpu = after.cpu - before.cpu;
-	shared->server.used.involuntary = after.involuntary - before.involuntary;
+	shared->server.used = since(before);
 	_exit(0);
 }
 
@@ -536,10 +539,11 @@ int main(int argc, char **argv)
 	operations = shared->client.operations > 0 ? shared->client.operations : 1;
 	printf("{\"operations\": %ld, \"made\": %ld, \"lost\": %ld, \"seconds\": %.6f, \"rate\": %.1f, "
 	       "\"p50_us\": %.3f, \"p99_us\": %.3f, \"client_cpu_us\": %.4f, \"server_cpu_us\": %.4f, "
-	       "\"client_involuntary\": %ld, \"server_involuntary\": %ld}\n",
+	       "\"client_involuntary\": %ld, \"server_involuntary\": %ld, \"client_sleeps\": %ld, \"server_sleeps\": %ld}\n",
 	       shared->client.operations, shared->client.made, shared->client.lost, shared->client.lasted,
 	       shared->client.lasted > 0 ? shared->client.operations / shared->client.lasted : 0, shared->client.p50,
 	       shared->client.p99, shared->client.used.cpu * 1e6 / operations, shared->server.used.cpu * 1e6 / operations,
-	       shared->client.used.involuntary, shared->server.used.involuntary);
+	       shared->client.used.involuntary, shared->server.used.involuntary, shared->client.used.sleeps,
+	       shared->server.used.sleeps);
 	return 0;
 }
