@@ -12,7 +12,7 @@ import (
 // cgroups tells the paths of cgroups by their ids. An id is the inode number of the
 // cgroup's directory. The zero value is ready; it is safe for concurrent use.
 type cgroups struct {
-	mu    sync.Mutex
+	mu    sync.RWMutex
 	root  string
 	paths map[uint64]string // below root, "/" for itself
 	last  time.Time
@@ -24,10 +24,16 @@ const rescanAfter = time.Second
 
 // Path returns the path of a cgroup below root, or "".
 func (c *cgroups) Path(root string, id uint64) string {
+	c.mu.RLock()
+	p, ok := c.paths[id]
+	known := ok && root == c.root
+	c.mu.RUnlock()
+	if known {
+		return p
+	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	p, ok := c.paths[id]
-	if ok && root == c.root {
+	if p, ok := c.paths[id]; ok && root == c.root { // another has looked for it
 		return p
 	}
 	if root == "" || root == c.root && time.Since(c.last) < rescanAfter {

@@ -41,10 +41,12 @@ func newDetection(c *Config, l *link, r *flow.Resolver, log *zap.Logger) *detect
 	contain := &detect.Containment{Config: config, Quarantine: func(workload string, lasting time.Duration, reason string) error {
 		return l.quarantine(workload, lasting, reason, true)
 	}}
-	return &detection{
+	d := &detection{
 		link: l, events: newEvents(l, r), engine: detect.NewEngine(config), contain: contain,
 		found: detect.NewFindings(), log: log, ready: make(chan struct{}),
 	}
+	d.events.plain = d.engine.Plain
+	return d
 }
 
 func (d *detection) String() string { return "detection" }
@@ -57,6 +59,9 @@ func (d *detection) Run(ctx context.Context) error {
 	if d.file != nil {
 		d.note(d.file.load(d.found))
 		defer d.file.close()
+	}
+	if d.record != nil {
+		d.events.plain = nil // it is of everything
 	}
 	close(d.ready)
 	for {
@@ -71,7 +76,7 @@ func (d *detection) Run(ctx context.Context) error {
 		if d.record != nil {
 			if err := d.record.add(e); err != nil {
 				d.note(err)
-				d.record = nil // it ends there
+				d.record, d.events.plain = nil, d.engine.Plain // it ends there
 			}
 		}
 		d.see(e)
@@ -92,6 +97,7 @@ func (d *detection) follow() {
 	d.names = names
 	p := detect.PolicyOf(names.Image)
 	d.engine.SetPolicy(p)
+	d.events.forget()
 	d.contain.Policy = p
 }
 

@@ -134,7 +134,7 @@ func (s *service) status() *api.Status {
 		}
 		out.State = v.Status.State
 		out.Problems = append(out.Problems, v.Status.Problems...)
-		out.Limits, out.Unconfirmed, out.Blind = append(out.Limits, v.Status.Limits...), v.Status.Unconfirmed, v.Status.Blind
+		out.Limits, out.Unconfirmed, out.Blind = append(out.Limits, v.Status.Limits...), v.Status.Unconfirmed, blindness(v.Status.Blind)
 		if v.Status.Shadow != nil {
 			out.Shadow = s.link.differences.describe(v.Status.Shadow, nil)
 		}

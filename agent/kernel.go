@@ -51,7 +51,9 @@ type donated struct {
 	rings    [record.AllRings]*ring.Reader
 	records  [record.AllRings][]byte        // owned by the ring's reader
 	empty    [record.AllRings]bool          // nothing was left behind the last record; the reader's, too
-	returned [record.AllRings]atomic.Uint64 // by Next
+	timers   [record.AllRings]*time.Timer   // of rests; the reader's, too
+	hurry    [record.AllRings]chan struct{} // ends a rest
+	waited   [record.AllRings]atomic.Uint64 // how often Next did
 	waiting  [record.AllRings]atomic.Bool   // in Next
 	ids      [record.AllRings]uint64
 	counts   *ebpf.Map
@@ -65,6 +67,9 @@ type donated struct {
 func openMaps(d *proto.Descriptors) (_ kernel, err error) {
 	defer d.Close()
 	m := &donated{}
+	for i := range m.hurry {
+		m.hurry[i] = make(chan struct{}, 1)
+	}
 	defer func() {
 		if err != nil {
 			m.Close()
@@ -132,19 +137,29 @@ func openMap(f *os.File, kind ebpf.MapType) (*ebpf.Map, error) {
 	return m, nil
 }
 
-// rest is how long a ring that was read empty is left alone. An event that wakes its
+// rests are how long a ring that was read empty is left alone. An event that wakes its
 // reader costs the packet that made it several microseconds; those that come
-// meanwhile cost nothing more, and the rings hold far more than come in that time.
-const rest = 25 * time.Millisecond
+// meanwhile cost nothing more, and each time that the agent wakes takes the CPU from who
+// works. The rings hold far more than comes in that time: the one for what was allowed,
+// which alarms nobody, 600,000 events a second.
+var rests = [record.AllRings]time.Duration{
+	record.RingDenied: 25 * time.Millisecond, record.RingAllowed: longestRest, record.RingSignals: 25 * time.Millisecond,
+}
+
+const longestRest = 50 * time.Millisecond
 
 func (m *donated) Next(ring int) ([]byte, bool, error) {
 	if m.empty[ring] {
-		time.Sleep(rest)
+		m.rest(ring)
 	}
-	m.waiting[ring].Store(true)
-	record, more, err := m.rings[ring].Read(m.records[ring])
-	m.waiting[ring].Store(false)
-	m.returned[ring].Add(1)
+	r := m.rings[ring]
+	record, more, found, err := r.Take(m.records[ring])
+	if !found && err == nil {
+		m.waiting[ring].Store(true)
+		record, more, err = r.Read(m.records[ring])
+		m.waiting[ring].Store(false)
+		m.waited[ring].Add(1)
+	}
 	m.empty[ring] = err == nil && !more
 	if err == nil {
 		m.records[ring] = record
@@ -152,15 +167,47 @@ func (m *donated) Next(ring int) ([]byte, bool, error) {
 	return record, more, err
 }
 
+// rest returns after a time, or when somebody is in a hurry.
+func (m *donated) rest(ring int) {
+	t := m.timers[ring]
+	if t == nil {
+		t = time.NewTimer(rests[ring])
+		m.timers[ring] = t
+	} else {
+		t.Reset(rests[ring])
+	}
+	select {
+	case <-t.C:
+	case <-m.hurry[ring]:
+		t.Stop()
+	}
+}
+
+// wake ends a ring's rest, or makes the next one none.
+func (m *donated) wake(ring int) {
+	select {
+	case m.hurry[ring] <- struct{}{}:
+	default:
+	}
+}
+
 func (m *donated) Drained() bool {
+	var before [record.AllRings]uint64
+	all := true
 	for i := range m.rings {
-		before := m.returned[i].Load()
+		before[i] = m.waited[i].Load()
 		if !m.waiting[i].Load() || m.rings[i].Available() > 0 {
-			return false
+			m.wake(i)
+			all = false
 		}
-		// What was just taken out is on its way through Next.
-		time.Sleep(time.Millisecond)
-		if !m.waiting[i].Load() || m.returned[i].Load() != before {
+	}
+	if !all {
+		return false
+	}
+	// What was just taken out is on its way through Next.
+	time.Sleep(time.Millisecond)
+	for i := range m.rings {
+		if !m.waiting[i].Load() || m.waited[i].Load() != before[i] {
 			return false
 		}
 	}
@@ -254,9 +301,10 @@ func (m *donated) Room() room {
 
 func (m *donated) Close() error {
 	var errs []error
-	for _, r := range m.rings {
+	for i, r := range m.rings {
 		if r != nil {
 			errs = append(errs, r.Close())
+			m.wake(i)
 		}
 	}
 	for _, o := range []*ebpf.Map{m.counts, m.states, m.faults, m.bindings, m.active} {

@@ -89,25 +89,28 @@ func (c *signalCursor) read(n int) (all []record.Signal, kernel, slow uint64) {
 	return all, kernel, slow
 }
 
-// wait returns when there is something new, with false when ctx or the log ended.
-func (c *signalCursor) wait(ctx context.Context) bool {
+// already is closed.
+var already = func() chan struct{} { c := make(chan struct{}); close(c); return c }()
+
+// change is closed when there is something new, or when the log is.
+func (c *signalCursor) change() <-chan struct{} {
 	l := c.log
 	l.mu.Lock()
+	defer l.mu.Unlock()
 	if l.closed || c.at != l.next || l.missed > c.missed {
-		defer l.mu.Unlock()
-		return !l.closed
+		return already
 	}
 	if l.changed == nil {
 		l.changed = make(chan struct{})
 	}
-	changed := l.changed
-	l.mu.Unlock()
-	select {
-	case <-ctx.Done():
-		return false
-	case <-changed:
-		return true
-	}
+	return l.changed
+}
+
+// closed says whether nothing more comes.
+func (c *signalCursor) closed() bool {
+	c.log.mu.Lock()
+	defer c.log.mu.Unlock()
+	return c.log.closed
 }
 
 // readSignals takes the ring of signals into the log until the kernel is closed.
@@ -128,15 +131,22 @@ func (l *link) readSignals(k kernel) error {
 	}
 }
 
-// events is everything that detectors are given, live: flows and signals, by time as
-// far as they are there.
+// events is what detectors are given, live: flows and signals, by time as far as they
+// are there. A flow that was plain, and comes again within a second, is left out.
 type events struct {
 	link     *link
 	resolver *flow.Resolver
 	flows    *flow.Cursor
 	signals  *signalCursor
 	queue    []detect.Event
+	rest     []detect.Event  // of the queue
 	blind    map[string]bool // told already
+
+	plain   func(*flow.Flow) bool // nil = none is
+	repeats repeats               // of plain flows
+
+	read  [eventBatch]record.Event // used again for each batch,
+	words [eventBatch]flow.Flow    // and what it says
 
 	lookedFlows, lookedSignals atomic.Uint64 // of those received, how many were handed out and done with
 }
@@ -148,11 +158,10 @@ func newEvents(l *link, r *flow.Resolver) *events {
 
 // Next implements detect.Source. It ends with io.EOF when the agent does.
 func (e *events) Next(ctx context.Context) (detect.Event, error) {
-	for len(e.queue) == 0 {
+	for len(e.rest) == 0 {
 		flows, signals := e.received()
-		e.fill()
-		if len(e.queue) > 0 {
-			break
+		if e.fill() {
+			continue
 		}
 		e.lookedFlows.Store(flows)
 		e.lookedSignals.Store(signals)
@@ -163,8 +172,8 @@ func (e *events) Next(ctx context.Context) (detect.Event, error) {
 			return detect.Event{}, io.EOF
 		}
 	}
-	next := e.queue[0]
-	e.queue = e.queue[1:]
+	next := e.rest[0]
+	e.rest = e.rest[1:]
 	return next, nil
 }
 
@@ -184,30 +193,39 @@ func (e *events) drained() bool {
 	return e.lookedFlows.Load() >= flows && e.lookedSignals.Load() >= signals
 }
 
-// wait returns when one of the two has something new.
+// wait returns when one of the two has something new, with false when ctx or one of them
+// ended.
 func (e *events) wait(ctx context.Context) bool {
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	done := make(chan bool, 2)
-	go func() { done <- e.flows.Wait(ctx) }()
-	go func() { done <- e.signals.wait(ctx) }()
-	ok := <-done
-	cancel()
-	<-done
-	return ok
+	flows, signals := e.flows.Changed(), e.signals.change()
+	select {
+	case <-ctx.Done():
+		return false
+	case <-flows:
+	case <-signals:
+	}
+	return !e.flows.Closed() && !e.signals.closed()
 }
 
-// fill queues what is there.
-func (e *events) fill() {
+// forget has everything looked at anew, as by another policy.
+func (e *events) forget() { e.repeats = repeats{} }
+
+// fill queues what is there, and says whether anything was.
+func (e *events) fill() bool {
 	e.queue = e.queue[:0]
 	e.tellBlind()
-	var flows [eventBatch]record.Event
-	n, lost := e.flows.Read(flows[:])
+	n, lost := e.flows.Read(e.read[:])
 	e.lose("flows: kernel ring", 0, lost.Kernel)
 	e.lose("flows: the reader was too slow", 0, lost.Agent)
-	for i := range flows[:n] {
-		f := e.resolver.Flow(&flows[i])
-		e.queue = append(e.queue, detect.Event{Flow: &f})
+	for i := range e.read[:n] {
+		if e.plain != nil && e.repeats.seen(&e.read[i]) {
+			continue
+		}
+		f := &e.words[i]
+		e.resolver.Resolve(&e.read[i], f)
+		if e.plain != nil && e.plain(f) {
+			e.repeats.note(&e.read[i])
+		}
+		e.queue = append(e.queue, detect.Event{Flow: f})
 	}
 	signals, kernel, slow := e.signals.read(eventBatch)
 	e.lose("signals: kernel ring", 0, kernel)
@@ -223,6 +241,8 @@ func (e *events) fill() {
 		e.queue = append(e.queue, detect.Event{Signal: s})
 	}
 	slices.SortStableFunc(e.queue, func(a, b detect.Event) int { return a.Time().Compare(b.Time()) })
+	e.rest = e.queue
+	return n > 0 || len(signals) > 0 || len(e.queue) > 0
 }
 
 func (e *events) lose(where string, subject uint32, n uint64) {
@@ -240,7 +260,7 @@ func (e *events) tellBlind() {
 	if st == nil {
 		return
 	}
-	for _, what := range st.Blind {
+	for _, what := range blindness(st.Blind) {
 		if !e.blind[what] {
 			e.blind[what] = true
 			e.queue = append(e.queue, detect.Event{Signal: &detect.Signal{Kind: detect.Blind, Time: time.Now().UTC(), Node: e.resolver.Node, Cause: what}})

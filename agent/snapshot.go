@@ -185,7 +185,7 @@ func (m *metrics) verdicts(counts map[abi.CountKey]uint64) []exporter.Verdict {
 		}
 		if key.Crossing != 0 {
 			v.Crossing = unknown
-			if c, ok := m.link.book.Crossing(newest, key.Crossing); ok {
+			if c := m.link.book.Crossing(newest, key.Crossing); c != nil {
 				v.Crossing = c.Name
 			}
 		}

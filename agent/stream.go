@@ -116,7 +116,7 @@ func (s *service) Flows(ctx context.Context, q *flow.Query, out flow.Sink) error
 func (s *service) resolver() *flow.Resolver {
 	r := &flow.Resolver{
 		Node: s.node, Book: s.link.book, Wall: s.link.clock.Wall,
-		Cgroup: func(id uint64) string { return s.cgroups.Path(s.link.view().Root, id) },
+		Cgroup: func(id uint64) string { return s.cgroups.Path(s.link.cgroupRoot(), id) },
 	}
 	if s.binder != nil {
 		r.Container = s.binder.containers.Of
@@ -129,13 +129,14 @@ type lines struct {
 	to      io.Writer
 	control *http.ResponseController
 	buffer  []byte
+	json    flow.JSON
 }
 
 // fullBuffer is how much is written at a time, in bytes.
 const fullBuffer = 64 << 10
 
 func (l *lines) Flow(f *flow.Flow) error {
-	l.buffer = append(f.AppendJSON(l.buffer), '\n')
+	l.buffer = append(l.json.Append(l.buffer, f), '\n')
 	if len(l.buffer) < fullBuffer {
 		return nil
 	}

@@ -61,8 +61,10 @@ func parseHook(pin string) (hook, bool) {
 	return hook{}, false
 }
 
-// errAway is that a link's device was removed, or moved to another namespace.
-var errAway = errors.New("its device is gone")
+var (
+	errAway    = errors.New("its device is gone") // removed, or moved to another namespace
+	errForeign = errors.New("which is not ours")
+)
 
 // leadsTo checks that a link is attached where the hook says, and returns which
 // program it runs.
@@ -312,15 +314,21 @@ func runs(l link.Link, p *ebpf.Program) (bool, error) {
 	return theirs.Tag == ours.Tag, nil
 }
 
+// look asks the kernel where a link leads, and whether to our program.
+func (l *links) look(h hook) error {
+	program, err := h.leadsTo(l.open[h], l.objects.spec.Programs[h.program], l.tree)
+	if err == nil && program != l.open[h].program {
+		err = fmt.Errorf("runs program %d, %w", program, errForeign)
+	}
+	return err
+}
+
 // status asks the kernel about every link, and looks whether its pin is still
 // there: without it, the program would end with the core.
 func (l *links) status() (all []proto.Link) {
 	for _, h := range l.sorted() {
 		s := proto.Link{Name: l.label(h)}
-		program, err := h.leadsTo(l.open[h], l.objects.spec.Programs[h.program], l.tree)
-		if err == nil && program != l.open[h].program {
-			err = fmt.Errorf("runs program %d, which is not ours", program)
-		}
+		err := l.look(h)
 		s.Attached = err == nil
 		if err == nil {
 			_, err = os.Lstat(l.pins.links(h.String()))
@@ -340,13 +348,12 @@ func (l *links) status() (all []proto.Link) {
 // what is not pinned any more.
 func (l *links) drift(what *pinning) (all []incident) {
 	for _, h := range l.sorted() {
-		program, err := h.leadsTo(l.open[h], l.objects.spec.Programs[h.program], l.tree)
-		switch {
-		case errors.Is(err, errAway): // just now: the boundary lets go of it
-		case err != nil:
-			all = append(all, incident{fmt.Sprintf("link %s %v", l.label(h), err), l.again(h)})
-		case program != l.open[h].program:
-			all = append(all, incident{fmt.Sprintf("link %s ran program %d, which is not ours", l.label(h), program), l.put(h)})
+		mend, err := l.again, l.look(h)
+		if errors.Is(err, errForeign) {
+			mend = l.put
+		}
+		if err != nil && !errors.Is(err, errAway) { // just now, then: the boundary lets go of it
+			all = append(all, incident{fmt.Sprintf("link %s %v", l.label(h), err), mend(h)})
 		}
 		what.look(l.pins.links(h.String()), l.open[h].Link)
 	}

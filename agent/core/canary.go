@@ -84,7 +84,7 @@ func openCanary(t *tree) (_ *canary, err error) {
 		return nil, err
 	}
 	var problem string
-	files, err := proto.ReadFrame(conn.(*net.UnixConn), &problem)
+	files, err := proto.ReadFrame(conn.(*net.UnixConn), &problem, nil)
 	defer proto.CloseFiles(files)
 	if err != nil {
 		return nil, err

@@ -22,27 +22,23 @@ func (c *Core) Bind(path string, id uint32) error {
 	if c.active == nil {
 		return proto.Refuse("apply a policy", "bind %s: no policy is in force", path)
 	}
-	g := c.active
-	if err := g.checkClaim(path, id); err != nil {
+	claims, key := c.active.selectors.claims, pathKey(path)
+	if err := c.active.checkClaim(path, id); err != nil {
 		return err
 	}
-	key := pathKey(path)
-	if g.selectors.claims[key] == id {
+	if claims[key] == id {
 		return nil
 	}
-	if len(g.selectors.claims) >= maxClaims {
+	if len(claims) >= maxClaims {
 		return proto.Refuse("unbind paths that are gone", "bind %s: %d paths are bound already", path, maxClaims)
-	}
-	if err := g.bind(key, id); err != nil {
-		return proto.Refuse("", "bind %s: %w", path, err)
 	}
 	// What an unconfirmed change would return to, and what is in shadow, know the path
 	// too, if their image leaves it to the agent.
-	for _, f := range c.decisive()[1:] {
-		if f.checkClaim(path, id) != nil {
+	for _, g := range c.decisive() {
+		if g.checkClaim(path, id) != nil {
 			continue
 		}
-		if err := f.bind(key, id); err != nil {
+		if err := g.bind(key, id); err != nil {
 			return proto.Refuse("", "bind %s: %w", path, err)
 		}
 	}

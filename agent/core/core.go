@@ -16,6 +16,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/cilium/ebpf/btf"
 	"golang.org/x/sys/unix"
 
 	"github.com/demarc/demarc/agent/core/proto"
@@ -105,51 +106,11 @@ func open(config Config, log *slog.Logger, h hooks) (_ *Core, err error) {
 		return nil, err
 	}
 	t.taps = nil
-	if !c.committed {
-		if err := c.begin(); err != nil {
-			return nil, err
-		}
-	}
-	if err := c.begun(); err != nil {
-		return nil, err
-	}
-	if err := freeze(c.objects); err != nil {
-		return nil, err
-	}
-	if err := makeCanary(c.tree); err != nil {
-		return nil, err
-	}
-	if c.donated, err = c.donate(); err != nil {
-		return nil, err
-	}
-	if err := c.useKeys(); err != nil {
-		return nil, err
-	}
-	if err := c.setWall(); err != nil {
-		return nil, err
-	}
-	if err := c.resumeQuarantines(); err != nil {
-		return nil, err
-	}
-	if err := c.resume(); err != nil {
-		return nil, err
-	}
-	if c.committed {
-		if err := errors.Join(c.links.update(), c.devices.adopt()); err != nil {
-			return nil, err
-		}
-	}
-	if c.canary, err = openCanary(c.tree); err != nil {
-		c.stand("no canary, which would prove that the kernel enforces: %v", err)
-	}
-	c.observers = observe(c.objects, c.tree.dir, !config.Sealed, &t.types)
-	if c.committed {
-		if err := c.observers.resumed(c.objects); err != nil {
-			return nil, err
-		}
-	}
-	if c.guard != nil {
-		if err := errors.Join(c.guard.raise(c.tree, c.pins), c.guard.cover(c.guarded())); err != nil {
+	for _, step := range []func() error{
+		c.begin, c.begun, func() error { return freeze(c.objects) }, func() error { return makeCanary(c.tree) }, c.donate,
+		c.useKeys, c.setWall, c.resumeQuarantines, c.resume, c.adopt, func() error { return c.watchers(&t.types) },
+	} {
+		if err := step(); err != nil {
 			return nil, err
 		}
 	}
@@ -177,12 +138,41 @@ func lockState(dir string) (*os.File, error) {
 	return f, nil
 }
 
-// begin takes away what an interrupted start left, and pins new maps.
+// begin takes away what an interrupted start left, and pins new maps, unless there are
+// those of a former core.
 func (c *Core) begin() error {
+	if c.committed {
+		return nil
+	}
 	if err := c.pins.clear(c.objects.spec); err != nil {
 		return err
 	}
 	return c.pins.pinMaps(c.objects)
+}
+
+// adopt puts this core's programs in the place of a former one's.
+func (c *Core) adopt() error {
+	if !c.committed {
+		return nil
+	}
+	return errors.Join(c.links.update(), c.devices.adopt())
+}
+
+// watchers begin what proves that the kernel enforces, what observes, and what guards.
+func (c *Core) watchers(types *btf.Cache) (err error) {
+	if c.canary, err = openCanary(c.tree); err != nil {
+		c.stand("no canary, which would prove that the kernel enforces: %v", err)
+	}
+	c.observers = observe(c.objects, c.tree.dir, !c.config.Sealed, types)
+	if c.committed {
+		if err := c.observers.resumed(c.objects); err != nil {
+			return err
+		}
+	}
+	if c.guard == nil {
+		return nil
+	}
+	return errors.Join(c.guard.raise(c.tree, c.pins), c.guard.cover(c.guarded()))
 }
 
 // resume puts the stored image in force. If it cannot be, what the kernel enforces

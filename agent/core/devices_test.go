@@ -527,7 +527,7 @@ func TestDevicesDrift(t *testing.T) {
 	}{
 		{"detached", func() { must(t, open().Detach()) }, "drift: link tc_egress pod was detached: mended"},
 		{"another program", func() { must(t, open().Update(other)) },
-			fmt.Sprintf("drift: link tc_egress pod ran program %d, which is not ours: mended", number(other))},
+			fmt.Sprintf("drift: link tc_egress pod runs program %d, which is not ours: mended", number(other))},
 		{"pin removed", func() { must(t, os.Remove(pin)) }, "drift: pin " + pin + " was gone, or led elsewhere: mended"},
 	} {
 		tt.do()

@@ -16,7 +16,7 @@ import (
 // donate opens the maps that the agent may have, in the order of the wire. A ring must
 // be opened for writing to be read, because its reader keeps its place in it; nothing
 // else can be done with that descriptor.
-func (c *Core) donate() (*proto.Descriptors, error) {
+func (c *Core) donate() error {
 	var d proto.Descriptors
 	names := []string{"denied_events", "allowed_events", "signals", "counts", "ring_state", "faults", "bindings", "state"}
 	for i, place := range d.Places() {
@@ -27,10 +27,11 @@ func (c *Core) donate() (*proto.Descriptors, error) {
 		}
 		if err != nil {
 			d.Close()
-			return nil, fmt.Errorf("open map %s for the agent: %w", names[i], err)
+			return fmt.Errorf("open map %s for the agent: %w", names[i], err)
 		}
 	}
-	return &d, nil
+	c.donated = &d
+	return nil
 }
 
 func duplicate(fd int, name string) (*os.File, error) {

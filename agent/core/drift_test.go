@@ -130,7 +130,7 @@ func TestX21Tamper(t *testing.T) {
 		{"link detached", func(t *testing.T) { must(t, c.links.open[hook{program: "egress"}].Detach()) }, "link egress was detached", false},
 		{"another program in a link", func(t *testing.T) {
 			must(t, c.links.open[hook{program: "egress"}].Update(foreignProgram(t, c.objects.spec.Programs["egress"])))
-		}, "link egress ran program", false},
+		}, "link egress runs program", false},
 		{"all links detached", func(t *testing.T) {
 			for _, name := range attachOrder[namers:] {
 				must(t, c.links.open[hook{program: name}].Detach())

@@ -204,7 +204,7 @@ func call(t *testing.T, c *Core) caller {
 func (c caller) answer() string {
 	c.t.Helper()
 	var r proto.Response
-	files, err := proto.ReadFrame(c.UnixConn, &r)
+	files, err := proto.ReadFrame(c.UnixConn, &r, nil)
 	proto.CloseFiles(files)
 	if err != nil {
 		return err.Error()

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -199,13 +200,7 @@ func kept(name string) bool { return !strings.HasPrefix(name, ".") }
 
 // keptMaps names the maps to pin, in a fixed order.
 func keptMaps(spec *ebpf.CollectionSpec) []string {
-	var names []string
-	for _, name := range sortedKeys(spec.Maps) {
-		if kept(name) {
-			names = append(names, name)
-		}
-	}
-	return names
+	return slices.DeleteFunc(sortedKeys(spec.Maps), func(name string) bool { return !kept(name) })
 }
 
 // identityCard is what the `abi` pin says of the pins beside it. All in host

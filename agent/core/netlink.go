@@ -60,7 +60,11 @@ func listOnce() ([]netdev, error) {
 	var all []netdev
 	place := map[int]int{}
 	// Statistics are most of an answer, and nobody reads them: RTEXT_FILTER_SKIP_STATS.
-	link := append(make([]byte, unix.SizeofIfInfomsg), attribute(unix.IFLA_EXT_MASK, 1<<3)...)
+	link := flat(struct {
+		unix.IfInfomsg
+		unix.NlAttr
+		Mask uint32
+	}{NlAttr: unix.NlAttr{Len: unix.SizeofNlAttr + 4, Type: unix.IFLA_EXT_MASK}, Mask: 1 << 3})
 	err = dump(s, unix.RTM_GETLINK, unix.RTM_NEWLINK, link, func(b []byte) {
 		if d, ok := parseLink(b); ok {
 			place[d.index] = len(all)
@@ -96,12 +100,8 @@ func openRoute(groups uint32) (int, error) {
 // dump asks for everything of a kind, and calls each with the payload of every
 // answer.
 func dump(s int, ask, want uint16, payload []byte, each func([]byte)) error {
-	request := binary.NativeEndian.AppendUint32(nil, uint32(unix.SizeofNlMsghdr+len(payload)))
-	request = binary.NativeEndian.AppendUint16(request, ask)
-	request = binary.NativeEndian.AppendUint16(request, unix.NLM_F_REQUEST|unix.NLM_F_DUMP)
-	request = binary.NativeEndian.AppendUint32(request, uint32(ask)) // sequence number
-	request = binary.NativeEndian.AppendUint32(request, 0)
-	if err := unix.Sendto(s, append(request, payload...), 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
+	header := unix.NlMsghdr{Type: ask, Flags: unix.NLM_F_REQUEST | unix.NLM_F_DUMP, Seq: uint32(ask), Len: uint32(unix.SizeofNlMsghdr + len(payload))}
+	if err := unix.Sendto(s, append(flat(header), payload...), 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
 		return fmt.Errorf("list devices: %w", err)
 	}
 	b := make([]byte, 64<<10)
@@ -159,10 +159,10 @@ func attributes(b []byte) iter.Seq2[uint16, []byte] {
 	}
 }
 
-func attribute(kind uint16, value uint32) []byte {
-	b := binary.NativeEndian.AppendUint16(nil, unix.SizeofNlAttr+4)
-	b = binary.NativeEndian.AppendUint16(b, kind)
-	return binary.NativeEndian.AppendUint32(b, value)
+// flat is a struct of the kernel's as it goes to it.
+func flat(v any) []byte {
+	b, _ := binary.Append(nil, binary.NativeEndian, v) // never fails: it has a fixed size
+	return b
 }
 
 // parseLink reads struct ifinfomsg and the attributes after it.

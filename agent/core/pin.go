@@ -41,6 +41,24 @@ func (p pins) abi() string              { return filepath.Join(p.dir, "abi") }
 // systems allow no dot in a name.
 func (p pins) aside(name string) string { return p.links(name) + "_new" }
 
+// all are the paths of whatever could be ours, in the order in which it is taken away:
+// what judges packets goes first, and the directories last. Programs that nobody else
+// holds are detached by it. `abi` goes before all else: what an interruption leaves is
+// then known to be unfinished.
+func (p pins) all(spec *ebpf.CollectionSpec) []string {
+	paths := []string{p.abi(), p.audit()}
+	for _, h := range p.hooks() {
+		paths = append(paths, p.links(h.String()))
+	}
+	for _, name := range slices.Backward(slices.Concat(attachOrder, guardOrder)) {
+		paths = append(paths, p.links(name), p.aside(name))
+	}
+	for _, name := range keptMaps(spec) {
+		paths = append(paths, p.maps(name))
+	}
+	return append(paths, p.links(""), p.maps(""), p.dir)
+}
+
 // check looks at the directory and changes nothing. It reports whether a core
 // finished its start here.
 func (p pins) check(spec *ebpf.CollectionSpec) (committed bool, err error) {
@@ -50,18 +68,8 @@ func (p pins) check(spec *ebpf.CollectionSpec) (committed bool, err error) {
 	if err := checkBPFFS(p.dir); err != nil {
 		return false, err
 	}
-	known := map[string][]string{p.dir: {"maps", "links", "abi", "audit"}, p.maps(""): keptMaps(spec), p.links(""): nil}
-	for _, name := range slices.Concat(attachOrder, guardOrder) {
-		known[p.links("")] = append(known[p.links("")], name, filepath.Base(p.aside(name)))
-	}
-	for _, h := range p.hooks() {
-		known[p.links("")] = append(known[p.links("")], h.String())
-	}
 	for _, dir := range []string{p.dir, p.maps(""), p.links("")} {
-		if err := checkDirectory(dir, known[dir]); err != nil {
-			if errors.Is(err, fs.ErrNotExist) {
-				continue
-			}
+		if err := checkDirectory(dir, p.all(spec)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return false, err
 		}
 	}
@@ -80,7 +88,7 @@ func checkBPFFS(dir string) error {
 	return nil
 }
 
-// checkDirectory wants root's own directory with nothing unknown in it.
+// checkDirectory wants root's own directory with nothing in it but known paths.
 func checkDirectory(dir string, known []string) error {
 	if err := checkOwner(dir, fs.ModeDir|0o700); err != nil {
 		return err
@@ -91,7 +99,7 @@ func checkDirectory(dir string, known []string) error {
 	}
 	for _, e := range entries {
 		path := filepath.Join(dir, e.Name())
-		if !slices.Contains(known, e.Name()) {
+		if !slices.Contains(known, path) {
 			return proto.Refuse("find out who made it, and remove it", "adopt pins: %s is not ours", path)
 		}
 		if !e.IsDir() {
@@ -257,21 +265,9 @@ func remove(path string) error {
 	return nil
 }
 
-// clear removes every pin that could be ours, what judges packets first, and the
-// directory. Programs that nobody else holds are detached by it. `abi` goes
-// before all else: what an interruption leaves is then known to be unfinished.
+// clear removes every pin that could be ours, and the directory.
 func (p pins) clear(spec *ebpf.CollectionSpec) error {
-	paths := []string{p.abi(), p.audit()}
-	for _, h := range p.hooks() {
-		paths = append(paths, p.links(h.String()))
-	}
-	for _, name := range slices.Backward(slices.Concat(attachOrder, guardOrder)) {
-		paths = append(paths, p.links(name), p.aside(name))
-	}
-	for _, name := range keptMaps(spec) {
-		paths = append(paths, p.maps(name))
-	}
-	for _, path := range append(paths, p.links(""), p.maps(""), p.dir) {
+	for _, path := range p.all(spec) {
 		if err := remove(path); err != nil {
 			return fmt.Errorf("remove pin: %w", err)
 		}

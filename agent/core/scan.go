@@ -3,6 +3,7 @@ package core
 import (
 	"errors"
 	"fmt"
+	"path"
 
 	"github.com/cilium/ebpf"
 
@@ -53,9 +54,9 @@ func (s *scanner) pass(below string) (named int, changed bool, err error) {
 		case c.path == "/":
 			p = parent{uint32(image.Unmanaged), abi.BindingSlices}
 		case i == 0:
-			p.identity, p.flags, err = s.binding(above(c.path))
+			p.identity, p.flags, err = s.binding(path.Dir(c.path))
 		default:
-			p = parents[above(c.path)]
+			p = parents[path.Dir(c.path)]
 		}
 		if err != nil {
 			return 0, false, err
@@ -81,16 +82,6 @@ func (s *scanner) pass(below string) (named int, changed bool, err error) {
 		changed = changed || wrote
 	}
 	return named, changed, s.rebury()
-}
-
-// above is the path of the parent.
-func above(path string) string {
-	for i := len(path) - 1; i > 0; i-- {
-		if path[i] == '/' {
-			return path[:i]
-		}
-	}
-	return "/"
 }
 
 // binding reads what a cgroup is bound to.

@@ -131,28 +131,23 @@ func refusal(why error) proto.Response {
 // the other end may be in an attacker's hands.
 func (c *Core) serveOne(conn *net.UnixConn, by string) error {
 	s := session{core: c, by: by}
+	hurry := func() error { return conn.SetDeadline(time.Now().Add(frameTimeout)) }
 	for {
-		if err := awaitFrame(conn); err != nil {
-			if errors.Is(err, io.EOF) {
-				return nil
-			}
-			return err
-		}
-		if err := conn.SetDeadline(time.Now().Add(frameTimeout)); err != nil {
+		if err := conn.SetDeadline(time.Time{}); err != nil {
 			return err
 		}
 		var q proto.Request
-		files, err := proto.ReadFrame(conn, &q)
+		files, err := proto.ReadFrame(conn, &q, hurry)
+		if errors.Is(err, io.EOF) {
+			return nil
+		}
 		if err != nil {
-			if errors.Is(err, io.EOF) {
-				return nil
-			}
 			c.turnAway(conn, err)
 			return err
 		}
 		r, answer := s.handle(q, files)
 		proto.CloseFiles(files)
-		if err = conn.SetDeadline(time.Now().Add(frameTimeout)); err == nil {
+		if err = hurry(); err == nil {
 			err = proto.WriteFrame(conn, r, answer...)
 		}
 		proto.CloseFiles(answer)
@@ -160,28 +155,6 @@ func (c *Core) serveOne(conn *net.UnixConn, by string) error {
 			return err
 		}
 	}
-}
-
-// awaitFrame waits, for as long as it takes, until something can be read.
-func awaitFrame(conn *net.UnixConn) error {
-	if err := conn.SetDeadline(time.Time{}); err != nil {
-		return err
-	}
-	raw, err := conn.SyscallConn()
-	if err != nil {
-		return err
-	}
-	var one [1]byte
-	var n int
-	var peekErr error
-	err = raw.Read(func(fd uintptr) bool {
-		n, _, peekErr = unix.Recvfrom(int(fd), one[:], unix.MSG_PEEK|unix.MSG_DONTWAIT)
-		return !errors.Is(peekErr, unix.EAGAIN)
-	})
-	if err = errors.Join(err, peekErr); err == nil && n == 0 {
-		err = io.EOF
-	}
-	return err
 }
 
 // checkPeer asks the kernel who opened the connection: root, the agent, or somebody

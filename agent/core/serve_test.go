@@ -239,7 +239,7 @@ func TestProtocolRefuses(t *testing.T) {
 			var last proto.Response
 			for {
 				var r proto.Response
-				files, err := proto.ReadFrame(conn, &r)
+				files, err := proto.ReadFrame(conn, &r, nil)
 				proto.CloseFiles(files)
 				if err != nil {
 					break

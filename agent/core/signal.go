@@ -3,7 +3,7 @@ package core
 import (
 	"errors"
 	"fmt"
-	"slices"
+	"maps"
 	"time"
 
 	"github.com/cilium/ebpf"
@@ -21,29 +21,11 @@ type observers struct {
 	blind  []string   // what cannot be seen here, and why
 }
 
-// observed says what each program is for, where it cannot be had.
-var observed = map[string]string{
-	"sock_state": "contacts, failures, chains, listeners and transfers of TCP",
-	"forked":     "which process goes back to which connection, over fork",
-	"executed":   "programs with a connection as standard input, and changes of network namespace at exec",
-	"moved":      "moves between cgroups",
-	"switched":   "changes of network namespace when they are made; they are seen at exec, at the next connection and every 5 s",
-	"opened":     "tun devices that are opened; they are seen every 5 s",
-	"payload":    "SSH banners, DNS names and ICMP payloads",
-	"surveyed":   "relays that last, and transfers that go on",
-}
-
-// neverSeen are signals that this version has no source for.
-var neverSeen = []string{
-	"packet sockets are seen by their frames, not when they are made",
-	"a chain is counted over the connections of this kernel only",
-}
-
 // observe loads and attaches what this kernel takes, at tracepoints and at the managed
 // root. What it does not is a limit of detection, and no error. Without packets no
 // packet is looked at.
 func observe(o *objects, dir string, packets bool, types *btf.Cache) *observers {
-	all := &observers{links: map[string]link.Link{}, inside: o.Maps["observers"], blind: slices.Clone(neverSeen)}
+	all := &observers{links: map[string]link.Link{}, inside: o.Maps["observers"]}
 	all.sealPackets() // one of a core that crashed may still look
 	spec, err := loadSignal()
 	if err != nil {
@@ -52,14 +34,10 @@ func observe(o *objects, dir string, packets bool, types *btf.Cache) *observers 
 	}
 	if !packets {
 		delete(spec.Programs, "payload")
-		all.blind = append(all.blind, fmt.Sprintf(`%s: the configuration says "observe_packets": false`, observed["payload"]))
+		all.blind = append(all.blind, `payload: the configuration says "observe_packets": false`)
 	}
-	shared := map[string]*ebpf.Map{}
-	for name := range spec.Maps {
-		if o.Maps[name] != nil && kept(name) {
-			shared[name] = o.Maps[name]
-		}
-	}
+	shared := maps.Clone(o.Maps)
+	maps.DeleteFunc(shared, func(name string, _ *ebpf.Map) bool { return spec.Maps[name] == nil || !kept(name) })
 	c, errs := load(spec, shared, types)
 	defer c.Close()
 	for _, name := range sortedKeys(spec.Programs) {
@@ -70,7 +48,7 @@ func observe(o *objects, dir string, packets bool, types *btf.Cache) *observers 
 			err = all.attach(c.Programs[name], spec.Programs[name], dir)
 		}
 		if err != nil {
-			all.blind = append(all.blind, fmt.Sprintf("%s: %v", observed[name], err))
+			all.blind = append(all.blind, fmt.Sprintf("%s: %v", name, err))
 		}
 	}
 	return all

@@ -218,7 +218,7 @@ func (c *Client) exchange(q proto.Request, file *os.File) (*proto.Response, []*o
 	// write may fail while the reason is waiting to be read.
 	writeErr := proto.WriteFrame(c.conn, q, files...)
 	var r proto.Response
-	got, err := proto.ReadFrame(c.conn, &r)
+	got, err := proto.ReadFrame(c.conn, &r, nil)
 	if err != nil {
 		return nil, nil, errors.Join(writeErr, err)
 	}

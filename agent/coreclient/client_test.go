@@ -85,7 +85,7 @@ func TestClient(t *testing.T) {
 			}
 			done := make(chan error, 1)
 			go func() {
-				if _, err := proto.ReadFrame(b, &proto.Request{}); err != nil {
+				if _, err := proto.ReadFrame(b, &proto.Request{}, nil); err != nil {
 					done <- err
 					return
 				}
@@ -113,7 +113,7 @@ func TestClient(t *testing.T) {
 func TestClientHangsUpAfterNonsense(t *testing.T) {
 	a, b := pair(t)
 	go func() {
-		if _, err := proto.ReadFrame(b, &proto.Request{}); err == nil {
+		if _, err := proto.ReadFrame(b, &proto.Request{}, nil); err == nil {
 			_, _ = b.Write(append([]byte{0, 0, 0, 13}, `{"strange":1}`...))
 		}
 	}()

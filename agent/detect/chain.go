@@ -11,8 +11,8 @@ import (
 // two connections in a row it may be a jump host by design; three have almost no
 // other use.
 func chain(g *Engine, m *moment) []Finding {
-	technique, admin := adminPorts[m.peer.Port]
-	if !admin {
+	technique := m.technique
+	if !m.admin {
 		return nil
 	}
 	if m.contact == reached && m.proto == "tcp" {

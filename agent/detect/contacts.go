@@ -22,13 +22,13 @@ func (m *moment) hasFailed() bool { return m.contact == failed || m.contact == d
 // remember takes a contact into what is known of its actor.
 func (g *Engine) remember(m *moment) {
 	if m.isRaw() && m.process != nil {
-		m.actors.raw, m.actors.rawAt = m.process, m.at
-		g.raw, g.rawAt = m.process, m.at
+		m.actors.raw, m.actors.rawAt = m.doer(), m.at
+		g.raw, g.rawAt = m.actors.raw, m.at
 	}
 	if m.event.Signal != nil && m.process != nil && m.peer.Address.IsValid() {
-		m.actors.doers.did(m.target(), m.process, m.at)
+		m.actors.doers.did(m.target(), m.doer(), m.at)
 	}
-	if _, admin := adminPorts[m.peer.Port]; admin && m.contact != noContact && m.proto == "tcp" {
+	if m.admin && m.contact != noContact && m.proto == "tcp" {
 		m.actors.logins.add(m.event)
 	}
 	if m.hasFailed() {
@@ -81,7 +81,7 @@ func (t *trail) add(e *Event) {
 		copy(*t, (*t)[1:])
 		*t = (*t)[:trailKept-1]
 	}
-	*t = append(*t, *e)
+	*t = append(*t, e.kept())
 }
 
 // led makes a trail that ends with the finding's own event its evidence.

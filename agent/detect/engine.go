@@ -43,6 +43,9 @@ type Engine struct {
 	spread spread
 	raw    *Process // that last opened a raw socket on this node
 	rawAt  time.Time
+
+	event  Event  // that is looked at,
+	moment moment // and what it is; both used again for each
 }
 
 // NewEngine makes an engine; nil = the default configuration.
@@ -65,12 +68,14 @@ var detectors = []func(*Engine, *moment) []Finding{
 }
 
 // See takes in an event and returns what it makes suspicious. A finding may come
-// again and again, with the same key; Findings puts them together.
+// again and again, with the same key; Findings puts them together. It keeps nothing of
+// the event.
 func (g *Engine) See(e Event) []Finding {
 	if (e.Flow == nil) == (e.Signal == nil) {
 		return nil
 	}
-	m := g.look(&e)
+	g.event = e
+	m := g.look(&g.event)
 	g.remember(m)
 	var found []Finding
 	for _, d := range detectors {
@@ -153,7 +158,7 @@ func (a *actor) named(m *moment) (found []Finding) {
 		}
 		if m.at.Sub(u.at) <= namedWithin {
 			f := u.finding
-			f.Count, f.Process, f.Evidence = 0, m.process, []Event{*m.event}
+			f.Count, f.Process, f.Evidence = 0, m.doer(), []Event{m.event.kept()}
 			found = append(found, f)
 		}
 		return true

@@ -9,8 +9,7 @@ var adminPorts = map[uint16]Technique{
 
 // fanOut finds who administers many hosts, whether it was let in or not.
 func fanOut(g *Engine, m *moment) []Finding {
-	technique, admin := adminPorts[m.peer.Port]
-	if m.contact == noContact || m.proto != "tcp" || !admin {
+	if m.contact == noContact || m.proto != "tcp" || !m.admin {
 		return nil
 	}
 	c, now := g.config.FanOut, m.target()
@@ -19,7 +18,7 @@ func fanOut(g *Engine, m *moment) []Finding {
 	if hosts < c.Count {
 		return nil
 	}
-	f := m.finding("fan-out", technique, Medium, 70, portName(now), "went to %s of %d hosts within %s", portName(now), hosts, c.Within)
+	f := m.finding("fan-out", m.technique, Medium, 70, portName(now), "went to %s of %d hosts within %s", portName(now), hosts, c.Within)
 	f.Advice = "Who administers many hosts belongs into a workload with the role bastion or management. Look for who logged in where."
 	f.led(m.actors.logins)
 	return []Finding{f}

@@ -10,12 +10,12 @@ import (
 // certain. Old proofs come from clocks and rotated keys, too, so those are counted.
 func forgery(g *Engine, m *moment) []Finding {
 	var reason abi.Reason
-	egress, claimed := false, ""
+	egress := false
 	switch f, s := m.event.Flow, m.event.Signal; {
 	case f != nil:
-		reason, egress, claimed = f.Reason, f.Direction == abi.Egress, claim(&f.Source, &f.Destination)
+		reason, egress = f.Reason, f.Direction == abi.Egress
 	case s.Kind == Proof && reason.UnmarshalText([]byte(s.Cause)) == nil:
-		egress, claimed = s.Direction != abi.Ingress.String(), claim(&s.Peer)
+		egress = s.Direction != abi.Ingress.String()
 	}
 	stale := false
 	switch reason {
@@ -32,6 +32,12 @@ func forgery(g *Engine, m *moment) []Finding {
 		peer.actors, peer.key = g.actors.get(peer.key, m.at, forgetAfter)
 		peer.process = nil
 		m = &peer
+	}
+	var claimed string
+	if f := m.event.Flow; f != nil {
+		claimed = claim(&f.Source, &f.Destination)
+	} else {
+		claimed = claim(&m.event.Signal.Peer)
 	}
 	severity, confidence, certain := High, uint8(95), true
 	if stale {

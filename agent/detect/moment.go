@@ -20,9 +20,13 @@ type moment struct {
 
 	actor   Party // who opened the flow, or did what the signal says
 	key     who
-	process *Process
+	process *Process      // not to be kept: see doer
+	self    Process       // what it points to
 	peer    flow.Endpoint // whom it was about; the zero value where there is none
 	proto   string
+
+	technique Technique // of moving on by the peer's port,
+	admin     bool      // which is one for administration
 
 	contact outcome // of a contact with peer, if it is about one
 	actors  *actor  // what is remembered of the actor
@@ -58,12 +62,15 @@ func (m *moment) target() target { return target{m.peer.Address, m.peer.Port, m.
 
 // look takes an event apart.
 func (g *Engine) look(e *Event) *moment {
-	m := &moment{config: g.config, policy: g.policy, event: e}
+	m := &g.moment
+	*m = moment{}
+	m.config, m.policy, m.event = g.config, g.policy, e
 	if f := e.Flow; f != nil {
 		m.ofFlow(f)
 	} else {
 		m.ofSignal(e.Signal)
 	}
+	m.technique, m.admin = adminPorts[m.peer.Port]
 	m.actors, m.key = g.actors.get(m.key, m.at, forgetAfter)
 	return m
 }
@@ -72,7 +79,8 @@ func (m *moment) ofFlow(f *flow.Flow) {
 	m.at, m.node, m.proto, m.peer = f.Time, f.Node, f.Protocol, f.Destination
 	m.actor, m.key = party(&f.Source, f.Direction == abi.Egress)
 	if f.PID != 0 && f.Direction == abi.Egress {
-		m.process = &Process{PID: f.PID, Comm: f.Comm, Cgroup: f.Source.Cgroup}
+		m.self = Process{PID: f.PID, Comm: f.Comm, Cgroup: f.Source.Cgroup}
+		m.process = &m.self
 	}
 	if !f.Destination.Address.IsValid() {
 		return
@@ -96,7 +104,8 @@ func (m *moment) ofSignal(s *Signal) {
 	} else {
 		m.actor, m.key = party(&self, true)
 		if s.PID != 0 {
-			m.process = &Process{PID: s.PID, StartTime: s.StartTime, Comm: s.Comm, Exe: s.Exe, Cgroup: s.Cgroup, UID: s.UID}
+			m.self = Process{PID: s.PID, StartTime: s.StartTime, Comm: s.Comm, Exe: s.Exe, Cgroup: s.Cgroup, UID: s.UID}
+			m.process = &m.self
 		}
 	}
 	if !m.peer.Address.IsValid() {
@@ -113,6 +122,15 @@ func (m *moment) ofSignal(s *Signal) {
 			m.contact = denied
 		}
 	}
+}
+
+// doer is the process for longer than the moment, or nil.
+func (m *moment) doer() *Process {
+	if m.process == nil {
+		return nil
+	}
+	p := *m.process
+	return &p
 }
 
 // kind of the signal; 0 for a flow.
@@ -161,8 +179,8 @@ func party(e *flow.Endpoint, judged bool) (Party, who) {
 func (m *moment) finding(detector string, t Technique, s Severity, confidence uint8, key, title string, args ...any) Finding {
 	return Finding{
 		Key: fmt.Sprintf("%s|%s|%s", detector, m.label(), key), Detector: detector, Technique: t, Severity: s, Confidence: confidence,
-		Title: m.actor.Label() + " " + fmt.Sprintf(title, args...), Node: m.node, Subject: m.actor, Process: m.process,
-		FirstSeen: m.at, LastSeen: m.at, Count: 1, Evidence: []Event{*m.event},
+		Title: m.actor.Label() + " " + fmt.Sprintf(title, args...), Node: m.node, Subject: m.actor, Process: m.doer(),
+		FirstSeen: m.at, LastSeen: m.at, Count: 1, Evidence: []Event{m.event.kept()},
 	}
 }
 

@@ -1,6 +1,7 @@
 package detect
 
 import (
+	"net/netip"
 	"time"
 
 	"github.com/demarc/demarc/agent/flow"
@@ -9,7 +10,7 @@ import (
 // edges are the uses that a party made of crossings: whom it reached, on which
 // port.
 type edges struct {
-	known recent[target]
+	known recent[edge]
 	since time.Time // of the first flow, or of the last change of the policy
 	epoch uint32
 	day   time.Time // when today's drift began
@@ -52,11 +53,17 @@ func newEdge(g *Engine, m *moment) []Finding {
 	return []Finding{found}
 }
 
-// edgeTo is a peer by what is known of it: where it has an identity, all its
-// addresses are the same.
-func edgeTo(peer *flow.Endpoint, proto string) target {
+// edge is a peer by what is known of it: where it has an identity, all its addresses
+// are the same.
+type edge struct {
+	target
+	identity uint32 // 0 = not proved; then it is the address
+}
+
+func edgeTo(peer *flow.Endpoint, proto string) edge {
+	to := edge{target: target{peer.Address, peer.Port, proto}}
 	if peer.Identity != 0 && !peer.Claimed {
-		return target{port: peer.Port, proto: proto + " " + peer.Label()}
+		to.identity, to.address = peer.Identity, netip.Addr{}
 	}
-	return target{peer.Address, peer.Port, proto}
+	return to
 }

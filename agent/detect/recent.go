@@ -21,10 +21,17 @@ type item[K comparable] struct {
 // within span before at are forgotten first.
 func (r *recent[K]) see(value K, at time.Time, span time.Duration, room int, mark uint8) bool {
 	r.forget(at.Add(-span))
-	i := slices.IndexFunc(r.items, func(i item[K]) bool { return i.value == value })
+	i := len(r.items) - 1 // what comes again was mostly there a moment ago
+	for i >= 0 && r.items[i].value != value {
+		i--
+	}
 	fresh := i < 0
 	if !fresh {
 		mark = max(mark, r.items[i].mark)
+		if last := len(r.items) - 1; i == last {
+			r.items[i].at, r.items[i].mark = latest(at, r.items[i].at), mark
+			return false
+		}
 		r.items = slices.Delete(r.items, i, i+1)
 	}
 	if len(r.items) >= room {
@@ -109,7 +116,7 @@ const (
 // bounded places; those that find none share one with their neighbours, so that
 // what they do together is still seen.
 type roster[T any] struct {
-	workloads map[who]*T
+	workloads map[uint32]*T // by identity
 	others    map[who]*entry[T]
 	shared    map[who]*T
 	swept     time.Time // when others was last looked through
@@ -124,13 +131,13 @@ type entry[T any] struct {
 // within idle may be forgotten.
 func (r *roster[T]) get(w who, at time.Time, idle time.Duration) (*T, who) {
 	if r.workloads == nil {
-		r.workloads, r.others, r.shared = map[who]*T{}, map[who]*entry[T]{}, map[who]*T{}
+		r.workloads, r.others, r.shared = map[uint32]*T{}, map[who]*entry[T]{}, map[who]*T{}
 	}
 	if w.identity != 0 && w.cgroup == "" {
-		v := r.workloads[w]
+		v := r.workloads[w.identity]
 		if v == nil {
 			v = new(T)
-			r.workloads[w] = v
+			r.workloads[w.identity] = v
 		}
 		return v, w
 	}

@@ -174,8 +174,18 @@ func (e Event) Time() time.Time {
 	return time.Time{}
 }
 
+// kept is the event for longer than the detectors look at it: a flow's memory is used
+// for the next one.
+func (e *Event) kept() Event {
+	if e.Flow == nil {
+		return *e
+	}
+	f := *e.Flow
+	return Event{Flow: &f}
+}
+
 // Source gives events in the order they were seen. Next waits for one; io.EOF ends
-// a recorded source, and the context's error a live one.
+// a recorded source, and the context's error a live one. A flow holds until the next call.
 type Source interface {
 	Next(ctx context.Context) (Event, error)
 }

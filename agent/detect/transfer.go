@@ -5,8 +5,7 @@ import "time"
 // transfer finds a file on an edge that is there for administration: many bytes,
 // nearly all of them one way, and many more than that edge usually carries.
 func transfer(g *Engine, m *moment) []Finding {
-	_, admin := adminPorts[m.peer.Port]
-	if m.kind() != Transfer || !admin {
+	if m.kind() != Transfer || !m.admin {
 		return nil
 	}
 	s, c := m.event.Signal, g.config.Transfer
@@ -27,17 +26,17 @@ func transfer(g *Engine, m *moment) []Finding {
 // volumes is what edges usually carry: a moving average, for a few edges each. An
 // edge that is not remembered has no usual volume.
 type volumes struct {
-	edges recent[target]
-	usual map[target]float64
+	edges recent[edge]
+	usual map[edge]float64
 }
 
 const volumesKept = 64
 
 // see takes in what an edge carried, and returns what was usual before.
-func (v *volumes) see(to target, at time.Time, bytes uint64) float64 {
+func (v *volumes) see(to edge, at time.Time, bytes uint64) float64 {
 	const weight = 0.2 // of the newest
 	if v.usual == nil {
-		v.usual = map[target]float64{}
+		v.usual = map[edge]float64{}
 	}
 	v.edges.see(to, at, forgetAfter*30, volumesKept, 0)
 	before, known := v.usual[to]
@@ -47,7 +46,7 @@ func (v *volumes) see(to target, at time.Time, bytes uint64) float64 {
 		v.usual[to] = before + weight*(float64(bytes)-before)
 	}
 	for k := range v.usual {
-		if len(v.usual) > volumesKept && v.edges.count(func(i item[target]) bool { return i.value == k }) == 0 {
+		if len(v.usual) > volumesKept && v.edges.count(func(i item[edge]) bool { return i.value == k }) == 0 {
 			delete(v.usual, k)
 		}
 	}

@@ -49,34 +49,59 @@ func DecodeEvent(b []byte, e *record.Event) error {
 
 // Gaps finds lost events by their sequence numbers, which run from 1 without a
 // gap for each CPU of a ring. The zero value is ready. Not for concurrent use.
-type Gaps struct{ cpus map[uint32]span }
+type Gaps struct {
+	near []span          // of the CPUs with low numbers, which are looked at for each event
+	far  map[uint32]span // of others
+}
 
-type span struct{ first, last uint64 }
+// span is what was seen of one CPU.
+type span struct {
+	first, last uint64
+	seen        bool // the zero value is a CPU that nothing is known of
+}
+
+// nearCPUs bounds the list: a number may come from a file, too.
+const nearCPUs = 1024
+
+func (g *Gaps) set(cpu uint32, s span) {
+	if cpu >= nearCPUs {
+		if g.far == nil {
+			g.far = make(map[uint32]span)
+		}
+		g.far[cpu] = s
+		return
+	}
+	for int(cpu) >= len(g.near) {
+		g.near = append(g.near, span{})
+	}
+	g.near[cpu] = s
+}
 
 // Resume sets that a CPU's events up to a number were seen before.
-func (g *Gaps) Resume(cpu uint32, seq uint64) {
-	if g.cpus == nil {
-		g.cpus = make(map[uint32]span)
-	}
-	g.cpus[cpu] = span{first: seq, last: seq}
-}
+func (g *Gaps) Resume(cpu uint32, seq uint64) { g.set(cpu, span{first: seq, last: seq, seen: true}) }
 
 // See takes the next event's CPU and number and returns how many events are now
 // known to be lost: more than zero at a gap, -1 when an event that was counted as
 // lost arrives after all (an interrupt on the same CPU may overtake), 0 otherwise.
 // The first event of a CPU sets where counting starts.
 func (g *Gaps) See(cpu uint32, seq uint64) int64 {
-	s, ok := g.cpus[cpu]
+	if int(cpu) < len(g.near) {
+		return g.near[cpu].see(seq)
+	}
+	s := g.far[cpu]
+	lost := s.see(seq)
+	g.set(cpu, s)
+	return lost
+}
+
+func (s *span) see(seq uint64) int64 {
 	switch {
-	case !ok:
-		if g.cpus == nil {
-			g.cpus = make(map[uint32]span)
-		}
-		g.cpus[cpu] = span{first: seq, last: seq}
-		return 0
+	case !s.seen:
+		*s = span{first: seq, last: seq, seen: true}
 	case seq > s.last:
-		g.cpus[cpu] = span{first: s.first, last: seq}
-		return int64(seq - s.last - 1)
+		lost := int64(seq - s.last - 1)
+		s.last = seq
+		return lost
 	case seq > s.first && seq < s.last:
 		return -1
 	}

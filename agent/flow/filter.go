@@ -227,7 +227,7 @@ func parseProtocol(s string) (func(*Flow) bool, error) {
 	word := strings.ToLower(s)
 	known := strings.HasPrefix(word, "proto-")
 	for _, name := range protocols {
-		known = known || name == word
+		known = known || name != "" && name == word
 	}
 	if !known {
 		return nil, fmt.Errorf("unknown protocol %q", s)

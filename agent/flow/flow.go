@@ -3,6 +3,7 @@ package flow
 import (
 	"bytes"
 	"net/netip"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -43,7 +44,7 @@ type Endpoint struct {
 	Zone     string     `json:"zone,omitempty"`
 	Reserved string     `json:"reserved,omitempty"` // unmanaged, kernel, pending
 	Claimed  bool       `json:"claimed,omitempty"`  // the identity was claimed with a bad proof: do not believe it
-	Networks []string   `json:"networks,omitempty"` // that contain the address; only where nothing was proved
+	Networks []string   `json:"networks,omitempty"` // that contain the address; only where nothing was proved; shared between flows
 	Cgroup   string     `json:"cgroup,omitempty"`   // path below the managed root; only of the judged side
 
 	// What the inventory calls the cgroup; of a pod's containers all of it may be known.
@@ -75,6 +76,7 @@ func (f *Flow) Inert() {
 		*s = inert(*s)
 	}
 	for _, e := range []*Endpoint{&f.Source, &f.Destination} {
+		e.Networks = slices.Clone(e.Networks)
 		for i := range e.Networks {
 			e.Networks[i] = inert(e.Networks[i])
 		}
@@ -145,18 +147,15 @@ func ReservedName(id uint32) string {
 
 // protocols by IANA number; UDP-Lite and IGMP are no words of the policy language,
 // but they are what users see in captures.
-var protocols = map[uint8]string{
-	uint8(image.ICMP): "icmp", 2: "igmp", uint8(image.TCP): "tcp", uint8(image.UDP): "udp", 47: "gre", 50: "esp", 51: "ah",
-	uint8(image.ICMP6): "icmp6", uint8(image.SCTP): "sctp", 136: "udplite",
+var protocols = [256]string{
+	image.ICMP: "icmp", 2: "igmp", image.TCP: "tcp", image.UDP: "udp", 47: "gre", 50: "esp", 51: "ah",
+	image.ICMP6: "icmp6", image.SCTP: "sctp", 136: "udplite",
 }
 
 // ProtocolName names an IP protocol; 0, which no packet carries here, is "".
 func ProtocolName(p uint8) string {
-	switch name, ok := protocols[p]; {
-	case ok:
+	if name := protocols[p]; name != "" || p == 0 {
 		return name
-	case p == 0:
-		return ""
 	}
 	return "proto-" + strconv.Itoa(int(p))
 }
@@ -179,20 +178,21 @@ func (r *Resolver) Flow(e *record.Event) Flow {
 	return f
 }
 
-// Resolve is Flow into a flow that may be used again and again.
+// Resolve is Flow into a flow that may be used again and again. It allocates nothing
+// for what is named by a policy.
 func (r *Resolver) Resolve(e *record.Event, f *Flow) {
-	*f = Flow{
-		Time: r.Wall(e.Time), Node: r.Node,
-		Verdict: e.Verdict, Reason: e.Reason, Direction: e.Direction, Hook: e.Hook, Proof: e.Proof,
-		Protocol: ProtocolName(e.Tuple.Proto),
-		PID:      e.PID, Comm: printable(e.Comm[:]), CPU: e.CPU, Seq: e.Seq, Epoch: e.Epoch,
-	}
+	// Field by field: a literal would be made aside, and copied.
+	*f = Flow{}
+	f.Time, f.Node = r.Wall(e.Time), r.Node
+	f.Verdict, f.Reason, f.Direction, f.Hook, f.Proof = e.Verdict, e.Reason, e.Direction, e.Hook, e.Proof
+	f.Protocol = ProtocolName(e.Tuple.Proto)
+	f.PID, f.Comm, f.CPU, f.Seq, f.Epoch = e.PID, printable(e.Comm[:]), e.CPU, e.Seq, e.Epoch
 	epoch := e.Epoch
 	if e.Verdict.OfShadow() {
 		epoch = ofShadow
 	}
-	f.Source = Endpoint{Address: address(e.Tuple.Source), Port: e.Tuple.SourcePort}
-	f.Destination = Endpoint{Address: address(e.Tuple.Destination), Port: e.Tuple.DestinationPort}
+	f.Source.Address, f.Source.Port = address(e.Tuple.Source), e.Tuple.SourcePort
+	f.Destination.Address, f.Destination.Port = address(e.Tuple.Destination), e.Tuple.DestinationPort
 	subject, peer := &f.Source, &f.Destination
 	if e.Direction == abi.Ingress {
 		subject, peer = peer, subject
@@ -216,9 +216,12 @@ func (r *Resolver) Resolve(e *record.Event, f *Flow) {
 	if e.Proof != abi.ProofIdentity {
 		peer.Networks = r.Book.Networks(epoch, peer.Address)
 	}
-	if c, ok := r.Book.Crossing(epoch, e.Crossing); ok && e.Crossing != 0 {
+	if e.Crossing == 0 {
+		return
+	}
+	if c := r.Book.Crossing(epoch, e.Crossing); c != nil {
 		f.Crossing, f.Line = c.Name, c.Line
-	} else if e.Crossing != 0 {
+	} else {
 		f.Crossing = "crossing-" + strconv.FormatUint(uint64(e.Crossing), 10)
 	}
 }
@@ -246,6 +249,9 @@ func address(b [16]byte) netip.Addr {
 func printable(b []byte) string {
 	if i := bytes.IndexByte(b, 0); i >= 0 {
 		b = b[:i]
+	}
+	if len(b) == 0 {
+		return ""
 	}
 	return Escape(string(b))
 }

@@ -5,14 +5,49 @@ import (
 	"net/netip"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
 )
 
 // AppendJSON adds a flow as JSON, byte for byte as encoding/json writes it, to b. It
 // takes a fifth of the time, which is what a reader of every flow is worth.
-func (f *Flow) AppendJSON(b []byte) []byte {
+func (f *Flow) AppendJSON(b []byte) []byte { return new(JSON).Append(b, f) }
+
+// JSON writes one flow after the other. It keeps what a flow's text has in common with the
+// next one's. The zero value is ready; it belongs to one goroutine.
+type JSON struct {
+	second int64  // since 1970
+	stamp  []byte // of that second, up to its fraction; empty = of none
+}
+
+// appendTime is AppendFormat by time.RFC3339Nano.
+func (j *JSON) appendTime(b []byte, t time.Time) []byte {
+	if t.Location() != time.UTC {
+		return t.AppendFormat(b, time.RFC3339Nano)
+	}
+	if second := t.Unix(); second != j.second || len(j.stamp) == 0 {
+		j.second, j.stamp = second, t.AppendFormat(j.stamp[:0], "2006-01-02T15:04:05")
+	}
+	b = append(b, j.stamp...)
+	if fraction := t.Nanosecond(); fraction != 0 {
+		digits := [10]byte{'.'}
+		for i := 9; i > 0; i-- {
+			digits[i] = '0' + byte(fraction%10)
+			fraction /= 10
+		}
+		end := len(digits)
+		for digits[end-1] == '0' {
+			end--
+		}
+		b = append(b, digits[:end]...)
+	}
+	return append(b, 'Z')
+}
+
+// Append is AppendJSON.
+func (j *JSON) Append(b []byte, f *Flow) []byte {
 	b = append(b, `{"time":"`...)
-	b = f.Time.AppendFormat(b, time.RFC3339Nano)
+	b = j.appendTime(b, f.Time)
 	b = append(b, '"')
 	b = appendText(b, `,"node":`, f.Node)
 	b = appendWord(b, `,"verdict":"`, f.Verdict.String())
@@ -36,8 +71,7 @@ func (f *Flow) AppendJSON(b []byte) []byte {
 }
 
 func (e *Endpoint) appendJSON(b []byte) []byte {
-	b = append(b, '{')
-	start := len(b)
+	start := len(b) // each field begins with a comma, and the first one's becomes the brace
 	if e.Address != (netip.Addr{}) {
 		b = append(b, `,"address":"`...)
 		b = append(e.Address.AppendTo(b), '"')
@@ -75,9 +109,10 @@ func (e *Endpoint) appendJSON(b []byte) []byte {
 		}
 		b = append(b, '}')
 	}
-	if len(b) > start { // the first field has a comma too many
-		b = append(b[:start], b[start+1:]...)
+	if len(b) == start {
+		return append(b, "{}"...)
 	}
+	b[start] = '{'
 	return append(b, '}')
 }
 
@@ -101,12 +136,25 @@ func appendNumber(b []byte, key string, n uint64) []byte {
 	return strconv.AppendUint(append(b, key...), n, 10)
 }
 
+// isClean are the characters that stand for themselves in a string.
+var isClean = func() (clean [256]bool) {
+	for c := 0x20; c <= 0x7e; c++ {
+		clean[c] = !strings.ContainsRune(`"\<>&`, rune(c))
+	}
+	return clean
+}()
+
 // appendString adds a quoted string. Anything beyond ASCII is none of what demarc
 // lets in, and is escaped byte for byte as a flow's other strings are.
 func appendString(b []byte, s string) []byte {
 	const hex = "0123456789abcdef"
 	b = append(b, '"')
-	for i := 0; i < len(s); i++ {
+	clean := 0
+	for clean < len(s) && isClean[s[clean]] {
+		clean++
+	}
+	b = append(b, s[:clean]...)
+	for i := clean; i < len(s); i++ {
 		switch c := s[i]; {
 		case c == '"' || c == '\\':
 			b = append(b, '\\', c)

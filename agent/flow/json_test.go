@@ -64,6 +64,25 @@ func TestAppendJSONIsThatOfTheLibrary(t *testing.T) {
 	})
 }
 
+// One flow's time says nothing of the next one's.
+func TestJSONTimes(t *testing.T) {
+	var j JSON
+	start := time.Date(2026, 11, 28, 23, 59, 59, 0, time.UTC)
+	for _, at := range []time.Time{
+		{}, start, start.Add(1), start.Add(120_000_000), start.Add(999_999_999), start.Add(time.Second), start, start.Add(24 * time.Hour),
+		time.Unix(0, 0).UTC(), time.Unix(-1, 5).UTC(), start.In(time.FixedZone("", 3600)), start, time.Date(2026, 11, 28, 23, 59, 59, 5, time.UTC),
+	} {
+		f := &Flow{Time: at, Hook: record.HookConnect}
+		want, err := json.Marshal(f)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if d := cmp.Diff(string(want), string(j.Append(nil, f))); d != "" {
+			t.Errorf("%s (-want +got):\n%s", at, d)
+		}
+	}
+}
+
 // What no flow should hold is escaped all the same.
 func TestAppendJSONMovesNoCursor(t *testing.T) {
 	f := &Flow{Comm: "\x1b]0;\x07\u009b\xff\n\"\\<&", Hook: record.HookConnect}

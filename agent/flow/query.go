@@ -38,7 +38,7 @@ type History interface {
 }
 
 // batch is how many events are taken off the store at a time.
-const batch = 256
+const batch = 512
 
 // Run answers a query from a store, and from a history, which may be nil, where the
 // query asks for a time. It returns at the answer's end, or when ctx ends, or with the
@@ -47,7 +47,7 @@ func (q *Query) Run(ctx context.Context, store *Store, history History, resolver
 	if err := sink.Flush(); err != nil {
 		return err
 	}
-	a := answer{Query: q, resolver: resolver, sink: sink}
+	a := answer{Query: q, resolver: resolver, sink: sink, events: make([]record.Event, batch)}
 	lost := Loss{}
 	lose := func(l Loss) error {
 		lost.add(l)
@@ -100,7 +100,8 @@ type answer struct {
 	resolver *Resolver
 	sink     Sink
 	sent     int
-	newest   []Flow // with Last: twice as many as asked for, at most
+	newest   []Flow         // with Last: twice as many as asked for, at most
+	events   []record.Event // used again for each batch
 }
 
 // kept takes a flow of those that there are already.
@@ -119,10 +120,9 @@ func (a *answer) kept(f *Flow) error {
 
 // drain hands on everything in the store that the query selects.
 func (a *answer) drain(c *Cursor, take func(*Flow) error, lose func(Loss) error) error {
-	var events [batch]record.Event
 	var f Flow
 	for !a.done() {
-		n, lost := c.Read(events[:])
+		n, lost := c.Read(a.events)
 		if lost.Total() > 0 {
 			if err := lose(lost); err != nil {
 				return err
@@ -131,8 +131,8 @@ func (a *answer) drain(c *Cursor, take func(*Flow) error, lose func(Loss) error)
 		if n == 0 {
 			return nil
 		}
-		for i := range events[:n] {
-			a.resolver.Resolve(&events[i], &f)
+		for i := range n {
+			a.resolver.Resolve(&a.events[i], &f)
 			if a.selects(&f) && !a.done() {
 				if err := take(&f); err != nil {
 					return err

@@ -35,6 +35,27 @@ func (b *buffer) oldest() uint64 {
 	return 0
 }
 
+// add keeps events; what there is no room for is pushed out, oldest first.
+func (b *buffer) add(events []record.Event) {
+	for len(events) > 0 {
+		n := copy(b.kept[b.next%uint64(len(b.kept)):], events)
+		b.next += uint64(n)
+		events = events[n:]
+	}
+}
+
+// read copies events from a number on, and returns how many there were.
+func (b *buffer) read(from uint64, events []record.Event) (n int) {
+	for n < len(events) && from != b.next {
+		at := from % uint64(len(b.kept))
+		end := min(uint64(len(b.kept)), at+b.next-from)
+		copied := copy(events[n:], b.kept[at:end])
+		n += copied
+		from += uint64(copied)
+	}
+	return n
+}
+
 // NewStore makes a store for size events a ring.
 func NewStore(size int) *Store {
 	s := &Store{}
@@ -60,11 +81,7 @@ func (s *Store) AddAll(ring int, events []record.Event) {
 		return
 	}
 	s.mu.Lock()
-	b := &s.rings[ring]
-	for i := range events {
-		b.kept[b.next%uint64(len(b.kept))] = events[i]
-		b.next++
-	}
+	s.rings[ring].add(events)
 	s.wake()
 	s.mu.Unlock()
 }
@@ -183,6 +200,20 @@ func (c *Cursor) Read(events []record.Event) (int, Loss) {
 			c.missed[i] = b.missed
 		}
 	}
+	ring, several := -1, false
+	for i := range s.rings {
+		if c.at[i] != s.rings[i].next {
+			ring, several = i, ring >= 0
+		}
+	}
+	if !several {
+		if ring < 0 {
+			return 0, loss
+		}
+		n := s.rings[ring].read(c.at[ring], events)
+		c.at[ring] += uint64(n)
+		return n, loss
+	}
 	n := 0
 	for ; n < len(events); n++ {
 		var first *record.Event
@@ -205,50 +236,38 @@ func (c *Cursor) Read(events []record.Event) (int, Loss) {
 	return n, loss
 }
 
+// already is closed.
+var already = func() chan struct{} { c := make(chan struct{}); close(c); return c }()
+
 // Changed is closed when something is new, or when the store is closed.
 func (c *Cursor) Changed() <-chan struct{} {
 	s := c.store
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	for i := range s.rings {
+		if s.closed || c.at[i] != s.rings[i].next || c.missed[i] < s.rings[i].missed {
+			return already
+		}
+	}
 	if s.changed == nil {
 		s.changed = make(chan struct{})
 	}
-	changed := s.changed
-	for i := range s.rings {
-		b := &s.rings[i]
-		if s.closed || c.at[i] != b.next || c.missed[i] < b.missed {
-			now := make(chan struct{})
-			close(now)
-			return now
-		}
-	}
-	return changed
+	return s.changed
+}
+
+// Closed says whether the store was closed: nothing more comes.
+func (c *Cursor) Closed() bool {
+	c.store.mu.Lock()
+	defer c.store.mu.Unlock()
+	return c.store.closed
 }
 
 // Wait returns when something is new, with false when ctx or the store ended.
 func (c *Cursor) Wait(ctx context.Context) bool {
-	for {
-		s := c.store
-		s.mu.Lock()
-		if s.closed {
-			s.mu.Unlock()
-			return false
-		}
-		for i, b := range s.rings {
-			if c.at[i] != b.next || c.missed[i] < b.missed {
-				s.mu.Unlock()
-				return true
-			}
-		}
-		if s.changed == nil {
-			s.changed = make(chan struct{})
-		}
-		changed := s.changed
-		s.mu.Unlock()
-		select {
-		case <-ctx.Done():
-			return false
-		case <-changed:
-		}
+	select {
+	case <-ctx.Done():
+		return false
+	case <-c.Changed():
 	}
+	return !c.Closed()
 }

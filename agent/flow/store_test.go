@@ -146,3 +146,36 @@ func TestWait(t *testing.T) {
 		check("after the store closed", false)
 	})
 }
+
+// Many at once are kept and read as one after the other would be, wherever the store's
+// end lies.
+func TestManyAtOnce(t *testing.T) {
+	const size = 7
+	s := NewStore(size)
+	c := s.Oldest()
+	made, at := uint64(0), uint64(0) // numbers of the last event made, and of the last read or lost
+	for i := range 500 {
+		all := make([]record.Event, i%17)
+		for j := range all {
+			made++
+			all[j].Time = made
+		}
+		s.AddAll(record.RingAllowed, all)
+		for _, room := range []int{i % 3, i % 11} {
+			got := make([]record.Event, room)
+			n, lost := c.Read(got)
+			at += lost.Agent
+			if oldest := made - min(made, size); lost.Total() > 0 && at != oldest {
+				t.Fatalf("turn %d: %d are lost, up to %d, want %d", i, lost.Total(), at, oldest)
+			}
+			if want := min(room, int(made-at)); n != want {
+				t.Fatalf("turn %d: %d were read, want %d", i, n, want)
+			}
+			for _, e := range got[:n] {
+				if at++; e.Time != at {
+					t.Fatalf("turn %d: event %d was read, want %d", i, e.Time, at)
+				}
+			}
+		}
+	}
+}

@@ -73,6 +73,7 @@ type Journal struct {
 	// Of the writer.
 	cursor *flow.Cursor
 	text   []byte
+	json   flow.JSON // of that text
 	head   header
 	zip    *flate.Writer
 	at     [record.Rings]map[uint32]uint64 // events taken, by CPU
@@ -209,7 +210,7 @@ func (j *Journal) take() {
 			if j.head.Count == 0 || at > j.head.Last {
 				j.head.Last = at
 			}
-			j.text = append(f.AppendJSON(j.text), '\n')
+			j.text = append(j.json.Append(j.text, &f), '\n')
 			j.head.Count++
 			cpus := j.at[flow.Ring(e.Verdict)]
 			cpus[e.CPU] = max(cpus[e.CPU], e.Seq)

@@ -105,6 +105,19 @@ func (r *Reader) Read(buf []byte) (record []byte, more bool, err error) {
 	return record, more, errors.Join(err, problem)
 }
 
+// Take is Read that does not wait, and does not ask the runtime, which costs more than
+// what it does for a record: found is false where nothing is there, and where only Read
+// can tell.
+func (r *Reader) Take(buf []byte) (record []byte, more, found bool, err error) {
+	return r.take(stay, buf)
+}
+
+// stay stands for a descriptor where the window may not be moved: who does not wait by the
+// runtime does not know that the file is still open.
+const stay = -1
+
+var errMove = errors.New("the window would have to be moved")
+
 // Of a record's header, see bpf_ringbuf_hdr of the kernel.
 const (
 	headerSize = 8
@@ -116,6 +129,14 @@ const (
 func (r *Reader) take(fd int, buf []byte) (record []byte, more, found bool, err error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	record, more, found, err = r.next(fd, buf)
+	if errors.Is(err, errMove) {
+		return nil, false, false, nil
+	}
+	return record, more, found, err
+}
+
+func (r *Reader) next(fd int, buf []byte) (record []byte, more, found bool, err error) {
 	if r.consumer == nil {
 		return nil, false, false, nil
 	}
@@ -176,6 +197,9 @@ func (r *Reader) at(fd int, position uint64) ([]byte, error) {
 	offset := position & (r.size - 1)
 	start := offset &^ (width - 1)
 	if r.window == nil || start != r.start {
+		if fd == stay {
+			return nil, errMove
+		}
 		if r.window != nil {
 			if err := unix.Munmap(r.window); err != nil {
 				return nil, fmt.Errorf("move the window: %w", err)

@@ -118,8 +118,15 @@ func TestRead(t *testing.T) {
 				if n, want := r.Available(), (burst+2)*(recordSize+12); n != want {
 					t.Fatalf("%d bytes are there, want %d", n, want)
 				}
+				took := 0
 				for i := range burst + 1 {
-					record, more, err := r.Read(buf)
+					record, more, found, err := r.Take(buf)
+					if found {
+						took++
+					} else {
+						check(t, err)
+						record, more, err = r.Read(buf)
+					}
 					check(t, err)
 					if n := number(t, record); n != want {
 						t.Fatalf("record %d, want %d", n, want)
@@ -129,6 +136,13 @@ func TestRead(t *testing.T) {
 					}
 					want++
 					buf = record
+				}
+				// Only where the window moves it cannot be taken without waiting.
+				if took == burst+1 && tt.size > windowSize || took < burst-1 {
+					t.Errorf("%d of %d were taken without waiting", took, burst+1)
+				}
+				if _, _, found, err := r.Take(buf); found || err != nil {
+					t.Errorf("one more was taken: %v", err)
 				}
 			}
 		})
@@ -175,6 +189,9 @@ func TestWait(t *testing.T) {
 	}
 	if _, _, err := r.Read(nil); !errors.Is(err, os.ErrClosed) {
 		t.Errorf("closed: %v", err)
+	}
+	if _, _, found, err := r.Take(nil); found || err != nil {
+		t.Errorf("closed: one was taken: %v", err)
 	}
 	if n := r.Available(); n != 0 {
 		t.Errorf("closed: %d bytes are there", n)

@@ -73,24 +73,21 @@ func (r *Reader) each(what string, open, end byte, element func() error) error {
 // Raw is the next string, number or word as it stands in the text.
 func (r *Reader) Raw() ([]byte, error) {
 	r.Next()
-	rest := r.text[r.at:]
-	n := bytes.IndexAny(rest, "{}[],: \t\r\n")
-	if n < 0 {
+	rest, n := r.text[r.at:], 1
+	if bytes.HasPrefix(rest, []byte(`"`)) {
+		for escaped := true; escaped; n++ {
+			end := bytes.IndexByte(rest[n:], '"')
+			if end < 0 {
+				return nil, r.Fail("the string does not end")
+			}
+			n += end
+			escaped = (n-len(bytes.TrimRight(rest[:n], `\`)))%2 != 0
+		}
+	} else if n = bytes.IndexAny(rest, "{}[],: \t\r\n"); n < 0 {
 		n = len(rest)
 	}
-	if bytes.HasPrefix(rest, []byte(`"`)) {
-		for n = 1; n < len(rest) && rest[n] != '"'; n++ {
-			if rest[n] == '\\' {
-				n++
-			}
-		}
-		n++
-	}
-	switch {
-	case n == 0:
+	if n == 0 {
 		return nil, r.Fail("a plain value is needed here")
-	case n > len(rest):
-		return nil, r.Fail("the string does not end")
 	}
 	r.end = r.at + n
 	return rest[:n], nil

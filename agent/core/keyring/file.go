@@ -4,6 +4,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -34,21 +35,14 @@ func Read(file string) (*Ring, error) {
 	}
 	text := make([]byte, maxFile+1)
 	defer clear(text)
-	n := 0
-	for n < len(text) {
-		more, err := unix.Read(int(f.Fd()), text[n:])
-		if errors.Is(err, unix.EINTR) {
-			continue
-		}
-		if err != nil {
-			return nil, fmt.Errorf("read keyring: %w", err)
-		}
-		if more == 0 {
-			return Parse(file, text[:n])
-		}
-		n += more
+	switch n, err := io.ReadFull(f, text); {
+	case err == nil:
+		return nil, fmt.Errorf("read keyring: %s is larger than %d bytes", file, maxFile)
+	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
+		return Parse(file, text[:n])
+	default:
+		return nil, fmt.Errorf("read keyring: %w", err)
 	}
-	return nil, fmt.Errorf("read keyring: %s is larger than %d bytes", file, maxFile)
 }
 
 // Create writes a keyring of one random key, whole, where there is no file yet; else

@@ -64,9 +64,10 @@ func WriteFrame(c *net.UnixConn, v any, files ...*os.File) error {
 }
 
 // ReadFrame receives one frame into v, strictly, and the files beside it, which
-// the caller closes. A connection that ends between two frames is io.EOF. After
-// any other error the stream is out of step and must be closed.
-func ReadFrame(c *net.UnixConn, v any) (files []*os.File, err error) {
+// the caller closes. It tells when a frame has begun, for which somebody may wait as long
+// as it takes; nil = nobody wants to know. A connection that ends between two frames is
+// io.EOF. After any other error the stream is out of step and must be closed.
+func ReadFrame(c *net.UnixConn, v any, begun func() error) (files []*os.File, err error) {
 	defer func() {
 		if err != nil {
 			CloseFiles(files)
@@ -86,6 +87,10 @@ func ReadFrame(c *net.UnixConn, v any) (files []*os.File, err error) {
 			return files, fmt.Errorf("read frame: %w", io.ErrUnexpectedEOF)
 		case len(files) > MaxFiles:
 			return files, fmt.Errorf("read frame: more than %d descriptors", MaxFiles)
+		case got == 0 && begun != nil:
+			if err := begun(); err != nil {
+				return files, err
+			}
 		}
 		got += n
 	}

@@ -78,7 +78,7 @@ func TestFrames(t *testing.T) {
 	}()
 	for i, s := range sent {
 		var got Request
-		files, err := ReadFrame(b, &got)
+		files, err := ReadFrame(b, &got, nil)
 		if err != nil {
 			t.Fatalf("frame %d: %v", i, err)
 		}
@@ -104,7 +104,7 @@ func TestFrames(t *testing.T) {
 			t.Errorf("frame %d, descriptors (-want +got):\n%s", i, diff)
 		}
 	}
-	if _, err := ReadFrame(b, &Request{}); !errors.Is(err, io.EOF) {
+	if _, err := ReadFrame(b, &Request{}, nil); !errors.Is(err, io.EOF) {
 		t.Errorf("after the last frame: %v", err)
 	}
 	if err := <-done; err != nil {
@@ -140,7 +140,7 @@ func TestReadFrameRefuses(t *testing.T) {
 				t.Fatal(err)
 			}
 			a.Close()
-			files, err := ReadFrame(b, &Request{})
+			files, err := ReadFrame(b, &Request{}, nil)
 			if err == nil || err.Error() != tt.want || files != nil {
 				t.Errorf("got %v, %v; want %s", files, err, tt.want)
 			}
@@ -173,7 +173,7 @@ func TestTooManyDescriptors(t *testing.T) {
 			if _, _, err := a.WriteMsgUnix(frame(`{"op":"status"}`), unix.UnixRights(fds...), nil); err != nil {
 				t.Fatal(err)
 			}
-			files, err := ReadFrame(b, &Request{})
+			files, err := ReadFrame(b, &Request{}, nil)
 			if err == nil || err.Error() != "read frame: more than 8 descriptors" || files != nil {
 				t.Errorf("got %v, %v", files, err)
 			}
@@ -210,7 +210,7 @@ func FuzzReadFrame(f *testing.F) {
 		}
 		near.CloseWrite()
 		var q, again Request
-		files, err := ReadFrame(far, &q)
+		files, err := ReadFrame(far, &q, nil)
 		if len(files) != 0 {
 			t.Fatal("descriptors out of nothing")
 		}
@@ -220,7 +220,7 @@ func FuzzReadFrame(f *testing.F) {
 		if err := WriteFrame(far, q); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := ReadFrame(near, &again); err != nil || q != again {
+		if _, err := ReadFrame(near, &again, nil); err != nil || q != again {
 			t.Errorf("%+v, then %+v: %v", q, again, err)
 		}
 	})

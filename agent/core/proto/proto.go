@@ -137,7 +137,7 @@ type Status struct {
 	Links       []Link       `json:"links,omitempty"`
 	Claims      int          `json:"claims"` // paths bound by the agent
 	Quarantines []Quarantine `json:"quarantines,omitempty"`
-	Blind       []string     `json:"blind,omitempty"` // sources of signals that this kernel does not give
+	Blind       []string     `json:"blind,omitempty"` // programs that observe which this kernel does not take, and why
 	Keys        []TagKey     `json:"keys,omitempty"`
 	Proved      time.Time    `json:"proved,omitzero"` // when the canary last proved that the kernel enforces
 	Drifts      uint64       `json:"drifts"`          // things found changed since this core started, each look at each counted
