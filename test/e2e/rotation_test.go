@@ -58,7 +58,8 @@ type oldKey struct {
 // key is not good for a moment longer than it was to be.
 func TestE13Rotation(t *testing.T) {
 	t.Parallel() // it waits most of its time
-	r := newRotated(t)
+	r := newRotated(t, netlab.NodeOptions{CoreOnly: true})
+	r.sneaking = r.newForger()
 	r.control()
 	streams := r.openStreams()
 	load := r.startLoad()
@@ -123,7 +124,8 @@ func TestE13Rotation(t *testing.T) {
 	}
 }
 
-func newRotated(t *testing.T) *rotated {
+// newRotated makes two hosts with a keyring each and a workload on either, which meet.
+func newRotated(t *testing.T, options netlab.NodeOptions) *rotated {
 	t.Helper()
 	r := &rotated{t: t, lab: netlab.New(t), ever: map[string]oldKey{}, tried: map[string]int{}}
 	for i, name := range []string{"web", "db"} {
@@ -140,11 +142,11 @@ func newRotated(t *testing.T) *rotated {
 	r.copyRing()
 	r.learn()
 	for i, name := range []string{"web", "db"} {
-		r.nodes[i] = r.lab.Node(document(1, rotationPolicy), netlab.NodeOptions{CoreOnly: true, Home: r.hosts[i], Keyring: r.files[i]})
+		options.Home, options.Keyring = r.hosts[i], r.files[i]
+		r.nodes[i] = r.lab.Node(document(1, rotationPolicy), options)
 		r.actors[i] = startActor(t, r.hosts[i], r.nodes[i].Cgroup("/lab/"+name))
 		r.actors[i].serve(uint16(7001 - i))
 	}
-	r.sneaking = r.newForger()
 	return r
 }
 

@@ -15,8 +15,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/demarc/demarc/agent/api"
-	"github.com/demarc/demarc/agent/core/keyring"
-	"github.com/demarc/demarc/internal/keyfile"
 	"github.com/demarc/demarc/test/netlab"
 )
 
@@ -85,26 +83,10 @@ func TestSoak(t *testing.T) {
 
 func newSoak(t *testing.T) *soak {
 	t.Helper()
-	r := &rotated{t: t, lab: netlab.New(t), ever: map[string]oldKey{}, tried: map[string]int{}}
-	for i, name := range []string{"web", "db"} {
-		r.hosts[i] = r.lab.Namespace(name)
-		r.files[i] = filepath.Join(r.lab.Dir(), name+".keyring")
-	}
-	first, err := keyring.New(1)
-	if err == nil {
-		err = keyfile.Create(r.files[0], &keyring.Ring{Keys: []keyring.Key{first}})
-	}
-	if err != nil {
-		t.Fatalf("make keyring: %v", err)
-	}
-	r.copyRing()
-	r.learn()
+	r := newRotated(t, netlab.NodeOptions{})
 	s := &soak{rotated: r, version: 1}
-	for i, name := range []string{"web", "db"} {
-		r.nodes[i] = r.lab.Node(document(1, rotationPolicy), netlab.NodeOptions{Home: r.hosts[i], Keyring: r.files[i]})
-		r.actors[i] = startActor(t, r.hosts[i], r.nodes[i].Cgroup("/lab/"+name))
-		r.actors[i].serve(uint16(7001 - i))
-		s.undeclared[i] = r.hosts[i].Wire()
+	for i, host := range r.hosts {
+		s.undeclared[i] = host.Wire()
 	}
 	// Cgroups can be listed by anybody, as on a real host: the agent is nobody.
 	for _, n := range r.nodes {
