@@ -15,64 +15,81 @@ import (
 // multiple of len(b): the sections must fill the image before anything is made
 // for them. It does not judge the content; that is Verify's.
 func Decode(b []byte) (*Image, error) {
-	body, err := open(b)
-	if err != nil {
-		return nil, fmt.Errorf("decode image: %w", err)
-	}
-	d := decoder{section: body}
-	d.strings()
-	img := &Image{}
-	d.policy(img)
-	d.declarations(img)
-	d.tables(img)
-	d.finish()
-	if d.err != nil {
-		return nil, fmt.Errorf("decode image: %w", d.err)
-	}
-	return img, nil
+	img, _, err := DecodeDigest(b)
+	return img, err
 }
 
-// open checks header, table and checksum, and returns the sections.
-func open(b []byte) ([layout.Sections]cursor, error) {
-	var body [layout.Sections]cursor
+// DecodeDigest is Decode, and the SHA-256 of b.
+func DecodeDigest(b []byte) (_ *Image, digest [sha256.Size]byte, err error) {
+	body, digest, err := open(b)
+	if err != nil {
+		return nil, digest, fmt.Errorf("decode image: %w", err)
+	}
+	img := &Image{}
+	d, rest := decoder{section: body}, decoder{section: body}
+	done := make(chan struct{})
+	go func() { rest.tables(img); close(done) }() // which name no strings
+	d.strings()
+	d.policy(img)
+	d.declarations(img)
+	<-done
+	for _, i := range [...]int{layout.Ports, layout.Addresses, layout.Alternatives, layout.Rules} {
+		d.section[i] = rest.section[i]
+	}
+	if d.err == nil {
+		d.err = rest.err
+	}
+	d.finish()
+	if d.err != nil {
+		return nil, digest, fmt.Errorf("decode image: %w", d.err)
+	}
+	return img, digest, nil
+}
+
+// open checks header, table and checksum, and returns the sections, and the digest of all.
+func open(b []byte) (body [layout.Sections]cursor, digest [sha256.Size]byte, err error) {
 	const first = layout.HeaderSize + layout.Sections*layout.EntrySize
 	if len(b) < first+layout.SumSize {
-		return body, fmt.Errorf("%d bytes are too few", len(b))
+		return body, digest, fmt.Errorf("%d bytes are too few", len(b))
 	}
 	if len(b) > MaxSize {
-		return body, fmt.Errorf("%d bytes, at most %d are allowed", len(b), MaxSize)
+		return body, digest, fmt.Errorf("%d bytes, at most %d are allowed", len(b), MaxSize)
 	}
 	if string(b[:8]) != Magic {
-		return body, errors.New("not a policy image")
+		return body, digest, errors.New("not a policy image")
 	}
 	header := cursor(b[8:first])
 	if v := header.u32(); v != layout.Format {
-		return body, fmt.Errorf("format %d, this program reads %d", v, layout.Format)
+		return body, digest, fmt.Errorf("format %d, this program reads %d", v, layout.Format)
 	}
 	if n := header.u32(); n != layout.Sections {
-		return body, fmt.Errorf("%d sections, want %d", n, layout.Sections)
+		return body, digest, fmt.Errorf("%d sections, want %d", n, layout.Sections)
 	}
 	if n := header.u64(); n != uint64(len(b)) {
-		return body, fmt.Errorf("header says %d bytes, there are %d", n, len(b))
+		return body, digest, fmt.Errorf("header says %d bytes, there are %d", n, len(b))
 	}
 	content, sum := b[:len(b)-layout.SumSize], b[len(b)-layout.SumSize:]
-	if got := sha256.Sum256(content); string(got[:]) != string(sum) {
-		return body, errors.New("checksum does not match")
+	hash := sha256.New()
+	hash.Write(content)
+	if string(hash.Sum(nil)) != string(sum) {
+		return body, digest, errors.New("checksum does not match")
 	}
+	hash.Write(sum)
+	hash.Sum(digest[:0])
 	offset := uint64(first)
 	for i := range body {
 		start, count := header.u32(), header.u32()
 		end := offset + uint64(count)*uint64(layout.RecordSize[i])
 		if uint64(start) != offset || end > uint64(len(content)) {
-			return body, fmt.Errorf("section %d: %d records at %d do not fit", i, count, start)
+			return body, digest, fmt.Errorf("section %d: %d records at %d do not fit", i, count, start)
 		}
 		body[i] = cursor(content[offset:end])
 		offset = end
 	}
 	if offset != uint64(len(content)) {
-		return body, fmt.Errorf("%d bytes after the last section", uint64(len(content))-offset)
+		return body, digest, fmt.Errorf("%d bytes after the last section", uint64(len(content))-offset)
 	}
-	return body, nil
+	return body, digest, nil
 }
 
 // decoder takes records off the sections. The first error sticks.

@@ -21,13 +21,24 @@ import (
 // in its tables gives the answer that its crossings declare.
 func Verify(img *Image) error {
 	v := verifier{img: img, budget: MaxExpansion}
-	for _, step := range []func() error{
-		v.bounds, v.policy, v.zones, v.workloads, v.networks, v.crossings, v.selectors,
-		v.portClasses, v.addressClasses, v.rules,
-	} {
-		if err := step(); err != nil {
-			return fmt.Errorf("verify image: %w", err)
+	err := v.bounds()
+	numbered := make(chan error, 1)
+	if err == nil {
+		go func() { numbered <- v.numbers() }() // nothing else depends on them
+		for _, step := range []func() error{
+			v.policy, v.zones, v.workloads, v.networks, v.crossings, v.selectors,
+			v.portClasses, v.addressClasses, v.rules,
+		} {
+			if err = step(); err != nil {
+				break
+			}
 		}
+		if bad := <-numbered; err == nil {
+			err = bad
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("verify image: %w", err)
 	}
 	return nil
 }
@@ -163,12 +174,13 @@ func (v *verifier) networks() error {
 	return nil
 }
 
-func (v *verifier) crossings() error {
+// numbers checks that the names of crossings are unique, and what they give.
+func (v *verifier) numbers() error {
 	names := make(map[string]bool, len(v.img.Crossings))
 	numbers := make(map[uint32]bool, len(v.img.Crossings))
 	for i := range v.img.Crossings {
 		c := &v.img.Crossings[i]
-		if !validName(c.Name) || names[c.Name] {
+		if names[c.Name] {
 			return fmt.Errorf("crossing %d: name %q is not valid or not unique", i, c.Name)
 		}
 		names[c.Name] = true
@@ -177,6 +189,16 @@ func (v *verifier) crossings() error {
 			return fmt.Errorf("crossing %q: number %d, its name gives %d", c.Name, c.Number, want)
 		}
 		numbers[want] = true
+	}
+	return nil
+}
+
+func (v *verifier) crossings() error {
+	for i := range v.img.Crossings {
+		c := &v.img.Crossings[i]
+		if !validName(c.Name) {
+			return fmt.Errorf("crossing %d: name %q is not valid or not unique", i, c.Name)
+		}
 		if err := v.crossing(c); err != nil {
 			return fmt.Errorf("crossing %q: %w", c.Name, err)
 		}

@@ -30,13 +30,32 @@ func (j justification) key(subject ID) RuleKey {
 }
 
 // rules makes every rule again, subject by subject, and compares: then the rules
-// admit exactly what the crossings declare.
+// admit exactly what the crossings declare. Two do so at once, each half of the subjects
+// with the rules up to those of the other half, or behind them.
 func (v *verifier) rules() error {
-	sides := v.sides()
+	sides, subjects := v.sides(), v.subjects()
+	half := len(subjects) / 2
+	at, _ := slices.BinarySearchFunc(v.img.Rules, subjects[half].id, func(r Rule, id ID) int { return cmp.Compare(r.Subject, id) })
+	other := *v
+	done := make(chan error, 1)
+	go func() { done <- other.rulesOf(subjects[half:], sides, v.img.Rules[at:]) }()
+	before := v.budget
+	err := v.rulesOf(subjects[:half], sides, v.img.Rules[:at])
+	if bad := <-done; err == nil {
+		err = bad
+	}
+	if err == nil {
+		err = v.spend(before - other.budget)
+	}
+	return err
+}
+
+// rulesOf makes the rules of some subjects, and compares.
+func (v *verifier) rulesOf(subjects []subject, sides [2][][]uint32, rules []Rule) error {
 	var have []justification
 	var want Rule
 	at := 0
-	for _, s := range v.subjects() {
+	for _, s := range subjects {
 		var err error
 		if have, err = v.justifications(have[:0], sides, s); err != nil {
 			return err
@@ -47,10 +66,10 @@ func (v *verifier) rules() error {
 				return fmt.Errorf("rule for %s needs %d crossings, at most %d fit",
 					want.RuleKey, len(want.Crossings), MaxAlternatives)
 			}
-			if at == len(v.img.Rules) {
+			if at == len(rules) {
 				return fmt.Errorf("rule for %s is missing", want.RuleKey)
 			}
-			got := &v.img.Rules[at]
+			got := &rules[at]
 			switch order := got.Compare(want.RuleKey); {
 			case order < 0:
 				return fmt.Errorf("rule for %s: no crossing declares it", got.RuleKey)
@@ -61,8 +80,8 @@ func (v *verifier) rules() error {
 			}
 		}
 	}
-	if at < len(v.img.Rules) {
-		return fmt.Errorf("rule for %s: no crossing declares it", v.img.Rules[at].RuleKey)
+	if at < len(rules) {
+		return fmt.Errorf("rule for %s: no crossing declares it", rules[at].RuleKey)
 	}
 	return nil
 }
@@ -103,11 +122,22 @@ func (v *verifier) subjects() []subject {
 	return out
 }
 
-// sides lists for each direction and term the crossings that have the term on
-// the subject's side.
-func (v *verifier) sides() (sides [2]map[Term][]uint32) {
+// place is where a term is in lists of all there can be.
+func (v *verifier) place(t Term) int {
+	at := int(t.Index)
+	for i, n := range [...]int{len(v.img.Workloads), len(v.img.Zones), len(v.img.Networks), 1, 1} {
+		if i+int(TermWorkload) < int(t.Kind) {
+			at += n
+		}
+	}
+	return at
+}
+
+// sides lists for each direction and term, by its place, the crossings that have the
+// term on the subject's side.
+func (v *verifier) sides() (sides [2][][]uint32) {
 	for d := range sides {
-		sides[d] = make(map[Term][]uint32)
+		sides[d] = make([][]uint32, v.place(Term{Kind: TermAny})+1)
 	}
 	for i := range v.img.Crossings {
 		c := &v.img.Crossings[i]
@@ -116,7 +146,8 @@ func (v *verifier) sides() (sides [2]map[Term][]uint32) {
 				continue
 			}
 			for _, t := range terms {
-				sides[d][t] = append(sides[d][t], uint32(i))
+				at := v.place(t)
+				sides[d][at] = append(sides[d][at], uint32(i))
 			}
 		}
 	}
@@ -124,11 +155,11 @@ func (v *verifier) sides() (sides [2]map[Term][]uint32) {
 }
 
 // justifications lists everything that admits something to or from the subject.
-func (v *verifier) justifications(out []justification, sides [2]map[Term][]uint32, s subject) ([]justification, error) {
+func (v *verifier) justifications(out []justification, sides [2][][]uint32, s subject) ([]justification, error) {
 	for d, side := range sides {
 		crossings := v.crossingsOf[:0]
 		for _, t := range s.terms {
-			crossings = append(crossings, side[t]...)
+			crossings = append(crossings, side[v.place(t)]...)
 		}
 		v.crossingsOf = crossings
 		slices.Sort(crossings)
