@@ -1,6 +1,8 @@
 package agent
 
 import (
+	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"maps"
@@ -23,6 +25,8 @@ import (
 	"github.com/demarc/demarc/bpf/abi"
 	"github.com/demarc/demarc/bpf/abi/record"
 	"github.com/demarc/demarc/identity"
+	"github.com/demarc/demarc/policy/image"
+	"github.com/demarc/demarc/policy/image/encode"
 )
 
 func TestStatusFollowsTheCore(t *testing.T) {
@@ -69,6 +73,44 @@ func TestApplyPreviewed(t *testing.T) {
 		if err != nil || s.Policy == nil || s.Policy.Version != uint64(i+1) {
 			t.Fatalf("previewed %v: %+v, %v", previewed, s, err)
 		}
+	}
+}
+
+// The core has an image ready while the agent looks at it. One that is not good is not
+// applied: neither then, nor by its digest.
+func TestNotGoodIsNotApplied(t *testing.T) {
+	core := newStandIn()
+	r := start(t, core, nil)
+	img, err := image.Decode(compile(t, source))
+	if err != nil {
+		t.Fatal(err)
+	}
+	img.Rules = img.Rules[1:]
+	bad, err := encode.Image(img)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, tt := range []struct {
+		name     string
+		verified error // what the core says of it
+		apply    func(context.Context, []byte, time.Duration, time.Duration) (*api.Status, error)
+		want     string
+	}{
+		{"bad though the core verified it", nil, r.client.ApplySparing, "image and policy differ: subject web"},
+		{"bad, and the core has it ready", nil, r.client.ApplyPreviewed, "image and policy differ: subject web"},
+		{"bad, and the core says so", proto.Refuse("", "no"), r.client.ApplySparing, "verify image: rule for "},
+	} {
+		core.mu.Lock()
+		core.unverified = tt.verified
+		core.mu.Unlock()
+		if _, err := tt.apply(t.Context(), bad, 0, 0); err == nil || !strings.HasPrefix(err.Error(), tt.want) {
+			t.Errorf("%s: %v", tt.name, err)
+		}
+	}
+	core.mu.Lock()
+	defer core.mu.Unlock()
+	if !bytes.Equal(core.previewed, bad) || len(core.images) != 0 {
+		t.Errorf("ready %v, %d in force", bytes.Equal(core.previewed, bad), len(core.images))
 	}
 }
 

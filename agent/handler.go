@@ -347,8 +347,8 @@ func (s *service) audit(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// offered is the image in a request's body, and a file with it for the core.
-func (s *service) offered(w http.ResponseWriter, r *http.Request) (title, *os.File, error) {
+// receive reads the image in a request's body, and makes a file of it for the core.
+func receive(w http.ResponseWriter, r *http.Request) ([]byte, *os.File, error) {
 	rc := http.NewResponseController(w)
 	_ = rc.SetReadDeadline(time.Now().Add(bodyTimeout))
 	var body bytes.Buffer
@@ -358,24 +358,47 @@ func (s *service) offered(w http.ResponseWriter, r *http.Request) (title, *os.Fi
 	var tooLarge *http.MaxBytesError
 	switch {
 	case errors.As(err, &tooLarge):
-		return title{}, nil, &api.Error{Code: http.StatusRequestEntityTooLarge, Message: fmt.Sprintf("the image is larger than %d bytes", envelope.MaxSize)}
+		return nil, nil, &api.Error{Code: http.StatusRequestEntityTooLarge, Message: fmt.Sprintf("the image is larger than %d bytes", envelope.MaxSize)}
 	case err != nil:
-		return title{}, nil, &api.Error{Code: http.StatusBadRequest, Message: "read image: " + err.Error()}
-	}
-	t, err := s.judge(b)
-	if err != nil {
-		return title{}, nil, &api.Error{Code: http.StatusUnprocessableEntity, Message: err.Error(), Hint: "build the image again with: demarc policy build FILE -o IMAGE"}
+		return nil, nil, &api.Error{Code: http.StatusBadRequest, Message: "read image: " + err.Error()}
 	}
 	f, err := memfd(b)
+	return b, f, err
+}
+
+// offered is the image in a request's body, if it is good, and a file with it for the
+// core. Verified has somebody else verify the file; if he does not, so does the agent.
+func (s *service) offered(w http.ResponseWriter, r *http.Request, verified func(*os.File) error) (title, *os.File, error) {
+	b, f, err := receive(w, r)
 	if err != nil {
 		return title{}, nil, err
+	}
+	var bad error
+	done := make(chan struct{})
+	go func() { bad = verified(f); close(done) }()
+	t, err := s.judge(b, func() error { <-done; return bad })
+	<-done // the file is in use until then
+	if err != nil {
+		f.Close()
+		return title{}, nil, &api.Error{Code: http.StatusUnprocessableEntity, Message: err.Error(), Hint: "build the image again with: demarc policy build FILE -o IMAGE"}
 	}
 	return t, f, nil
 }
 
+// prepare has the core verify an image that is not in force by that, and make it ready
+// behind its answer.
+func (s *service) prepare(f *os.File) error {
+	return s.link.with(func(c core) error { return c.Prepare(f) })
+}
+
+// errNotAsked means that nobody else verifies an image.
+var errNotAsked = errors.New("not asked")
+
+func notAsked(*os.File) error { return errNotAsked }
+
 // preview has the core look at an image, and changes nothing.
 func (s *service) preview(w http.ResponseWriter, r *http.Request) (any, error) {
-	_, f, err := s.offered(w, r)
+	_, f, err := s.offered(w, r, notAsked)
 	if err != nil {
 		return nil, err
 	}
@@ -388,8 +411,10 @@ func (s *service) preview(w http.ResponseWriter, r *http.Request) (any, error) {
 	return p, err
 }
 
-// apply hands an image to the core. The agent checks it first only to name what is
-// wrong with a bad file; the core believes nothing of that.
+// apply hands an image to the core, twice: to be verified and made ready, and, when the
+// agent has found that it decides as it declares, to come into force. What the core does not
+// verify, the agent does, to name what is wrong with a bad file; the core believes nothing of
+// that.
 func (s *service) apply(w http.ResponseWriter, r *http.Request) (any, error) {
 	var within, spare time.Duration
 	for name, d := range map[string]*time.Duration{"within": &within, "grandfather": &spare} {
@@ -404,11 +429,14 @@ func (s *service) apply(w http.ResponseWriter, r *http.Request) (any, error) {
 	}
 	start := time.Now()
 	previewed := r.URL.Query().Get("previewed")
+	if previewed != "" && !s.checked.is(previewed) { // the core may have one ready that is not good
+		return nil, &api.Error{Code: http.StatusUnprocessableEntity, Message: fmt.Sprintf("no image with digest %.64q was just previewed", previewed), Hint: "apply the image itself"}
+	}
 	t, put := title{}, func(c core) (*proto.Status, error) { return c.ApplyPreviewed(previewed, within, spare) }
 	if previewed == "" {
 		var f *os.File
 		var err error
-		if t, f, err = s.offered(w, r); err != nil {
+		if t, f, err = s.offered(w, r, s.prepare); err != nil {
 			s.metrics.count(0, 0, err)
 			return nil, err
 		}

@@ -31,6 +31,7 @@ type core interface {
 	Status() (*proto.Status, error)
 	ApplySparing(image *os.File, within, spare time.Duration) (*proto.Status, error)
 	ApplyPreviewed(digest string, within, spare time.Duration) (*proto.Status, error)
+	Prepare(image *os.File) error
 	Preview(image *os.File) (*proto.Preview, error)
 	Shadow(image *os.File, lasting time.Duration) (*proto.Status, error)
 	Unshadow() (*proto.Status, error)

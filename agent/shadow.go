@@ -145,7 +145,7 @@ func (s *service) shadow(w http.ResponseWriter, r *http.Request) (any, error) {
 	if err != nil || lasting <= 0 {
 		return nil, &api.Error{Code: http.StatusBadRequest, Message: fmt.Sprintf("for: %.40q is not a time", text), Hint: "give one like 1h"}
 	}
-	t, f, err := s.offered(w, r)
+	t, f, err := s.offered(w, r, notAsked)
 	if err != nil {
 		return nil, err
 	}

@@ -86,6 +86,7 @@ type standIn struct {
 	closed      chan struct{} // of the current connection
 	images      [][]byte      // applied ones, the active one last
 	previewed   []byte        // last
+	unverified  error         // what it answers to Prepare
 	epoch       uint32
 	claims      map[string]uint32
 	asked       []string // claims in the order they were asked for
@@ -176,6 +177,19 @@ func (c *connection) Preview(f *os.File) (_ *proto.Preview, err error) {
 	defer c.mu.Unlock()
 	c.previewed, err = readImage(f)
 	return &proto.Preview{}, err
+}
+
+func (c *connection) Prepare(f *os.File) (err error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if err := c.ask(); err != nil {
+		return err
+	}
+	if c.unverified != nil {
+		return c.unverified
+	}
+	c.previewed, err = readImage(f)
+	return err
 }
 
 func (c *connection) Shadow(*os.File, time.Duration) (*proto.Status, error) {

@@ -73,7 +73,7 @@ func TestJudgedOnce(t *testing.T) {
 		{"OK the other again", image(8), title{"shop", 8}, "", 2},
 		{"OK the first, which is forgotten", image(7), title{"shop", 7}, "", 3},
 	} {
-		got, err := s.judge(tt.offered)
+		got, err := s.judge(tt.offered, func() error { return notAsked(nil) })
 		if got != tt.want || (err == nil) != (tt.err == "") || err != nil && err.Error() != tt.err {
 			t.Errorf("%s: %v, %v", tt.name, got, err)
 		}

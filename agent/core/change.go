@@ -33,7 +33,7 @@ func (c *Core) apply(b []byte, how change, by string) (_ *proto.Status, err erro
 		return nil, err
 	}
 	c.settle()
-	if c.active == nil || c.active.digest != g.digest || c.active.signer != g.signer || c.active.flags&^abi.ActiveShadow != activeFlags(c.active.image) || c.fallback != nil {
+	if !c.stands(g) {
 		if err := c.mayChange(g); err != nil {
 			return nil, err
 		}
@@ -51,6 +51,12 @@ func (c *Core) apply(b []byte, how change, by string) (_ *proto.Status, err erro
 		}
 	}
 	return c.status(), nil
+}
+
+// stands says whether an image is in force for good already.
+func (c *Core) stands(g *generation) bool {
+	return c.active != nil && c.active.digest == g.digest && c.active.signer == g.signer &&
+		c.active.flags&^abi.ActiveShadow == activeFlags(c.active.image) && c.fallback == nil
 }
 
 // mayChange says whether an image may take over now.
@@ -113,13 +119,14 @@ func (c *Core) rollback(by string) (*proto.Status, error) {
 
 // change says how an image comes into force.
 type change struct {
-	durable   bool          // on disk, too: it is not from there
-	boot      bool          // it is from there, and until it is in force nothing is
-	previewed string        // its digest, in hex, in the place of its bytes; "" = they are there
-	within    time.Duration // somebody has to confirm it; 0 = it is for good
-	preview   func() error  // runs when everything is ready, and ends it with an error; nil = none
-	spare     time.Duration // live connections that it cuts go on; 0 = they do not
-	shadow    time.Duration // it does not: it is asked beside what is; 0 = it does
+	durable   bool                    // on disk, too: it is not from there
+	boot      bool                    // it is from there, and until it is in force nothing is
+	previewed string                  // its digest, in hex, in the place of its bytes; "" = they are there
+	within    time.Duration           // somebody has to confirm it; 0 = it is for good
+	ahead     bool                    // it only becomes ready, for the moment at which it is wanted
+	preview   func(slot uint32) error // runs when everything is ready, and that is all; nil = none
+	spare     time.Duration           // live connections that it cuts go on; 0 = they do not
+	shadow    time.Duration           // it does not: it is asked beside what is; 0 = it does
 }
 
 // install puts a verified generation in force. Each step is undone if a later one
@@ -139,13 +146,18 @@ func (c *Core) install(g *generation, how change) (err error) {
 	on := abi.ActiveFlags(before.Active)&abi.ActiveOn != 0
 	ready := c.inPlace(g)
 	onDisk := ready && g.staged
-	if g.staged = false; !ready {
+	questions := g.left
+	switch g.staged, g.left = false, nil; {
+	case !ready:
 		c.unprepare()
 		g.slot = c.freeSlot(before, on)
+	case questions != nil: // it does not lie ready any more if an answer is wrong
+		c.prepared = nil
 	}
+	aside := how.ahead || how.preview != nil
 	staged := make(chan error, 1) // the disk is slow, and nobody has to wait for it yet
 	go func() {
-		if (how.durable || how.preview != nil) && !onDisk {
+		if (how.durable || aside) && !onDisk {
 			staged <- c.store.stage(g.came)
 		}
 		close(staged)
@@ -158,7 +170,6 @@ func (c *Core) install(g *generation, how change) (err error) {
 			g.close()
 		}
 	})
-	var questions *selftest
 	if !ready {
 		if questions, err = c.fill(g, &s, how.boot); err != nil {
 			return err
@@ -187,15 +198,26 @@ func (c *Core) install(g *generation, how change) (err error) {
 	if g.bindings, _, err = s.scan("/"); err != nil {
 		return err
 	}
-	if err := questions.before(); err != nil {
-		return err
+	if !ready {
+		if err := questions.before(); err != nil {
+			return err
+		}
+	}
+	if how.preview != nil {
+		if err := questions.after(); err != nil {
+			return err
+		}
+		if err := how.preview(g.slot); err != nil {
+			return err
+		}
+		questions = nil
 	}
 	switch {
-	case how.preview != nil:
-		if err = errors.Join(questions.after(), <-staged); err == nil {
-			err = c.keepPrepared(g, how.preview)
+	case aside:
+		if err := <-staged; err != nil {
+			return err
 		}
-		return err
+		return c.keepPrepared(g, questions)
 	case how.shadow > 0:
 		if err := questions.after(); err != nil {
 			return err

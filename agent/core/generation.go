@@ -37,6 +37,7 @@ type generation struct {
 	known     abi.Query             // a question that the loaded programs answered with allow; zero = there is none
 	since     time.Time             // when it came into force, or lay ready for that
 	staged    bool                  // it is on disk, to become the stored one
+	left      *selftest             // of one that lies ready: what has not been asked yet; nil = nothing
 	bindings  int                   // cgroups with a workload's identity when it was filled
 }
 
@@ -47,7 +48,7 @@ func openImage(b []byte, trusted []envelope.Key) (*generation, error) {
 	if err != nil {
 		return nil, proto.Refuse("build the image again from its policy", "verify image: %w", err)
 	}
-	g := &generation{bytes: body, came: b, digest: sha256.Sum256(body)}
+	g := &generation{bytes: body, came: b}
 	if len(trusted) > 0 {
 		const hint = "demarc policy build --sign KEYFILE, with a key whose public half is in trust_dir"
 		if signed == nil {
@@ -59,7 +60,7 @@ func openImage(b []byte, trusted []envelope.Key) (*generation, error) {
 		}
 		g.signer = key.ID
 	}
-	if g.image, err = image.Decode(body); err == nil {
+	if g.image, g.digest, err = image.DecodeDigest(body); err == nil {
 		err = image.Verify(g.image)
 	}
 	if err != nil {
@@ -125,8 +126,8 @@ func (g *generation) fill(o *objects) error {
 	return eachTable(func(name string) error { return fill[name](name) })
 }
 
-// addTable makes one inner map of the size that the image needs, fills it, and puts it
-// into the slot.
+// addTable makes one inner map of the size that the image needs, puts it into the slot,
+// which waits until no program reads what was there, and fills it meanwhile.
 func addTable[K, V any](g *generation, o *objects, name string, size int, keys []K, values []V) error {
 	spec := o.spec.Maps[name].InnerMap.Copy()
 	spec.Name, spec.MaxEntries = name, uint32(max(size, 1))
@@ -140,10 +141,10 @@ func addTable[K, V any](g *generation, o *objects, name string, size int, keys [
 		g.tables[name] = m
 		g.ids[name], _ = info.ID()
 		g.adding.Unlock()
+		placed := make(chan error, 1)
+		go func() { placed <- o.Maps[name].Put(g.slot, m) }()
 		err = putAll(m, keys, values)
-	}
-	if err == nil {
-		err = o.Maps[name].Put(g.slot, m)
+		err = errors.Join(err, <-placed)
 	}
 	if err != nil {
 		return fmt.Errorf("fill table %s of slot %d: %w", name, g.slot, err)

@@ -54,6 +54,11 @@ func alphabet(t *testing.T, image []byte) []legal {
 		{"preview by digest", proto.Request{Op: proto.OpPreview, Digest: "00"}, good, `malformed "preview" request`},
 		{"apply for a negative time", proto.Request{Op: proto.OpApply, Within: -1}, good, `malformed "apply" request`},
 		{"preview", proto.Request{Op: proto.OpPreview}, good, ""},
+		{"prepare by digest", proto.Request{Op: proto.OpPrepare, Digest: "00"}, good, `malformed "prepare" request`},
+		{"prepare for a time", proto.Request{Op: proto.OpPrepare, Within: 1000}, good, `malformed "prepare" request`},
+		{"prepare", proto.Request{Op: proto.OpPrepare}, good, ""},
+		{"prepare what is none", proto.Request{Op: proto.OpPrepare}, func(t *testing.T) *os.File { return memfd(t, nil) }, "verify image: "},
+		{"prepare nothing", proto.Request{Op: proto.OpPrepare}, nil, `malformed "prepare" request`},
 		{"preview of nothing", proto.Request{Op: proto.OpPreview}, nil, `malformed "preview" request`},
 		{"apply that spares for a negative time", proto.Request{Op: proto.OpApply, Spare: -1}, good, `malformed "apply" request`},
 		{"shadow of nothing", proto.Request{Op: proto.OpShadow, For: 60_000}, nil, `malformed "shadow" request`},
@@ -98,6 +103,10 @@ func (l legal) say(t *testing.T, s *session) {
 	r, answer := s.handle(l.request, files)
 	proto.CloseFiles(files)
 	proto.CloseFiles(answer)
+	if s.then != nil {
+		s.then()
+		s.then = nil
+	}
 	if !strings.HasPrefix(r.Error, want) || want == "" && r.Error != "" {
 		t.Fatalf("%s: %q, want %q", l.name, r.Error, want)
 	}

@@ -32,19 +32,12 @@ func (c *Core) Preview(b []byte) (*proto.Preview, error) {
 	if err != nil {
 		return nil, err
 	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.settle()
-	if err := c.mayChange(g); err != nil {
-		return nil, err
-	}
 	var cuts []abi.Cut
-	c.keepClaims(g)
-	err = c.install(g, change{preview: func() (err error) {
-		cuts, err = findCuts(c.objects, g.slot, 0)
+	err = c.prepare(g, change{preview: func(slot uint32) (err error) {
+		cuts, err = findCuts(c.objects, slot, 0)
 		return err
 	}})
-	if !errors.Is(err, errPreview) {
+	if err != nil {
 		return nil, err
 	}
 	p := &proto.Preview{Total: len(cuts)}
@@ -57,6 +50,39 @@ func (c *Core) Preview(b []byte) (*proto.Preview, error) {
 		})
 	}
 	return p, nil
+}
+
+// Prepare verifies an image that is likely to be applied next. Then makes it ready for that,
+// and changes nothing. The agent compares the image with what it declares meanwhile, and
+// applies no other; what Then finds, the application finds again.
+func (c *Core) Prepare(b []byte) (then func(), err error) {
+	g, err := c.offered(b, "")
+	if err != nil {
+		return nil, err
+	}
+	return func() {
+		if err := c.prepare(g, change{ahead: true}); err != nil {
+			c.log.Info("an image is not made ready", "why", err)
+		}
+	}, nil
+}
+
+// prepare makes an image ready to be applied, up to where it would take over.
+func (c *Core) prepare(g *generation, how change) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.settle()
+	if err := c.mayChange(g); err != nil {
+		return err
+	}
+	if how.ahead && c.stands(g) {
+		return nil
+	}
+	c.keepClaims(g)
+	if err := c.install(g, how); !errors.Is(err, errPreview) {
+		return err
+	}
+	return nil
 }
 
 // preparedFor is how long what was previewed lies ready. Whoever means it applies it
@@ -78,14 +104,11 @@ func (c *Core) offered(b []byte, digest string) (*generation, error) {
 	return openImage(b, c.trusted)
 }
 
-// keepPrepared ends a preview. All questions about the generation have been answered
-// by now, not only those that come before a flip, and it is staged, so that nothing is
-// left to do when it is applied.
-func (c *Core) keepPrepared(g *generation, preview func() error) error {
-	if err := preview(); err != nil {
-		return err
-	}
-	c.prepared, g.since, g.staged = g, time.Now(), true
+// keepPrepared ends a preparation. The questions that come before a flip have been
+// answered by now, those that are left are put behind it, and it is staged, so that
+// nothing else is left to do when it is applied. A preview leaves no questions.
+func (c *Core) keepPrepared(g *generation, left *selftest) error {
+	c.prepared, g.since, g.staged, g.left = g, time.Now(), true, left
 	return errPreview
 }
 

@@ -140,3 +140,56 @@ func TestAppliedByDigest(t *testing.T) {
 	c.upkeep()
 	refused("it lay for too long", other)
 }
+
+// What is prepared is not in force, and is applied as it lies, with the questions that are
+// left; a preview in between asks them.
+func TestPrepared(t *testing.T) {
+	c := still(newMachine(t).start())
+	must(t, second(c.Apply(many(t, 1, nil), 0)))
+	for i, tt := range []struct {
+		name    string
+		between func(b []byte) error
+		left    bool
+	}{
+		{"OK at once", func([]byte) error { return nil }, true},
+		{"OK twice", func(b []byte) error { return prepare(c, b) }, true},
+		{"OK previewed", func(b []byte) error { return second(c.Preview(b)) }, false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			b := many(t, uint64(i+2), nil)
+			state, err := kernelState(c.objects)
+			must(t, err)
+			must(t, prepare(c, b))
+			if after, err := kernelState(c.objects); err != nil || after != state || c.active.image.Version != uint64(i+1) {
+				t.Errorf("something changed: %+v, before %+v; %v", after, state, err)
+			}
+			ids := maps.Clone(c.prepared.ids)
+			must(t, tt.between(b))
+			if left := c.prepared.left != nil; left != tt.left {
+				t.Errorf("questions are left: %v, want %v", left, tt.left)
+			}
+			must(t, second(c.Apply(b, 0)))
+			if !maps.Equal(ids, c.active.ids) || c.active.image.Version != uint64(i+2) || c.active.left != nil || c.prepared != nil {
+				t.Errorf("version %d in force, filled again: %v", c.active.image.Version, !maps.Equal(ids, c.active.ids))
+			}
+			if s := c.Status(); len(s.Problems) > 0 {
+				t.Errorf("%+v", s)
+			}
+			must(t, prepare(c, b))
+			if c.prepared != nil {
+				t.Error("what is in force is prepared")
+			}
+		})
+	}
+	if err := prepare(c, many(t, 1, nil)); err == nil || c.prepared != nil {
+		t.Errorf("an older version is prepared: %v", err)
+	}
+}
+
+func prepare(c *Core, b []byte) error {
+	g, err := c.offered(b, "")
+	if err != nil {
+		return err
+	}
+	return c.prepare(g, change{ahead: true})
+}

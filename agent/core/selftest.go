@@ -58,13 +58,11 @@ type former struct {
 }
 
 func newSelftest(o *objects, g, inForce *generation, boot bool) (*selftest, error) {
-	state, err := readState(o)
-	if err != nil {
-		return nil, err
-	}
 	index := g.image.Index()
 	t := &selftest{objects: o, gen: g, index: index, now: time.Unix(time.Now().Unix(), 0), sites: newSites(g.image, index), zones: zonesOf(g.image)}
-	t.stale = (g.clock.now()+state.Wall)>>abi.TagSlotShift <= state.Wall>>abi.TagSlotShift
+	if err := t.date(); err != nil {
+		return nil, err
+	}
 	if inForce != nil {
 		img := inForce.image
 		t.former = former{sites: newSites(img, img.Index()), image: img, zones: zonesOf(img)}
@@ -102,8 +100,18 @@ func (t *selftest) after() error {
 	if t == nil || t.stride == 1 {
 		return nil
 	}
+	if err := t.date(); err != nil { // it may have waited for the flip
+		return err
+	}
 	rest := t.askSubjects(t.askRules(nil, false), false)
 	return t.put(rest, slices.Concat(rest, t.asked), maxPackets)
+}
+
+// date sets what depends on when questions are asked.
+func (t *selftest) date() error {
+	state, err := readState(t.objects)
+	t.stale = (t.gen.clock.now()+state.Wall)>>abi.TagSlotShift <= state.Wall>>abi.TagSlotShift
+	return err
 }
 
 // put asks questions, and sends so many of others as packets meanwhile: neither uses

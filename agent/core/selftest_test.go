@@ -250,15 +250,20 @@ func TestSelftestAfterTheFlip(t *testing.T) {
 	defer func() { c.Close() }()
 	_, err = c.Apply(many(t, 1, nil), 0)
 	must(t, err)
-	spoil = true
-	if _, err = c.Apply(many(t, 2, nil), 0); err == nil || !strings.HasPrefix(err.Error(), "self-test: ") {
-		t.Fatalf("got %v", err)
+	for _, ready := range []bool{false, true} {
+		if ready { // all but the questions behind the flip
+			must(t, prepare(c, many(t, 2, nil)))
+		}
+		spoil = true
+		if _, err = c.Apply(many(t, 2, nil), 0); err == nil || !strings.HasPrefix(err.Error(), "self-test: ") {
+			t.Fatalf("ready %v: got %v", ready, err)
+		}
+		spoil = false
+		status := c.Status()
+		if status.Active.Version != 1 || status.State != proto.StateEnforcing || c.prepared != nil {
+			t.Errorf("ready %v: %+v", ready, status)
+		}
 	}
-	status := c.Status()
-	if status.Active.Version != 1 || status.State != proto.StateEnforcing {
-		t.Errorf("%+v", status)
-	}
-	spoil = false
 	if _, err = c.Apply(many(t, 2, nil), 0); err != nil {
 		t.Error(err)
 	}

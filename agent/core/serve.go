@@ -154,6 +154,10 @@ func (c *Core) serveOne(conn *net.UnixConn, by string) error {
 		if err != nil {
 			return err
 		}
+		if s.then != nil {
+			s.then()
+			s.then = nil
+		}
 	}
 }
 
@@ -183,6 +187,7 @@ type session struct {
 	by      string // who is at the other end
 	greeted bool
 	claimed map[string]bool // paths bound on this connection
+	then    func()          // what is done once the answer is sent; nil = nothing
 }
 
 // handle answers one request. The files stay the caller's, who closes those of the
@@ -227,8 +232,8 @@ var forms = map[proto.Op]struct {
 	proto.OpRelease: {holds: func(q proto.Request) proto.Request { return proto.Request{Identity: q.Identity} }},
 	proto.OpBind:    {holds: func(q proto.Request) proto.Request { return proto.Request{Path: q.Path, Identity: q.Identity} }},
 	proto.OpUnbind:  {holds: func(q proto.Request) proto.Request { return proto.Request{Path: q.Path} }},
-	proto.OpPreview: {image: true},
-	proto.OpStatus:  {}, proto.OpConfirm: {}, proto.OpRollback: {}, proto.OpUnshadow: {}, proto.OpImage: {}, proto.OpShadowed: {}, proto.OpForget: {}, proto.OpAudit: {},
+	proto.OpPrepare: {image: true}, proto.OpPreview: {image: true},
+	proto.OpStatus: {}, proto.OpConfirm: {}, proto.OpRollback: {}, proto.OpUnshadow: {}, proto.OpImage: {}, proto.OpShadowed: {}, proto.OpForget: {}, proto.OpAudit: {},
 }
 
 // wellFormed says whether a request has the fields and descriptors of its kind,
@@ -265,6 +270,8 @@ func (s *session) answer(q proto.Request, image []byte) (r proto.Response, files
 	case proto.OpApply:
 		how := change{previewed: q.Digest, within: time.Duration(q.Within) * time.Millisecond, spare: time.Duration(q.Spare) * time.Millisecond}
 		r.Status, err = c.apply(image, how, s.by)
+	case proto.OpPrepare:
+		s.then, err = c.Prepare(image)
 	case proto.OpPreview:
 		r.Preview, err = c.Preview(image)
 	case proto.OpShadow:

@@ -215,7 +215,7 @@ func TestProtocolRefuses(t *testing.T) {
 	}{
 		{"bad status before hello", frameOf(`{"op":"status"}`), "status is out of order"},
 		{"bad second hello", frame(helloText), "hello is out of order"},
-		{"bad version", frameOf(`{"op":"hello","version":1}`), "the agent speaks protocol 1, the core 3"},
+		{"bad version", frameOf(`{"op":"hello","version":1}`), "the agent speaks protocol 1, the core 4"},
 		{"bad op", frame(`{"op":"reboot"}`), `malformed "reboot" request`},
 		{"bad no op", frame(`{}`), `malformed "" request`},
 		{"bad field of another op", frame(`{"op":"status","path":"/x"}`), `malformed "status" request`},

@@ -107,9 +107,14 @@ func subjectEntries(img *image.Image) (keys []uint32, values []abi.Subject) {
 	for i, id := range keys {
 		place[id] = i
 	}
-	for i := range img.Rules {
+	at, known, last := 0, false, image.None
+	for i := range img.Rules { // those of one subject are together
 		r := &img.Rules[i]
-		if at, known := place[uint32(r.Subject)]; known {
+		if r.Subject != last {
+			last = r.Subject
+			at, known = place[uint32(last)]
+		}
+		if known {
 			values[at].Flags |= abi.SubjectMeets(abi.Direction(r.Direction), uint8(r.Peer>>24))
 		}
 	}

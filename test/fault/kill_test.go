@@ -154,6 +154,19 @@ func TestX1KillApply(t *testing.T) {
 	}})
 }
 
+// The same as the agent asks for it: what is applied is made ready before.
+func TestX1KillReady(t *testing.T) {
+	s := newScene(t)
+	s.traffic()
+	s.killChanges(change{ask: func(client *coreclient.Client) (*proto.Status, error) {
+		image := s.image(s.version + 1)
+		if err := client.Prepare(image); err != nil {
+			return nil, err
+		}
+		return client.Apply(image, 0)
+	}})
+}
+
 // A way back, to the policy before.
 func TestX1KillRollback(t *testing.T) {
 	s := newScene(t)

@@ -14,7 +14,7 @@ import (
 )
 
 // Version of the protocol. Both sides must speak the same one.
-const Version = 3
+const Version = 4
 
 // MaxFrame bounds a frame's JSON, in bytes. Images travel as descriptors.
 const MaxFrame = 1 << 20
@@ -26,6 +26,7 @@ const (
 	OpHello    Op = "hello"    // answer: Welcome and Descriptors
 	OpStatus   Op = "status"   // answer: Status
 	OpApply    Op = "apply"    // with one descriptor, the image or an envelope around it, or the digest of what was previewed; answer: Status
+	OpPrepare  Op = "prepare"  // with one descriptor, the same, which is verified before the answer and made ready behind it, because it will be applied; nothing comes into force
 	OpPreview  Op = "preview"  // with one descriptor, the same, which is not applied; answer: Preview
 	OpShadow   Op = "shadow"   // with one descriptor, the same, which is asked beside the one in force; answer: Status
 	OpUnshadow Op = "unshadow" // end that; answer: Status
