@@ -18,7 +18,7 @@ const (
 
 // share of the highest rate at which connections are paced. With as many as go, whoever
 // is slower lets the other end sleep more, and pays for waking it: part of what an agent
-// costs there is that. At the same rate all wake as often.
+// costs there is that. How often either slept stands beside each figure.
 const share = 0.6
 
 // modes of one round. Connections come twice: they are what costs most and what
