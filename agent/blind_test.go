@@ -27,8 +27,8 @@ func TestObserved(t *testing.T) {
 }
 
 func TestBlindness(t *testing.T) {
-	got := blindness([]string{"moved: load: not supported: by this kernel", "what tasks did for at most 5s until then", "else: why"})
-	want := append(slices.Clone(neverSeen), "moves between cgroups: load: not supported: by this kernel", "what tasks did for at most 5s until then", "else: why")
+	got := blindness([]string{"moved: load: not supported: by this kernel", "switched: load: not permitted (MEMLOCK may be too low, consider this)", "what tasks did for at most 5s until then", "else: why"})
+	want := append(slices.Clone(neverSeen), "moves between cgroups: load: not supported: by this kernel", observed["switched"]+": load: not permitted", "what tasks did for at most 5s until then", "else: why")
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("-want +got:\n%s", diff)
 	}
