@@ -291,13 +291,16 @@ func (s *session) answer(q proto.Request, image []byte) (r proto.Response, files
 	case proto.OpAudit:
 		r.Audit, files, err = c.Audit()
 	case proto.OpBind:
-		if s.claimed == nil {
-			s.claimed = map[string]bool{}
+		// What is refused is not remembered: there is no end to it.
+		if err = c.Bind(q.Path, q.Identity); err == nil && s.claimed == nil {
+			s.claimed = map[string]bool{q.Path: true}
+		} else if err == nil {
+			s.claimed[q.Path] = true
 		}
-		err = c.Bind(q.Path, q.Identity)
-		s.claimed[q.Path] = s.claimed[q.Path] || err == nil
 	case proto.OpUnbind:
-		err = c.Unbind(q.Path)
+		if err = c.Unbind(q.Path); err == nil {
+			delete(s.claimed, q.Path)
+		}
 	case proto.OpForget:
 		err = c.forget(s.claimed)
 	}

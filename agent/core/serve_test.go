@@ -366,6 +366,20 @@ func FuzzSession(f *testing.F) {
 	})
 }
 
+// An agent that claims ever other paths takes no memory of the core by those that it is
+// refused.
+func TestRefusedClaimsAreForgotten(t *testing.T) {
+	s := &session{core: &Core{log: slog.New(slog.DiscardHandler)}, greeted: true}
+	for i := range 100 {
+		if r, _ := s.handle(proto.Request{Op: proto.OpBind, Path: fmt.Sprintf("/lab/%d", i), Identity: 16}, nil); r.Error == "" {
+			t.Fatal("bound without a policy")
+		}
+	}
+	if len(s.claimed) != 0 {
+		t.Errorf("%d refused paths are remembered", len(s.claimed))
+	}
+}
+
 // Where others than root could put another socket, there is none.
 func TestJ12RunDir(t *testing.T) {
 	m := newMachine(t)
