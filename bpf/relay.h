@@ -106,14 +106,19 @@ static __noinline int tell_transfer(struct demarc_mark *m, struct sock *sk, __u6
 	return 0;
 }
 
-/* A process that lives shorter than a round is a relay if what passed matches once its
- * connections have ended. */
+/* A process is a relay if what passed since the last round matches once its connections
+ * have ended, or, where a round lay between what came in and what went on, all that
+ * passed over the last two. */
 static __noinline int tell_ended(struct demarc_lineage *l, __u64 cgroup)
 {
 	struct demarc_signal *e;
 	struct outcome o;
 
-	if (!l || !same_bytes(l->ended) || !about(&o, cgroup) || o.query.now - l->relayed < RELAY_AGAIN)
+	if (!l)
+		return 0;
+	if (!same_bytes(l->ended) && l->spanned && same_bytes(l->whole))
+		__builtin_memcpy(l->ended, l->whole, sizeof(l->ended));
+	if (!same_bytes(l->ended) || !about(&o, cgroup) || o.query.now - l->relayed < RELAY_AGAIN)
 		return 0;
 	l->relayed = o.query.now;
 	__builtin_memcpy(&o.opener, &l->on, sizeof(o.opener));
@@ -128,19 +133,27 @@ static __noinline int tell_ended(struct demarc_lineage *l, __u64 cgroup)
 		bpf_ringbuf_submit(e, 0);
 	}
 	__builtin_memset(l->ended, 0, sizeof(l->ended));
+	__builtin_memset(l->whole, 0, sizeof(l->whole));
 	return 0;
 }
 
 static __always_inline void put_down(struct demarc_lineage *l, const struct demarc_mark *m, const struct demarc_passed *new)
 {
+	__u8 spanned = m->inbound ? 1 : 2;
+
+	l->spanned = m->round ? l->spanned | spanned : l->spanned & ~spanned;
 	if (m->inbound) {
 		l->ended[DEMARC_CAME_IN] += new->back;
 		l->ended[DEMARC_WENT_BACK] += new->bytes;
+		l->whole[DEMARC_CAME_IN] = m->upto.back;
+		l->whole[DEMARC_WENT_BACK] = m->upto.bytes;
 		if (m->origin)
 			l->origin = m->origin;
 	} else {
 		l->ended[DEMARC_WENT_ON] += new->bytes;
 		l->ended[DEMARC_CAME_BACK] += new->back;
+		l->whole[DEMARC_WENT_ON] = m->upto.bytes;
+		l->whole[DEMARC_CAME_BACK] = m->upto.back;
 	}
 }
 

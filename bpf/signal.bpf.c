@@ -240,6 +240,7 @@ int BPF_PROG(forked, struct task_struct *parent, struct task_struct *child)
 	fresh = *l;
 	fresh.looked = fresh.relayed = fresh.tun = 0;
 	__builtin_memset(fresh.ended, 0, sizeof(fresh.ended));
+	__builtin_memset(fresh.whole, 0, sizeof(fresh.whole));
 	l = bpf_task_storage_get(&lineages, child, &fresh, BPF_LOCAL_STORAGE_GET_F_CREATE);
 	tell_netns(&o, child, l, netns_of(child));
 	tell_move(child, l, cgroup_of_task(child), parent);

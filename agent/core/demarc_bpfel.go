@@ -151,12 +151,14 @@ type demarcDemarcLineage struct {
 	Netns   uint32
 	Hops    uint8
 	Tun     uint8
-	Zero    [2]uint8
+	Spanned uint8
+	Zero    uint8
 	Looked  uint64
 	Cgroup  uint64
 	Relayed uint64
 	Ending  [2]uint64
 	Ended   [4]uint64
+	Whole   [4]uint64
 	On      demarcDemarcTuple
 }
 

@@ -672,12 +672,14 @@ struct demarc_lineage {
 	__u32 netns;   /* inode of its network namespace then; 0 = not looked at yet */
 	__u8 hops;     /* 0 = it goes back to no connection */
 	__u8 tun;      /* that it holds a tun device was told */
-	__u8 zero[2];
+	__u8 spanned;  /* of the two below that ended last, which were in a round: 1 accepted, 2 opened */
+	__u8 zero;
 	__u64 looked;  /* when its files were last looked at */
 	__u64 cgroup;  /* that it was in then */
 	__u64 relayed; /* when it was last told as a relay */
 	__u64 ending[2]; /* cookies of what it ended last: accepted, opened */
 	__u64 ended[4]; /* bytes of connections that ended since the last round: enum demarc_way */
+	__u64 whole[4]; /* bytes of the last one accepted and the last one opened that ended, from their beginning */
 	struct demarc_tuple on; /* the last of them that it had opened */
 };
 

@@ -48,6 +48,11 @@ func relays(s *sensing) []scenario {
 			r.tool("socat", "TCP-LISTEN:8002,reuseaddr", fmt.Sprintf("TCP:%s:7001", s.target.IP4))
 			s.outside("(while head -c 3000 /dev/zero; do sleep 1; done) | socat - TCP:%s:8002,retry=100,interval=0.1 >/dev/null", s.host.IP4)
 		}, "T1090.001", "relay", detect.Medium, "socat", 30 * time.Second, false},
+		{"socat hands on what came in more than a round before", func(r *run) {
+			next(8031, netip.AddrPortFrom(s.target.IP4, 7013))(r)
+			through(8031, 20_000)
+			s.outside("sleep 7; socat -u TCP-LISTEN:7013,reuseaddr - >/dev/null")
+		}, "T1090.001", "relay", detect.Medium, "socat", 30 * time.Second, false},
 		{"K03: sshd hands on connections (ssh -L)", func(r *run) {
 			s.keys.sshdOf(s.t, s.host, r.node.Cgroup("/lab/"+r.workload), netip.AddrPortFrom(s.host.IP4, 8003))
 			s.outside("%s & (while head -c 100000 /dev/zero; do sleep 1; done) | socat - TCP:127.0.0.1:9003,retry=100,interval=0.1 >/dev/null",
