@@ -76,9 +76,10 @@ func killCgroup(dir string) error {
 }
 
 // awaitEmpty waits until no process is at or below a cgroup. What a test ended
-// may take the kernel a moment to bury.
+// may take the kernel a moment to bury, and longer where thousands of devices' changes are
+// still to be followed up.
 func awaitEmpty(dir string) error {
-	for end := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {
+	for end := time.Now().Add(time.Minute); ; time.Sleep(time.Millisecond) {
 		text, err := os.ReadFile(filepath.Join(dir, "cgroup.events"))
 		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENODEV) {
 			return nil
@@ -90,9 +91,27 @@ func awaitEmpty(dir string) error {
 			return nil
 		}
 		if time.Now().After(end) {
-			return fmt.Errorf("processes stay in cgroup %s", dir)
+			return fmt.Errorf("processes stay in cgroup %s: %s", dir, inside(dir))
 		}
 	}
+}
+
+// inside says what processes are at and below a cgroup, and where in the kernel they are.
+func inside(dir string) string {
+	var all []string
+	_ = filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+		if err != nil || !d.IsDir() {
+			return nil
+		}
+		pids, _ := os.ReadFile(filepath.Join(path, "cgroup.procs"))
+		for pid := range strings.FieldsSeq(string(pids)) {
+			name, _ := os.ReadFile(filepath.Join("/proc", pid, "comm"))
+			stack, _ := os.ReadFile(filepath.Join("/proc", pid, "stack"))
+			all = append(all, fmt.Sprintf("%s %s\n%s", pid, name, stack))
+		}
+		return nil
+	})
+	return strings.Join(all, "\n")
 }
 
 // removeCgroup removes a cgroup and all below it, the deepest first.
