@@ -267,7 +267,8 @@ func TestContainers(t *testing.T) {
 		h.Await("tells of "+want, func() error {
 			metrics := h.Run("bash", "-c", `exec 3<>/dev/tcp/127.0.0.1/9477; printf 'GET /metrics HTTP/1.0\r\n\r\n' >&3; cat <&3`)
 			if !strings.Contains(metrics, "\ndemarc_inventory_problems "+want+"\n") {
-				return fmt.Errorf("status:\n%s", h.Run("demarc", "status"))
+				status, _ := h.Try("demarc", "status")
+				return fmt.Errorf("status:\n%s", status)
 			}
 			return nil
 		})
