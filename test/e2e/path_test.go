@@ -222,6 +222,100 @@ func (r *routed) checkTranslation(t *testing.T, wire *netlab.Wire, path string, 
 	}
 }
 
+// Where the router translates, what nobody declared does not come about, either: not
+// on another port, not for another workload, not for who proves nothing. It does not
+// leave its host; where that host's policy alone declares it, api does not answer.
+func TestE16Undeclared(t *testing.T) {
+	const more = `  - {name: web-api-more, from: [workload/web], to: [workload/api], ports: [tcp/5432, udp/5432]%[1]s}
+  - {name: db-api, from: [workload/db], to: [workload/api], ports: [tcp/8080, udp/8080, tcp/80]%[1]s}
+`
+	r := newRouted(t)
+	r.serve()
+	for name := range r.hosts {
+		r.wires[name] = r.cables[name].A.Wire()
+	}
+	version := 1
+	for _, path := range []string{"source", "destination"} {
+		nft(t, r.router, "flush ruleset; add table inet t; "+translation(r, path))
+		for _, alone := range []bool{false, true} { // the caller's host declares it
+			version++
+			for name, node := range r.nodes {
+				nat := ", nat: " + path
+				text := fmt.Sprintf(fleetPolicy, r.outside.IP4, r.outside.IP6, nat)
+				if alone && name != "api" {
+					text += fmt.Sprintf(more, nat)
+				}
+				node.Apply(document(version, text))
+			}
+			t.Run(fmt.Sprintf("%s, declared by the caller %v", path, alone), func(t *testing.T) {
+				r.checkTranslation(t, r.wires["api"], path, abi.Undecided) // control
+				r.checkUndeclared(t, path, "web", 5432, alone)
+				r.checkUndeclared(t, path, "db", 8080, alone)
+				r.checkUndeclared(t, path, "outside", 8080, true)
+				r.checkTranslation(t, r.wires["api"], path, abi.Undecided)
+			})
+		}
+	}
+}
+
+// checkUndeclared asks api what nobody declared for it. Either it leaves, and api's host
+// refuses it, or its own host does.
+func (r *routed) checkUndeclared(t *testing.T, path, from string, port uint16, leaves bool) {
+	t.Helper()
+	caller, refuses, reason := r.actors[from], r.nodes["api"], abi.NoCrossingFor
+	if from == "outside" {
+		caller, reason = r.stranger, abi.TagMissing
+	}
+	if !leaves {
+		refuses = r.nodes[from]
+	}
+	for _, ends := range [][2]netip.Addr{{r.hosts["api"].IP4, r.cables["web"].B.IP4}, {r.hosts["api"].IP6, r.cables["web"].B.IP6}} {
+		at := netip.AddrPortFrom(ends[0], port)
+		stream, datagram := at, at
+		if path == "destination" {
+			stream, datagram = netip.AddrPortFrom(ends[1], port), netip.AddrPortFrom(ends[1], port)
+			if port == 8080 {
+				stream = netip.AddrPortFrom(ends[1], 80)
+			}
+		}
+		refuses.Forget()
+		for _, w := range r.wires {
+			w.Forget()
+		}
+		if caller.reachesWithin(stream, timeOfSilence) {
+			t.Errorf("%s reaches %s", from, stream)
+		}
+		if got := caller.datagramsWithin(datagram, 2, timeOfSilence); got.Answered > 0 {
+			t.Errorf("%s to %s: %+v", from, datagram, got)
+		}
+		for proto, asked := range map[uint8]netip.AddrPort{unix.IPPROTO_TCP: stream, unix.IPPROTO_UDP: datagram} {
+			if leaves {
+				asked = at
+			}
+			f := refuses.AwaitDenied(reason, proto, netlab.Place{Address: asked.Addr(), Port: asked.Port()})
+			if who := f.Source.Workload; from != "outside" && who != from {
+				t.Errorf("denied %q, want %q: %s", who, from, netlab.Describe(f))
+			}
+			came := r.wires["api"].Count(func(p netlab.Packet) bool { return !p.Sent && p.Proto == proto && p.Dst == at })
+			if leaves != (came > 0) {
+				t.Errorf("%s to %s: %d packets of protocol %d came to api's host", from, asked, came, proto)
+			}
+			answers := r.wires["api"].Packets(func(p netlab.Packet) bool {
+				return p.Sent && p.Proto == proto && p.Src == at && (proto == unix.IPPROTO_UDP || p.Flags&flagSYN != 0)
+			})
+			if len(answers) > 0 {
+				t.Errorf("api answered %s: %s", from, answers[0])
+			}
+			if leaves {
+				continue
+			}
+			if left := r.wires[from].Packets(netlab.To(proto, asked.Addr(), asked.Port())); len(left) > 0 {
+				t.Errorf("%s sent %s", from, left[0])
+			}
+		}
+	}
+}
+
 // translation is what the router does: which end it translates.
 func translation(r *routed, path string) string {
 	var rules []string
@@ -236,7 +330,9 @@ func translation(r *routed, path string) string {
 			fmt.Sprintf("add rule inet t d ip daddr %s tcp dport 80 dnat ip to %s:8080", web.IP4, api4),
 			fmt.Sprintf("add rule inet t d ip6 daddr %s tcp dport 80 dnat ip6 to [%s]:8080", web.IP6, api6),
 			fmt.Sprintf("add rule inet t d ip daddr %s udp dport 8080 dnat ip to %s:8080", web.IP4, api4),
-			fmt.Sprintf("add rule inet t d ip6 daddr %s udp dport 8080 dnat ip6 to [%s]:8080", web.IP6, api6))
+			fmt.Sprintf("add rule inet t d ip6 daddr %s udp dport 8080 dnat ip6 to [%s]:8080", web.IP6, api6),
+			fmt.Sprintf("add rule inet t d ip daddr %s th dport 5432 dnat ip to %s", web.IP4, api4), // which nobody declares
+			fmt.Sprintf("add rule inet t d ip6 daddr %s th dport 5432 dnat ip6 to %s", web.IP6, api6))
 	}
 	return strings.Join(rules, "; ")
 }
