@@ -132,7 +132,7 @@ func TestReadFrameRefuses(t *testing.T) {
 		{"bad empty", frame(""), "decode frame: EOF"},
 		{"bad json", frame(`{"op":`), "decode frame: unexpected EOF"},
 		{"bad unknown key", frame(`{"op":"status","x":1}`), `decode frame: json: unknown field "x"`},
-		{"bad unknown key inside", frame(`{"op":"preview","own":[{"local":"192.0.2.1:22","x":1}]}`), `decode frame: decode frame: json: unknown field "x"`},
+		{"bad unknown key inside", frame(`{"op":"preview","own":[{"local":"192.0.2.1:22","x":1}]}`), `decode frame: json: unknown field "x"`},
 		{"bad trailing value", frame(`{"op":"status"} {}`), "decode frame: trailing data"},
 		{"bad trailing garbage", frame(`{"op":"status"}}`), "decode frame: trailing data"},
 	}

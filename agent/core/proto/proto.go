@@ -8,6 +8,7 @@
 package proto
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
 	"os"
@@ -199,7 +200,7 @@ func (o *Own) Holds(e Ends) bool {
 func (o *Own) UnmarshalJSON(b []byte) error {
 	var all []Ends
 	if err := Unmarshal(b, &all); err != nil {
-		return err
+		return errors.Unwrap(err) // who called says once more what was being done
 	}
 	if len(all) > MaxOwn {
 		return fmt.Errorf("%d connections of one's own, at most %d", len(all), MaxOwn)
