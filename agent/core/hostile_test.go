@@ -8,6 +8,7 @@ import (
 	"math"
 	"math/rand/v2"
 	"net"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -42,6 +43,7 @@ func alphabet(t *testing.T, image []byte) []legal {
 	t.Helper()
 	good := func(t *testing.T) *os.File { return memfd(t, image) }
 	pod, web := id(t, image, "pod"), id(t, image, "web")
+	own := proto.Own{{Local: netip.MustParseAddrPort("192.0.2.1:22"), Remote: netip.MustParseAddrPort("192.0.2.9:50112")}}
 	return []legal{
 		{"hello", proto.Request{Op: proto.OpHello, Version: proto.Version}, nil, "hello is out of order"},
 		{"hello of another version", proto.Request{Op: proto.OpHello, Version: 99}, nil, "hello is out of order"},
@@ -56,6 +58,8 @@ func alphabet(t *testing.T, image []byte) []legal {
 		{"preview by digest", proto.Request{Op: proto.OpPreview, Digest: "00"}, good, `malformed "preview" request`},
 		{"apply for a negative time", proto.Request{Op: proto.OpApply, Within: -1}, good, `malformed "apply" request`},
 		{"preview", proto.Request{Op: proto.OpPreview}, good, ""},
+		{"preview that names some first", proto.Request{Op: proto.OpPreview, Own: own}, good, ""},
+		{"apply that names some first", proto.Request{Op: proto.OpApply, Own: own}, good, `malformed "apply" request`},
 		{"prepare by digest", proto.Request{Op: proto.OpPrepare, Digest: "00"}, good, `malformed "prepare" request`},
 		{"prepare for a time", proto.Request{Op: proto.OpPrepare, Within: 1000}, good, `malformed "prepare" request`},
 		{"prepare", proto.Request{Op: proto.OpPrepare}, good, ""},

@@ -217,7 +217,7 @@ func TestProtocolRefuses(t *testing.T) {
 	}{
 		{"bad status before hello", frameOf(`{"op":"status"}`), "status is out of order"},
 		{"bad second hello", frame(helloText), "hello is out of order"},
-		{"bad version", frameOf(`{"op":"hello","version":1}`), "the agent speaks protocol 1, the core 4"},
+		{"bad version", frameOf(`{"op":"hello","version":1}`), "the agent speaks protocol 1, the core 5"},
 		{"bad op", frame(`{"op":"reboot"}`), `malformed "reboot" request`},
 		{"bad no op", frame(`{}`), `malformed "" request`},
 		{"bad field of another op", frame(`{"op":"status","path":"/x"}`), `malformed "status" request`},
@@ -225,6 +225,9 @@ func TestProtocolRefuses(t *testing.T) {
 		{"bad trailing value", frame(`{"op":"status"}{}`), "decode frame: trailing data"},
 		{"bad json", frame(`{"op"`), "decode frame: unexpected EOF"},
 		{"bad number", frame(`{"op":"bind","path":"/x","identity":-1}`), "decode frame: json: cannot unmarshal number -1 "},
+		{"bad own connections, too many", frame(`{"op":"preview","own":[{}` + strings.Repeat(`,{}`, proto.MaxOwn) + `]}`), "decode frame: 17 connections of one's own, at most 16"},
+		{"bad own connection", frame(`{"op":"preview","own":[{"local":"192.0.2.1","remote":"192.0.2.9:1"}]}`), "decode frame: not an ip:port"},
+		{"bad own connections of another op", frame(`{"op":"status","own":[{"local":"192.0.2.1:22","remote":"192.0.2.9:1"}]}`), `malformed "status" request`},
 		{"bad apply without image", frame(`{"op":"apply"}`), `malformed "apply" request`},
 		{"bad length", append(hello[:len(hello):len(hello)], 0xff, 0xff, 0xff, 0xff), "read frame: 4294967295 bytes, at most 1048576"},
 		{"OK after an error", frame(`{"op":"rollback"}`, `{"op":"status"}`), ""},
@@ -345,6 +348,7 @@ func FuzzSession(f *testing.F) {
 	}
 	f.Add([]byte(`{"op":"apply"}`), uint8(1))
 	f.Add([]byte(`{"op":"preview"}`), uint8(2))
+	f.Add([]byte(`{"op":"preview","own":[{"local":"192.0.2.1:22","remote":"[2001:db8::9%eth0]:50112"}]}`), uint8(1))
 	f.Add([]byte(`{"op":"audit"}`), uint8(3))
 	null, err := os.Open(os.DevNull)
 	if err != nil {
