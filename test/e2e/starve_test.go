@@ -2,11 +2,14 @@ package e2e_test
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
+	"io"
 	"math/rand/v2"
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -199,11 +202,38 @@ func hostile(t *testing.T, e *ends) func() {
 		`{"op":"quarantine","identity":16,"reason":"x","automatic":true}`, `{"op":"release","identity":16}`, `{"op":"release"}`,
 	}
 	greeting := fmt.Appendf(binary.BigEndian.AppendUint32(nil, uint32(len(requests[0]))), "%s", requests[0])
-	for range 300 {
+	dial := func() *net.UnixConn {
 		conn, err := net.DialUnix("unix", nil, &net.UnixAddr{Name: filepath.Join(e.node.Dir(), "core", "core.sock"), Net: "unix"})
 		if err != nil {
 			t.Fatalf("seed %d: %v", seed, err)
 		}
+		return conn
+	}
+	// hear reads all answers: to who is gone already, the core says nothing more.
+	hear := func(conn *net.UnixConn) string {
+		_ = conn.CloseWrite()
+		_ = conn.SetReadDeadline(time.Now().Add(time.Minute))
+		answers, err := io.ReadAll(conn)
+		if errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Fatalf("seed %d: the core neither answers nor hangs up", seed)
+		}
+		return string(answers)
+	}
+	// Each by itself, so that all are heard.
+	heard := ""
+	for _, text := range requests {
+		conn := dial()
+		_, _ = conn.Write(append(slices.Clone(greeting), append(binary.BigEndian.AppendUint32(nil, uint32(len(text))), text...)...))
+		heard += hear(conn)
+		conn.Close()
+	}
+	for _, want := range []string{`"audit":`, "identity 1 is no workload", "identity 16 is not quarantined"} {
+		if !strings.Contains(heard, want) {
+			t.Errorf("no answer has %s:\n%q", want, heard)
+		}
+	}
+	for range 300 {
+		conn := dial()
 		if random.IntN(2) == 0 {
 			_, _ = conn.Write(greeting) // or it hung up: too many wait
 		}
@@ -222,6 +252,9 @@ func hostile(t *testing.T, e *ends) func() {
 			if _, _, err := conn.WriteMsgUnix(frame, rights, nil); err != nil {
 				break // it hung up
 			}
+		}
+		if random.IntN(2) == 0 {
+			hear(conn)
 		}
 		conn.Close()
 	}
