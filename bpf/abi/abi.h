@@ -205,13 +205,14 @@ struct demarc_path_key {
  * with its terminating NUL and one entry with an empty suffix. */
 #define DEMARC_UNIT_SUFFIX 28
 #define DEMARC_UNIT_ALTERNATIVES 4
+struct demarc_unit_match {
+	__u32 identity; /* 0 = end of the list */
+	__u16 length;	/* bytes of suffix */
+	__u16 least;	/* bytes of the shortest name that matches */
+	char suffix[DEMARC_UNIT_SUFFIX];
+};
 struct demarc_unit {
-	struct {
-		__u32 identity; /* 0 = end of the list */
-		__u16 length;	/* bytes of suffix */
-		__u16 least;	/* bytes of the shortest name that matches */
-		char suffix[DEMARC_UNIT_SUFFIX];
-	} match[DEMARC_UNIT_ALTERNATIVES];
+	struct demarc_unit_match match[DEMARC_UNIT_ALTERNATIVES];
 };
 
 /* A cgroup and who lives in it, one identity a generation slot. Key: cgroup id
