@@ -76,7 +76,7 @@ func (p parser) key(r *Ring) error {
 			err = start.Fail("%v", err)
 		}
 	}
-	k.Print = fingerprint(k.secret)
+	k.Print = Print(k.secret)
 	r.Keys = append(r.Keys, k)
 	return err
 }

@@ -5,9 +5,9 @@ import (
 	"runtime"
 )
 
-// fingerprint is a key's SHA-256. The hash copies what it is given onto the stack: that is
+// Print is a key's SHA-256. The hash copies what it is given onto the stack: that is
 // made large enough before, so that it is not moved meanwhile, and written over behind it.
-func fingerprint(secret *[KeySize]byte) [sha256.Size]byte {
+func Print(secret *[KeySize]byte) [sha256.Size]byte {
 	scrub()
 	defer scrub()
 	return sha256.Sum256(secret[:])
