@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"maps"
 	"net/http"
+	"net/netip"
 	"net/url"
 	"os"
 	"path/filepath"
@@ -73,6 +74,37 @@ func TestApplyPreviewed(t *testing.T) {
 		if err != nil || s.Policy == nil || s.Policy.Version != uint64(i+1) {
 			t.Fatalf("previewed %v: %+v, %v", previewed, s, err)
 		}
+	}
+}
+
+// The core is told which connections are the caller's own, and only what they can be.
+func TestPreviewNamesOwn(t *testing.T) {
+	core := newStandIn()
+	r := start(t, core, nil)
+	img := compile(t, source)
+	own := proto.Ends{Local: netip.MustParseAddrPort("[2001:db8::1]:22"), Remote: netip.MustParseAddrPort("[2001:db8::9]:50112")}
+	for _, tt := range []struct {
+		name string
+		own  []proto.Ends
+		want string // "" = asked
+	}{
+		{"OK none", nil, ""},
+		{"OK one", []proto.Ends{own}, ""},
+		{"OK as many as there may be", slices.Repeat([]proto.Ends{own}, proto.MaxOwn), ""},
+		{"bad one more", slices.Repeat([]proto.Ends{own}, proto.MaxOwn+1), "own: 17 connections, at most 16"},
+		{"bad half", []proto.Ends{{Local: own.Local}}, `own: "[2001:db8::1]:22,invalid AddrPort" is not two ends of a connection`},
+	} {
+		var want proto.Own
+		copy(want[:], tt.own)
+		_, err := r.client.Preview(t.Context(), img, tt.own...)
+		if (err == nil) != (tt.want == "") || err != nil && err.Error() != tt.want {
+			t.Errorf("%s: %v", tt.name, err)
+		}
+		core.mu.Lock()
+		if err == nil && core.own != want {
+			t.Errorf("%s: the core is told %v", tt.name, core.own)
+		}
+		core.mu.Unlock()
 	}
 }
 

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"net/netip"
 	"os"
 	"slices"
 	"strconv"
@@ -398,6 +399,10 @@ func notAsked(*os.File) error { return errNotAsked }
 
 // preview has the core look at an image, and changes nothing.
 func (s *service) preview(w http.ResponseWriter, r *http.Request) (any, error) {
+	own, err := ownConnections(r.URL.Query()["own"])
+	if err != nil {
+		return nil, err
+	}
 	_, f, err := s.offered(w, r, notAsked)
 	if err != nil {
 		return nil, err
@@ -405,10 +410,28 @@ func (s *service) preview(w http.ResponseWriter, r *http.Request) (any, error) {
 	defer f.Close()
 	var p *proto.Preview
 	err = s.link.with(func(c core) (err error) {
-		p, err = c.Preview(f)
+		p, err = c.Preview(f, own)
 		return err
 	})
 	return p, err
+}
+
+// ownConnections reads what a caller says are his own connections.
+func ownConnections(all []string) (own proto.Own, err error) {
+	if len(all) > len(own) {
+		return own, &api.Error{Code: http.StatusBadRequest, Message: fmt.Sprintf("own: %d connections, at most %d", len(all), len(own)), Hint: "name the one through which this is asked"}
+	}
+	for i, text := range all {
+		local, remote, _ := strings.Cut(text, ",")
+		own[i].Local, err = netip.ParseAddrPort(local)
+		if err == nil {
+			own[i].Remote, err = netip.ParseAddrPort(remote)
+		}
+		if err != nil {
+			return own, &api.Error{Code: http.StatusBadRequest, Message: fmt.Sprintf("own: %.100q is not two ends of a connection", text), Hint: "give them like 192.0.2.1:22,192.0.2.9:50112"}
+		}
+	}
+	return own, nil
 }
 
 // apply hands an image to the core, twice: to be verified and made ready, and, when the

@@ -32,7 +32,7 @@ type core interface {
 	ApplySparing(image *os.File, within, spare time.Duration) (*proto.Status, error)
 	ApplyPreviewed(digest string, within, spare time.Duration) (*proto.Status, error)
 	Prepare(image *os.File) error
-	Preview(image *os.File) (*proto.Preview, error)
+	Preview(image *os.File, own proto.Own) (*proto.Preview, error)
 	Shadow(image *os.File, lasting time.Duration) (*proto.Status, error)
 	Unshadow() (*proto.Status, error)
 	Shadowed() (*os.File, error)

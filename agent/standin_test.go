@@ -86,6 +86,7 @@ type standIn struct {
 	closed      chan struct{} // of the current connection
 	images      [][]byte      // applied ones, the active one last
 	previewed   []byte        // last
+	own         proto.Own     // as it was said with that
 	unverified  error         // what it answers to Prepare
 	epoch       uint32
 	claims      map[string]uint32
@@ -172,9 +173,10 @@ func (s *standIn) status() *proto.Status {
 		Active:      &proto.Generation{Epoch: s.epoch, Name: img.Name, Version: img.Version, Digest: hex.EncodeToString(sum[:]), Mode: "enforce", Since: time.Unix(1000, 0).UTC()}}
 }
 
-func (c *connection) Preview(f *os.File) (_ *proto.Preview, err error) {
+func (c *connection) Preview(f *os.File, own proto.Own) (_ *proto.Preview, err error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	c.own = own
 	c.previewed, err = readImage(f)
 	return &proto.Preview{}, err
 }

@@ -8,7 +8,6 @@ import (
 	"strings"
 	"sync"
 	"testing"
-	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -65,7 +64,7 @@ func TestJ03PolicyPathRace(t *testing.T) {
 		}
 	})
 	honest, refused := 0, 0
-	for start := time.Now(); honest+refused < 100_000 && time.Since(start) < 2*time.Second; {
+	for honest+refused < 100_000 {
 		b, err := ReadFile(target)
 		switch {
 		case err != nil:

@@ -21,7 +21,7 @@ const (
 	PathIdentities = "/v1/identities"      // GET: []Identity
 	PathZones      = "/v1/zones"           // GET: []Zone
 	PathPolicy     = "/v1/policy"          // GET: the active image; POST: apply the image in the body, Status; ?previewed=DIGEST: the one that was previewed last, without a body; ?within=60s: unless it is confirmed; ?grandfather=10m: what it cuts goes on so long
-	PathPreview    = "/v1/policy/preview"  // POST: the image in the body is only looked at, Preview
+	PathPreview    = "/v1/policy/preview"  // POST: the image in the body is only looked at, Preview; ?own=LOCAL,REMOTE, up to proto.MaxOwn times: this connection is named first
 	PathShadow     = "/v1/policy/shadow"   // POST ?for=1h: the image in the body is asked beside the one in force, Status; GET: Shadow, with its differences
 	PathUnshadow   = "/v1/policy/unshadow" // POST: end that, Status
 	PathConfirm    = "/v1/policy/confirm"  // POST: Status

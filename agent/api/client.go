@@ -136,9 +136,18 @@ func (c *Client) apply(ctx context.Context, query url.Values, img []byte, within
 	return doJSON[*Status](ctx, c, http.MethodPost, path, bytes.NewReader(img))
 }
 
-// Preview asks which live connections an encoded image would cut.
-func (c *Client) Preview(ctx context.Context, img []byte) (*proto.Preview, error) {
-	return doJSON[*proto.Preview](ctx, c, http.MethodPost, PathPreview, bytes.NewReader(img))
+// Preview asks which live connections an encoded image would cut, and to name some
+// first: the caller's own, at most proto.MaxOwn.
+func (c *Client) Preview(ctx context.Context, img []byte, own ...proto.Ends) (*proto.Preview, error) {
+	query := url.Values{}
+	for _, e := range own {
+		query.Add("own", e.Local.String()+","+e.Remote.String())
+	}
+	path := PathPreview
+	if len(query) > 0 {
+		path += "?" + query.Encode()
+	}
+	return doJSON[*proto.Preview](ctx, c, http.MethodPost, path, bytes.NewReader(img))
 }
 
 // Shadow has live traffic judged by an encoded image beside the one in force, for a

@@ -5,8 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"math/rand/v2"
 	"net"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -31,15 +33,17 @@ type legal struct {
 	name    string
 	request proto.Request
 	file    func(t *testing.T) *os.File // nil = none is sent
-	answer  string                      // of a greeted session; "" = yes
+	answer  string                      // of a greeted session; "" = yes, "?" = yes if somebody asked for the contrary before
 }
 
 // alphabet is every kind of request, good ones and bad ones, at a core where an
-// image is in force, none was before, and nothing waits to be confirmed.
+// image is in force, none was before, nothing waits to be confirmed, and nobody but pod is
+// ever quarantined.
 func alphabet(t *testing.T, image []byte) []legal {
 	t.Helper()
 	good := func(t *testing.T) *os.File { return memfd(t, image) }
-	pod := id(t, image, "pod")
+	pod, web := id(t, image, "pod"), id(t, image, "web")
+	own := proto.Own{{Local: netip.MustParseAddrPort("192.0.2.1:22"), Remote: netip.MustParseAddrPort("192.0.2.9:50112")}}
 	return []legal{
 		{"hello", proto.Request{Op: proto.OpHello, Version: proto.Version}, nil, "hello is out of order"},
 		{"hello of another version", proto.Request{Op: proto.OpHello, Version: 99}, nil, "hello is out of order"},
@@ -54,6 +58,8 @@ func alphabet(t *testing.T, image []byte) []legal {
 		{"preview by digest", proto.Request{Op: proto.OpPreview, Digest: "00"}, good, `malformed "preview" request`},
 		{"apply for a negative time", proto.Request{Op: proto.OpApply, Within: -1}, good, `malformed "apply" request`},
 		{"preview", proto.Request{Op: proto.OpPreview}, good, ""},
+		{"preview that names some first", proto.Request{Op: proto.OpPreview, Own: own}, good, ""},
+		{"apply that names some first", proto.Request{Op: proto.OpApply, Own: own}, good, `malformed "apply" request`},
 		{"prepare by digest", proto.Request{Op: proto.OpPrepare, Digest: "00"}, good, `malformed "prepare" request`},
 		{"prepare for a time", proto.Request{Op: proto.OpPrepare, Within: 1000}, good, `malformed "prepare" request`},
 		{"prepare", proto.Request{Op: proto.OpPrepare}, good, ""},
@@ -70,10 +76,19 @@ func alphabet(t *testing.T, image []byte) []legal {
 		{"rollback", proto.Request{Op: proto.OpRollback}, nil, "there is no previous image"},
 		{"image", proto.Request{Op: proto.OpImage}, nil, ""},
 		{"bind", proto.Request{Op: proto.OpBind, Path: "/lab/pod", Identity: pod}, nil, ""},
-		{"bind to another", proto.Request{Op: proto.OpBind, Path: "/lab/pod", Identity: id(t, image, "web")}, nil, "bind /lab/pod: "},
+		{"bind to another", proto.Request{Op: proto.OpBind, Path: "/lab/pod", Identity: web}, nil, "bind /lab/pod: "},
 		{"bind somewhere", proto.Request{Op: proto.OpBind, Path: "/../pod", Identity: pod}, nil, "bind /../pod: not a canonical path"},
 		{"unbind", proto.Request{Op: proto.OpUnbind, Path: "/lab/pod"}, nil, ""},
 		{"forget", proto.Request{Op: proto.OpForget}, nil, ""},
+		{"quarantine", proto.Request{Op: proto.OpQuarantine, Identity: pod, For: 60_000, Reason: "x"}, nil, ""},
+		{"quarantine for ever", proto.Request{Op: proto.OpQuarantine, Identity: pod, For: 1 << 62, Reason: "x"}, nil, `malformed "quarantine" request`},
+		{"quarantine without a reason", proto.Request{Op: proto.OpQuarantine, Identity: pod, For: 60_000}, nil, "quarantine needs a reason"},
+		{"quarantine of nobody", proto.Request{Op: proto.OpQuarantine, Identity: math.MaxUint32, For: 60_000, Reason: "x"}, nil, "identity 4294967295 is no workload"},
+		{"quarantine with a descriptor", proto.Request{Op: proto.OpQuarantine, Identity: pod, For: 60_000, Reason: "x"}, good, `malformed "quarantine" request`},
+		{"release", proto.Request{Op: proto.OpRelease, Identity: pod}, nil, "?"},
+		{"release of one that is not", proto.Request{Op: proto.OpRelease, Identity: web}, nil, fmt.Sprintf("identity %d is not quarantined", web)},
+		{"audit", proto.Request{Op: proto.OpAudit}, nil, ""},
+		{"audit of a path", proto.Request{Op: proto.OpAudit, Path: "/etc/shadow"}, nil, `malformed "audit" request`},
 		{"reboot", proto.Request{Op: "reboot"}, nil, `malformed "reboot" request`},
 	}
 }
@@ -86,6 +101,15 @@ func (l legal) say(t *testing.T, s *session) {
 		files = append(files, l.file(t))
 	}
 	want := l.answer
+	if want == "?" {
+		s.core.mu.Lock()
+		if _, is := s.core.quarantines[l.request.Identity]; is {
+			want = ""
+		} else {
+			want = fmt.Sprintf("identity %d is not quarantined", l.request.Identity)
+		}
+		s.core.mu.Unlock()
+	}
 	greets := false
 	if !s.greeted {
 		switch l.name {
@@ -110,7 +134,7 @@ func (l legal) say(t *testing.T, s *session) {
 	if !strings.HasPrefix(r.Error, want) || want == "" && r.Error != "" {
 		t.Fatalf("%s: %q, want %q", l.name, r.Error, want)
 	}
-	if r.Error != "" && (len(answer) > 0 || r.Status != nil || r.Hello != nil) {
+	if r.Error != "" && (len(answer) > 0 || r.Status != nil || r.Hello != nil || r.Audit != nil) {
 		t.Fatalf("%s is refused and answered: %+v", l.name, r)
 	}
 	if s.greeted != (before || greets) {
@@ -157,6 +181,15 @@ func TestX24Orders(t *testing.T) {
 	must(t, err)
 	all := alphabet(t, b)
 	before := c.standsAt(t, m)
+	kinds := map[proto.Op]bool{}
+	for _, l := range all {
+		kinds[l.request.Op] = true
+	}
+	for op := range forms {
+		if !kinds[op] {
+			t.Errorf("the agent never says %s", op)
+		}
+	}
 	sequence := func(of ...legal) {
 		t.Helper()
 		s := &session{core: c}

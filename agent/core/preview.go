@@ -26,8 +26,9 @@ var errPreview = errors.New("only a preview")
 
 // Preview says which live TCP connections an image would cut, and changes nothing.
 // The image is filled and tested as if it were applied; the kernel then judges each
-// socket that a process holds by it, as it would at the socket's next packet.
-func (c *Core) Preview(b []byte) (*proto.Preview, error) {
+// socket that a process holds by it, as it would at the socket's next packet. What is the
+// caller's own is named before the others are bounded.
+func (c *Core) Preview(b []byte, own proto.Own) (*proto.Preview, error) {
 	g, err := c.offered(b, "")
 	if err != nil {
 		return nil, err
@@ -41,13 +42,21 @@ func (c *Core) Preview(b []byte) (*proto.Preview, error) {
 		return nil, err
 	}
 	p := &proto.Preview{Total: len(cuts)}
-	for _, cut := range cuts[:min(len(cuts), maxCuts)] {
-		t := cut.Tuple
-		p.Cuts = append(p.Cuts, proto.Cut{
-			Local:   netip.AddrPortFrom(netip.AddrFrom16(t.Source).Unmap(), t.SourcePort),
-			Remote:  netip.AddrPortFrom(netip.AddrFrom16(t.Destination).Unmap(), t.DestinationPort),
-			Process: string(bytes.TrimRight(cut.Comm[:], "\x00")), PID: cut.PID, Subject: cut.Subject, Peer: cut.Peer, Inbound: cut.Direction == abi.Ingress, Reason: cut.Reason.String(),
-		})
+	for _, first := range [...]bool{true, false} {
+		for _, cut := range cuts {
+			t := cut.Tuple
+			ends := proto.Ends{
+				Local:  netip.AddrPortFrom(netip.AddrFrom16(t.Source).Unmap(), t.SourcePort),
+				Remote: netip.AddrPortFrom(netip.AddrFrom16(t.Destination).Unmap(), t.DestinationPort),
+			}
+			if len(p.Cuts) == maxCuts || own.Holds(ends) != first {
+				continue
+			}
+			p.Cuts = append(p.Cuts, proto.Cut{
+				Ends: ends, Process: string(bytes.TrimRight(cut.Comm[:], "\x00")), PID: cut.PID,
+				Subject: cut.Subject, Peer: cut.Peer, Inbound: cut.Direction == abi.Ingress, Reason: cut.Reason.String(),
+			})
+		}
 	}
 	return p, nil
 }

@@ -10,6 +10,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/demarc/demarc/agent/core/proto"
+
 	"github.com/cilium/ebpf"
 )
 
@@ -24,7 +26,7 @@ func TestPreviewed(t *testing.T) {
 	}{
 		{"OK at once", func(*testing.T, *Core, *generation, []byte) {}, false, false},
 		{"OK previewed twice", func(t *testing.T, c *Core, _ *generation, previewed []byte) {
-			if _, err := c.Preview(previewed); err != nil {
+			if _, err := c.Preview(previewed, proto.Own{}); err != nil {
 				t.Error(err)
 			}
 		}, false, false},
@@ -64,7 +66,7 @@ func TestPreviewed(t *testing.T) {
 			must(t, c.Unbind("/lab/pod-2"))
 			state, err := kernelState(c.objects)
 			must(t, err)
-			if _, err := c.Preview(previewed); err != nil {
+			if _, err := c.Preview(previewed, proto.Own{}); err != nil {
 				t.Fatal(err)
 			}
 			if after, err := kernelState(c.objects); err != nil || after != state {
@@ -126,7 +128,7 @@ func TestAppliedByDigest(t *testing.T) {
 		}
 	}
 	refused("nothing is previewed", present)
-	must(t, second(c.Preview(previewed)))
+	must(t, second(c.Preview(previewed, proto.Own{})))
 	refused("another one is", other)
 	refused("nor is no digest one", nil)
 	ids := maps.Clone(c.prepared.ids)
@@ -135,7 +137,7 @@ func TestAppliedByDigest(t *testing.T) {
 		t.Errorf("version %d is in force, filled again: %v", c.active.image.Version, !maps.Equal(ids, c.active.ids))
 	}
 	refused("it is in force", other)
-	must(t, second(c.Preview(other)))
+	must(t, second(c.Preview(other, proto.Own{})))
 	c.prepared.since = c.prepared.since.Add(-preparedFor)
 	c.upkeep()
 	refused("it lay for too long", other)
@@ -153,7 +155,7 @@ func TestPrepared(t *testing.T) {
 	}{
 		{"OK at once", func([]byte) error { return nil }, true},
 		{"OK twice", func(b []byte) error { return prepare(c, b) }, true},
-		{"OK previewed", func(b []byte) error { return second(c.Preview(b)) }, false},
+		{"OK previewed", func(b []byte) error { return second(c.Preview(b, proto.Own{})) }, false},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			b := many(t, uint64(i+2), nil)

@@ -232,8 +232,9 @@ var forms = map[proto.Op]struct {
 	proto.OpRelease: {holds: func(q proto.Request) proto.Request { return proto.Request{Identity: q.Identity} }},
 	proto.OpBind:    {holds: func(q proto.Request) proto.Request { return proto.Request{Path: q.Path, Identity: q.Identity} }},
 	proto.OpUnbind:  {holds: func(q proto.Request) proto.Request { return proto.Request{Path: q.Path} }},
-	proto.OpPrepare: {image: true}, proto.OpPreview: {image: true},
-	proto.OpStatus: {}, proto.OpConfirm: {}, proto.OpRollback: {}, proto.OpUnshadow: {}, proto.OpImage: {}, proto.OpShadowed: {}, proto.OpForget: {}, proto.OpAudit: {},
+	proto.OpPreview: {holds: func(q proto.Request) proto.Request { return proto.Request{Own: q.Own} }, image: true},
+	proto.OpPrepare: {image: true},
+	proto.OpStatus:  {}, proto.OpConfirm: {}, proto.OpRollback: {}, proto.OpUnshadow: {}, proto.OpImage: {}, proto.OpShadowed: {}, proto.OpForget: {}, proto.OpAudit: {},
 }
 
 // wellFormed says whether a request has the fields and descriptors of its kind,
@@ -273,7 +274,7 @@ func (s *session) answer(q proto.Request, image []byte) (r proto.Response, files
 	case proto.OpPrepare:
 		s.then, err = c.Prepare(image)
 	case proto.OpPreview:
-		r.Preview, err = c.Preview(image)
+		r.Preview, err = c.Preview(image, q.Own)
 	case proto.OpShadow:
 		r.Status, err = c.beginShadow(image, lasting, s.by)
 	case proto.OpUnshadow:

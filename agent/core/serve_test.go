@@ -10,6 +10,8 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -215,7 +217,7 @@ func TestProtocolRefuses(t *testing.T) {
 	}{
 		{"bad status before hello", frameOf(`{"op":"status"}`), "status is out of order"},
 		{"bad second hello", frame(helloText), "hello is out of order"},
-		{"bad version", frameOf(`{"op":"hello","version":1}`), "the agent speaks protocol 1, the core 4"},
+		{"bad version", frameOf(`{"op":"hello","version":1}`), "the agent speaks protocol 1, the core 5"},
 		{"bad op", frame(`{"op":"reboot"}`), `malformed "reboot" request`},
 		{"bad no op", frame(`{}`), `malformed "" request`},
 		{"bad field of another op", frame(`{"op":"status","path":"/x"}`), `malformed "status" request`},
@@ -223,6 +225,9 @@ func TestProtocolRefuses(t *testing.T) {
 		{"bad trailing value", frame(`{"op":"status"}{}`), "decode frame: trailing data"},
 		{"bad json", frame(`{"op"`), "decode frame: unexpected EOF"},
 		{"bad number", frame(`{"op":"bind","path":"/x","identity":-1}`), "decode frame: json: cannot unmarshal number -1 "},
+		{"bad own connections, too many", frame(`{"op":"preview","own":[{}` + strings.Repeat(`,{}`, proto.MaxOwn) + `]}`), "decode frame: 17 connections of one's own, at most 16"},
+		{"bad own connection", frame(`{"op":"preview","own":[{"local":"192.0.2.1","remote":"192.0.2.9:1"}]}`), "decode frame: not an ip:port"},
+		{"bad own connections of another op", frame(`{"op":"status","own":[{"local":"192.0.2.1:22","remote":"192.0.2.9:1"}]}`), `malformed "status" request`},
 		{"bad apply without image", frame(`{"op":"apply"}`), `malformed "apply" request`},
 		{"bad length", append(hello[:len(hello):len(hello)], 0xff, 0xff, 0xff, 0xff), "read frame: 4294967295 bytes, at most 1048576"},
 		{"OK after an error", frame(`{"op":"rollback"}`, `{"op":"status"}`), ""},
@@ -335,18 +340,36 @@ func TestPeerIsChecked(t *testing.T) {
 }
 
 func FuzzSession(f *testing.F) {
-	f.Add([]byte(helloText))
-	f.Add([]byte(`{"op":"bind","path":"/lab/x","identity":16}`))
-	f.Add([]byte(`{"op":"apply"}`))
-	f.Add([]byte(`{"op":"status"}x`))
+	for _, text := range []string{
+		helloText, `{"op":"bind","path":"/lab/x","identity":16}`, `{"op":"apply"}`, `{"op":"status"}x`, `{"op":"forget"}`,
+		`{"op":"quarantine","identity":16,"for":60000,"reason":"x","automatic":true}`, `{"op":"release","identity":16}`, `{"op":"audit"}`,
+	} {
+		f.Add([]byte(text), uint8(0))
+	}
+	f.Add([]byte(`{"op":"apply"}`), uint8(1))
+	f.Add([]byte(`{"op":"preview"}`), uint8(2))
+	f.Add([]byte(`{"op":"preview","own":[{"local":"192.0.2.1:22","remote":"[2001:db8::9%eth0]:50112"}]}`), uint8(1))
+	f.Add([]byte(`{"op":"audit"}`), uint8(3))
 	null, err := os.Open(os.DevNull)
 	if err != nil {
 		f.Fatal(err)
 	}
 	defer null.Close()
+	directory, err := os.Open("/")
+	if err != nil {
+		f.Fatal(err)
+	}
+	defer directory.Close()
+	sent := [][]*os.File{nil, {null}, {directory}, {null, directory}}
 	given := &proto.Descriptors{Denied: null, Allowed: null, Signals: null, Counts: null, Rings: null, Faults: null, Bindings: null, State: null}
-	c := &Core{log: slog.New(slog.DiscardHandler), found: found{tree: &tree{dir: "/"}}, donated: given, links: &links{}, store: store{dir: f.TempDir(), log: slog.New(slog.DiscardHandler)}}
-	f.Fuzz(func(t *testing.T, b []byte) {
+	dir := f.TempDir()
+	if err := os.WriteFile(filepath.Join(dir, "audit.log"), nil, 0o600); err != nil {
+		f.Fatal(err)
+	}
+	c := &Core{log: slog.New(slog.DiscardHandler), found: found{tree: &tree{dir: "/"}}, donated: given, links: &links{}, store: store{dir: dir, log: slog.New(slog.DiscardHandler)},
+		journal: &journal{dir: dir}} // which has no room for what peers cause
+	silent := []proto.Op{proto.OpUnbind, proto.OpForget} // done without more words
+	f.Fuzz(func(t *testing.T, b []byte, kind uint8) {
 		var q proto.Request
 		if proto.Unmarshal(b, &q) != nil {
 			return
@@ -354,13 +377,17 @@ func FuzzSession(f *testing.F) {
 		// In whatever order requests come, nothing but hello opens the session.
 		for _, s := range []session{{core: c}, {core: c, greeted: true}} {
 			before := s.greeted
-			r, files := s.handle(q, nil)
+			r, files := s.handle(q, sent[int(kind)%len(sent)])
+			answered := r.Hello != nil || r.Status != nil || r.Audit != nil
 			proto.CloseFiles(files)
-			if !before && (s.greeted != (r.Hello != nil) || r.Status != nil) {
+			if !before && (s.greeted != (r.Hello != nil) || r.Status != nil || r.Audit != nil) {
 				t.Errorf("%s before hello: %+v", b, r)
 			}
-			if (r.Error != "") == (r.Hello != nil || r.Status != nil) && q.Op != proto.OpUnbind {
+			if (r.Error != "") == answered && !slices.Contains(silent, q.Op) {
 				t.Errorf("%s: %+v", b, r)
+			}
+			if r.Error != "" && len(files) > 0 {
+				t.Errorf("%s is refused, and gets %d descriptors", b, len(files))
 			}
 		}
 	})

@@ -49,7 +49,7 @@ func TestShadowKnowsCgroups(t *testing.T) {
 	shadows(t, c, 8)
 	pod := id(t, b, "pod")
 	must(t, c.Bind("/lab/pod-1", pod))
-	if _, err := c.Preview(shop(t, version(9))); err != nil {
+	if _, err := c.Preview(shop(t, version(9)), proto.Own{}); err != nil {
 		t.Fatal(err)
 	}
 	m.mkdir("/lab/pod-1/c1")
@@ -92,7 +92,7 @@ func TestShadowSlots(t *testing.T) {
 	for v := uint64(2); v < 12; v += 2 {
 		shadows(t, c, v)
 		wants("in shadow", v-1, true)
-		if _, err := c.Preview(shop(t, version(v+1))); err != nil {
+		if _, err := c.Preview(shop(t, version(v+1)), proto.Own{}); err != nil {
 			t.Fatal(err)
 		}
 		wants("previewed beside it", v-1, true)

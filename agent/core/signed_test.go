@@ -477,7 +477,7 @@ func TestI14Disk(t *testing.T) {
 				t.Errorf("%s, %s: no hint: %#v", tt.name, when, err)
 			}
 			// A dry run says what the change would say, and leaves as little behind.
-			_, err = c.Preview(shop(t, version(9)))
+			_, err = c.Preview(shop(t, version(9)), proto.Own{})
 			if err == nil || !strings.HasPrefix(err.Error(), "store image: ") || !strings.Contains(err.Error(), tt.want) || !errors.As(err, &r) || !strings.HasPrefix(r.Hint, "make room ") {
 				t.Errorf("%s, %s: preview says %v", tt.name, when, err)
 			}
@@ -520,7 +520,7 @@ func TestI14Disk(t *testing.T) {
 		}
 		must(t, tt.undo())
 		c.upkeep()
-		if _, err := c.Preview(shop(t, version(9))); err != nil || c.prepared == nil {
+		if _, err := c.Preview(shop(t, version(9)), proto.Own{}); err != nil || c.prepared == nil {
 			t.Errorf("%s, and well again: preview says %v", tt.name, err)
 		}
 		if s, err := c.Apply(present, 0); err != nil || s.State != proto.StateEnforcing {

@@ -86,9 +86,9 @@ func (c *Client) Prepare(image *os.File) error {
 	return c.done(proto.Request{Op: proto.OpPrepare}, image)
 }
 
-// Preview asks which live connections an image would cut.
-func (c *Client) Preview(image *os.File) (*proto.Preview, error) {
-	r, files, err := c.ask(proto.Request{Op: proto.OpPreview}, image)
+// Preview asks which live connections an image would cut, and to name one's own first.
+func (c *Client) Preview(image *os.File, own proto.Own) (*proto.Preview, error) {
+	r, files, err := c.ask(proto.Request{Op: proto.OpPreview, Own: own}, image)
 	proto.CloseFiles(files)
 	if err != nil {
 		return nil, err

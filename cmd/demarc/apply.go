@@ -50,8 +50,10 @@ On a terminal that is the default, with one minute, and the command asks; --now
 applies for good. In scripts a change is for good unless --confirm-within is given.
 
 First it names the live TCP connections that the change would cut, those through
-which this very command was called before all others. A change that would cut one
+which this very command was called before all others: those that a process above it
+holds, as sshd, and the one that SSH_CONNECTION names. A change that would cut one
 of these is refused unless it is confirmed later, or --now says that it is meant.
+Where neither shows by what it was called, as in tmux, it says so.
 
 With --grandfather these connections go on for a time and are cut then, by the kernel
 itself; new ones of the same kind are refused at once.

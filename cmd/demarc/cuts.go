@@ -19,8 +19,12 @@ const cutsShown = 20
 // cuts are the live connections that a change would cut.
 type cuts struct {
 	Total       int   `json:"total"`
-	Connections []cut `json:"connections,omitempty"` // own sessions first, then the oldest
+	Connections []cut `json:"connections,omitempty"`     // own sessions first, then the oldest
+	Unsure      bool  `json:"session_unknown,omitempty"` // the caller's session may be among them, and nothing shows it
 }
+
+// unsure is said where nothing tells by which connection the caller sits here.
+const unsure = "whether your own session is among them is not known: root sees it, outside of tmux and screen; --confirm-within 60s takes a change back"
 
 type cut struct {
 	proto.Cut
@@ -31,7 +35,8 @@ type cut struct {
 
 // preview asks what an image would cut.
 func preview(ctx context.Context, env *environment, client *api.Client, encoded []byte) (*cuts, error) {
-	p, err := client.Preview(ctx, encoded)
+	session := currentSession(env.Getenv)
+	p, err := client.Preview(ctx, encoded, session.ends...)
 	if err != nil {
 		return nil, err
 	}
@@ -51,26 +56,19 @@ func preview(ctx context.Context, env *environment, client *api.Client, encoded 
 	for _, w := range img.Workloads {
 		names[uint32(w.ID)] = w.Name
 	}
-	own := ownSessions()
+	var own proto.Own
+	copy(own[:], session.ends)
 	for _, c := range p.Cuts {
-		out.Connections = append(out.Connections, cut{
-			Cut: c, Workload: names[c.Subject], PeerName: names[c.Peer], Own: own[socketEnds{c.Local, c.Remote}] || own[socketEnds{c.Remote, c.Local}],
-		})
+		out.Connections = append(out.Connections, cut{Cut: c, Workload: names[c.Subject], PeerName: names[c.Peer], Own: own.Holds(c.Ends)})
 	}
-	slices.SortStableFunc(out.Connections, func(a, b cut) int {
-		switch {
-		case a.Own == b.Own:
-			return 0
-		case a.Own:
-			return -1
-		}
-		return 1
-	})
+	out.Unsure = !session.known && !out.own()
 	return out, nil
 }
 
 // own says whether the session of this command is among them.
-func (c *cuts) own() bool { return len(c.Connections) > 0 && c.Connections[0].Own }
+func (c *cuts) own() bool {
+	return slices.ContainsFunc(c.Connections, func(x cut) bool { return x.Own })
+}
 
 func (c *cuts) print(env *environment, form string) error {
 	if form == "json" {
@@ -109,5 +107,8 @@ func (c *cuts) printText(w io.Writer) {
 	}
 	if more := c.Total - cutsShown; more > 0 {
 		fmt.Fprintf(w, "  and %d more\n", more)
+	}
+	if c.Unsure {
+		fmt.Fprintln(w, unsure)
 	}
 }

@@ -13,8 +13,8 @@ import (
 func TestCutsInTheDocuments(t *testing.T) {
 	end := netip.MustParseAddrPort
 	c := cuts{Total: 2, Connections: []cut{
-		{Cut: proto.Cut{Local: end("192.0.2.1:22"), Remote: end("192.0.2.9:50112"), PID: 811, Process: "sshd", Inbound: true, Reason: "no-crossing"}, Workload: "bastion", Own: true},
-		{Cut: proto.Cut{Local: end("192.0.2.1:41822"), Remote: end("192.0.2.7:9090"), PID: 934, Process: "nginx", Reason: "no-crossing"}, Workload: "web", PeerName: "api"},
+		{Cut: proto.Cut{Ends: proto.Ends{Local: end("192.0.2.1:22"), Remote: end("192.0.2.9:50112")}, PID: 811, Process: "sshd", Inbound: true, Reason: "no-crossing"}, Workload: "bastion", Own: true},
+		{Cut: proto.Cut{Ends: proto.Ends{Local: end("192.0.2.1:41822"), Remote: end("192.0.2.7:9090")}, PID: 934, Process: "nginx", Reason: "no-crossing"}, Workload: "web", PeerName: "api"},
 	}}
 	var shown strings.Builder
 	shown.WriteString("$ demarc apply shop.yaml --dry-run\n")

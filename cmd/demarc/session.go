@@ -5,27 +5,73 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/demarc/demarc/agent/core/proto"
 )
 
-// socketEnds are the two ends of a TCP connection, this host's first.
-type socketEnds struct{ local, remote netip.AddrPort }
+// session is what can be told of the connections by which the user of this command sits
+// here, as sshd's.
+type session struct {
+	ends  []proto.Ends // this host's first; at most proto.MaxOwn
+	known bool         // there is no other one
+}
 
-// ownSessions are the TCP connections that this process and those it descends from
-// hold: by one of them, as sshd's, its user may be sitting here. What cannot be
-// read is left out: it is told apart from other connections, nothing depends on it.
-func ownSessions() map[socketEnds]bool {
-	inodes := map[uint32]bool{}
+// currentSession looks at what this process and those that it descends from hold, and at
+// SSH_CONNECTION. Neither alone is enough: the descriptors of another user's sshd cannot
+// be read, the variable does not pass sudo, and goes on after a session of tmux was left.
+func currentSession(getenv func(string) string) session {
+	inodes, all := heldSockets()
+	var open []*netlink.Socket
+	for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
+		sockets, err := netlink.SocketDiagTCP(family)
+		open, all = append(open, sockets...), all && err == nil
+	}
+	said, isSaid := sshConnection(getenv("SSH_CONNECTION"))
+	var s session
+	if isSaid {
+		s.ends = append(s.ends, said)
+	}
+	held, live := false, false
+	for _, one := range open {
+		ends := proto.Ends{Local: addrPort(one.ID.Source, one.ID.SourcePort), Remote: addrPort(one.ID.Destination, one.ID.DestinationPort)}
+		if ends.Remote.Port() == 0 { // it listens
+			continue
+		}
+		live = live || isSaid && ends == said
+		if inodes[one.INode] {
+			held = true
+			if !slices.Contains(s.ends, ends) {
+				s.ends = append(s.ends, ends)
+			}
+		}
+	}
+	s.known = all && held || !all && live
+	if len(s.ends) > proto.MaxOwn {
+		s.ends, s.known = s.ends[:proto.MaxOwn], false
+	}
+	return s
+}
+
+// heldSockets are the sockets that this process and those it descends from hold, by
+// inode, and whether that is all of them.
+func heldSockets() (inodes map[uint32]bool, all bool) {
+	inodes, all = map[uint32]bool{}, true
 	for pid := os.Getpid(); pid > 1; pid = parentOf(pid) {
-		fds, _ := filepath.Glob(fmt.Sprintf("/proc/%d/fd/*", pid))
+		dir := fmt.Sprintf("/proc/%d/fd", pid)
+		fds, err := os.ReadDir(dir)
+		if err != nil {
+			all = false
+		}
 		for _, fd := range fds {
-			target, err := os.Readlink(fd)
+			target, err := os.Readlink(filepath.Join(dir, fd.Name()))
 			if err != nil {
-				continue
+				continue // closed meanwhile
 			}
 			if number, found := strings.CutPrefix(target, "socket:["); found {
 				if n, err := strconv.ParseUint(strings.TrimSuffix(number, "]"), 10, 32); err == nil {
@@ -34,19 +80,26 @@ func ownSessions() map[socketEnds]bool {
 			}
 		}
 	}
-	own := map[socketEnds]bool{}
-	for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
-		sockets, err := netlink.SocketDiagTCP(family)
-		if err != nil {
-			continue
-		}
-		for _, s := range sockets {
-			if inodes[s.INode] {
-				own[socketEnds{addrPort(s.ID.Source, s.ID.SourcePort), addrPort(s.ID.Destination, s.ID.DestinationPort)}] = true
-			}
-		}
+	return inodes, all
+}
+
+// sshConnection reads what sshd says of a connection: address and port of the client,
+// and of the server.
+func sshConnection(text string) (proto.Ends, bool) {
+	fields := strings.Fields(text)
+	if len(fields) != 4 {
+		return proto.Ends{}, false
 	}
-	return own
+	var ends [2]netip.AddrPort
+	for i := range ends {
+		a, err := netip.ParseAddr(fields[2*i])
+		port, notPort := strconv.ParseUint(fields[2*i+1], 10, 16)
+		if err != nil || notPort != nil {
+			return proto.Ends{}, false
+		}
+		ends[i] = netip.AddrPortFrom(a.Unmap().WithZone(""), uint16(port))
+	}
+	return proto.Ends{Local: ends[1], Remote: ends[0]}, true
 }
 
 func addrPort(ip []byte, port uint16) netip.AddrPort {

@@ -160,12 +160,19 @@ func TestD08Redirect(t *testing.T) {
 	other := startActor(t, e.web.Namespace, e.node.Cgroup("/lab/other"))
 	other.serve(7201)
 	proxy := e.web.Probe(e.node.Cgroup("/lab/other"))
-	for _, kind := range []string{"tcp4", "udp4"} {
-		proxy.Socket(kind, kind)
-		proxy.Must(probe.Call{Op: "set", Socket: kind, Level: unix.SOL_IP, Option: unix.IP_TRANSPARENT, Value: 1})
-		proxy.Must(probe.Call{Op: "bind", Socket: kind, Address: "0.0.0.0:7300"})
+	for _, family := range []string{"4", "6"} {
+		for _, kind := range []string{"tcp" + family, "udp" + family} {
+			proxy.Socket(kind, kind)
+			level, option, any := unix.SOL_IP, unix.IP_TRANSPARENT, "0.0.0.0:7300"
+			if family == "6" {
+				level, option, any = unix.SOL_IPV6, unix.IPV6_TRANSPARENT, "[::]:7300"
+				proxy.Must(probe.Call{Op: "set", Socket: kind, Level: unix.SOL_IPV6, Option: unix.IPV6_V6ONLY, Value: 1})
+			}
+			proxy.Must(probe.Call{Op: "set", Socket: kind, Level: level, Option: option, Value: 1})
+			proxy.Must(probe.Call{Op: "bind", Socket: kind, Address: any})
+		}
+		proxy.Must(probe.Call{Op: "listen", Socket: "tcp" + family})
 	}
-	proxy.Must(probe.Call{Op: "listen", Socket: "tcp4"})
 	visitor := startActor(t, e.partner, e.lab.Cgroup("visitor"))
 	try := func(a *actor, to netip.AddrPort) {
 		call[DatagramReply](a, "Datagrams", DatagramArgs{To: to.String(), Count: 1})
@@ -178,12 +185,14 @@ func TestD08Redirect(t *testing.T) {
 	count := func(a *actor, port uint16) int { return a.served("tcp", port).Count + a.served("udp", port).Count }
 	n := 0
 	taken := func() int { // so far
-		for proxy.Do(probe.Call{Op: "recv", Socket: "udp4", Timeout: 50}).Error == "" {
-			n++
-		}
-		for proxy.Do(probe.Call{Op: "accept", Socket: "tcp4", New: "s", Timeout: 50}).Error == "" {
-			proxy.Must(probe.Call{Op: "close", Socket: "s"})
-			n++
+		for _, family := range []string{"4", "6"} {
+			for proxy.Do(probe.Call{Op: "recv", Socket: "udp" + family, Timeout: 50}).Error == "" {
+				n++
+			}
+			for proxy.Do(probe.Call{Op: "accept", Socket: "tcp" + family, New: "s", Timeout: 50}).Error == "" {
+				proxy.Must(probe.Call{Op: "close", Socket: "s"})
+				n++
+			}
 		}
 		return n
 	}
@@ -209,8 +218,8 @@ func TestD08Redirect(t *testing.T) {
 		},
 		{
 			"to another workload's socket as it comes",
-			[]string{"add chain inet t c { type filter hook prerouting priority -150; }", any + "7200 meta nfproto ipv4 tproxy ip to :7300"},
-			visit, taken, 2,
+			[]string{"add chain inet t c { type filter hook prerouting priority -150; }", any + "7200 tproxy to :7300"},
+			visit, taken, 4,
 		},
 	}
 	for _, enforced := range []bool{false, true} {

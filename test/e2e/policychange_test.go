@@ -1,13 +1,16 @@
 package e2e_test
 
 import (
+	"context"
 	"os"
 	"path/filepath"
+	"slices"
 	"testing"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
 
+	"github.com/demarc/demarc/agent/coreclient"
 	"github.com/demarc/demarc/bpf/abi"
 	"github.com/demarc/demarc/test/netlab"
 )
@@ -74,6 +77,7 @@ func TestX16PolicyChangeCutsFlows(t *testing.T) {
 	if !e.client.reaches(e.at4(7000)) {
 		t.Error("new connection after the rollback does not come about")
 	}
+	cutInTime(t, e, lost)
 	r := call[TrafficReply](e.client, "StopTraffic", true)
 	for _, problem := range r.Problems {
 		t.Error(problem)
@@ -91,6 +95,54 @@ func TestX16PolicyChangeCutsFlows(t *testing.T) {
 	}
 	if flows := e.node.Flows("--verdict", "deny", "--reason", "revoked", "--port", "7000"); len(flows) < 4 {
 		t.Errorf("%d flows were told to be revoked, want the four that were cut", len(flows))
+	}
+}
+
+// cutInTime takes the flows away and gives them back, eleven times. From the order to
+// their last round trip it takes less than 100 ms in the median.
+func cutInTime(t *testing.T, e *ends, lost []string) {
+	t.Helper()
+	client, err := coreclient.Dial(context.Background(), e.node.CoreSocket())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.Close()
+	_, descriptors, err := client.Hello()
+	if err != nil {
+		t.Fatal(err)
+	}
+	descriptors.Close()
+	roll := func() (asked time.Time) {
+		t.Helper()
+		asked = time.Now()
+		if _, err := client.Rollback(); err != nil {
+			t.Fatal(err)
+		}
+		return asked
+	}
+	var took, answered []time.Duration
+	for range 11 {
+		asked := roll()
+		done := time.Now()
+		answered = append(answered, done.Sub(asked))
+		time.Sleep(50 * time.Millisecond)
+		last := time.Duration(0)
+		r := call[TrafficReply](e.client, "Traffic", true)
+		for _, to := range lost {
+			last = max(last, r.Last["tcp "+to].Sub(asked), r.Last["udp "+to].Sub(asked))
+		}
+		took = append(took, last)
+		back := roll()
+		eventually(t, 2*timeToAnswer, "datagrams go on", func() bool {
+			r := call[TrafficReply](e.client, "Traffic", true)
+			return r.Last["udp "+lost[0]].After(back) && r.Last["udp "+lost[1]].After(back)
+		})
+	}
+	slices.Sort(took)
+	slices.Sort(answered)
+	t.Logf("from the order to the last round trip %s in the median, %s at most; to the answer %s, %s", took[5], took[10], answered[5], answered[10])
+	if took[5] >= 100*time.Millisecond {
+		t.Errorf("flows were cut after %v, want less than 100 ms in the median", took)
 	}
 }
 

@@ -2,12 +2,14 @@ package e2e_test
 
 import (
 	"encoding/json"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/demarc/demarc/agent/core/proto"
 	"github.com/demarc/demarc/test/netlab"
 )
 
@@ -83,39 +85,63 @@ func TestApplyNamesCuts(t *testing.T) {
 }
 
 // Whoever would cut the connection that they sit behind is told, and has to say
-// that it is meant.
+// that it is meant; also where it is the newest of more than a preview names.
 func TestApplyNamesOwnSession(t *testing.T) {
 	const open, shut = `crossings:
   - {name: first, from: [workload/web], to: [workload/db], ports: [tcp/7000]}
 `, `crossings:
   - {name: first, from: [workload/web], to: [workload/db], ports: [tcp/7001]}
 `
+	const others = 1100
 	e := newEnds(t, open, netlab.NodeOptions{})
 	e.server.serve(7000)
 	file := filepath.Join(t.TempDir(), "shut.yaml")
 	if err := os.WriteFile(file, []byte(document(2, webAndDB+shut)), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	for _, tt := range []struct {
-		flags, want string
-		code        int
-		version     uint64
-	}{
-		{"", "it would cut the session that this command runs in", 1, 1},
-		{"--confirm-within 60s", "YOUR SESSION", 0, 2},
-	} {
-		// A shell that holds a connection, as sshd would, calls the command.
-		shell := e.web.Start(e.node.Cgroup("/lab/web"), netlab.Command{
+	// bash runs a line in web, with a connection for each "$connect" in it.
+	bash := func(line string, env ...string) *netlab.Process {
+		return e.web.Start(e.node.Cgroup("/lab/web"), netlab.Command{
 			Path: "/bin/bash",
-			Args: []string{"-c", "exec 3<>/dev/tcp/" + e.db.IP4.String() + "/7000; " + e.node.DemarcPath() + " apply " + file + " " + tt.flags},
-			Env:  e.node.DemarcEnv(),
+			Args: []string{"-c", strings.ReplaceAll(line, "$connect", "exec {fd}<>/dev/tcp/"+e.db.IP4.String()+"/7000")},
+			Env:  append(e.node.DemarcEnv(), env...),
 		})
+	}
+	many := bash(fmt.Sprintf("ulimit -n 4096; for i in $(seq %d); do $connect || exit; done; echo ready; sleep 1000", others))
+	defer many.Kill()
+	eventually(t, time.Minute, "the others are there", func() bool { return strings.Contains(many.Output(), "ready") })
+	dry := bash(e.node.DemarcPath() + " apply " + file + " --dry-run -o json")
+	code := dry.Wait(30 * time.Second)
+	var cuts struct {
+		Total       int
+		Connections []proto.Cut
+		Unsure      bool `json:"session_unknown"`
+	}
+	if err := json.Unmarshal([]byte(dry.Output()), &cuts); err != nil || code != 0 || cuts.Total != others || len(cuts.Connections) >= others || !cuts.Unsure {
+		t.Fatalf("dry run: %d, %v, %d of %d, unsure %v\n%.1000s", code, err, len(cuts.Connections), cuts.Total, cuts.Unsure, dry.Output())
+	}
+	other := cuts.Connections[len(cuts.Connections)-1]
+	for _, tt := range []struct {
+		line, env string
+		want, not string
+		code      int
+		version   uint64
+	}{
+		// A shell that holds a connection, as sshd would, calls the command.
+		{"$connect; $apply", "", "it would cut the session that this command runs in", "not known", 1, 1},
+		// One that holds none is called from somewhere, too.
+		{"$apply --dry-run", "", "whether your own session is among them is not known", "YOUR SESSION", 0, 1},
+		{"$apply", fmt.Sprintf("SSH_CONNECTION=%s %d %s %d", other.Remote.Addr(), other.Remote.Port(), other.Local.Addr(), other.Local.Port()),
+			"it would cut the session that this command runs in", "not known", 1, 1},
+		{"$connect; $apply --confirm-within 60s", "", "YOUR SESSION", "not known", 0, 2},
+	} {
+		shell := bash(strings.ReplaceAll(tt.line, "$apply", e.node.DemarcPath()+" apply "+file), tt.env)
 		code := shell.Wait(30 * time.Second)
-		if out := shell.Output(); code != tt.code || !strings.Contains(out, tt.want) || !strings.Contains(out, "YOUR SESSION") {
-			t.Errorf("apply %s: %d\n%s", tt.flags, code, out)
+		if out := shell.Output(); code != tt.code || !strings.Contains(out, tt.want) || strings.Contains(out, tt.not) || strings.Contains(out, "YOUR SESSION") == (tt.not == "YOUR SESSION") {
+			t.Errorf("%s: %d\n%s", tt.line, code, out)
 		}
 		if s := statusOf(t, e.node); s.Policy.Version != tt.version {
-			t.Errorf("apply %s: version %d is in force, want %d", tt.flags, s.Policy.Version, tt.version)
+			t.Errorf("%s: version %d is in force, want %d", tt.line, s.Policy.Version, tt.version)
 		}
 	}
 }

@@ -14,6 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/demarc/demarc/agent/core/proto"
 	"github.com/demarc/demarc/test/netlab"
 )
 
@@ -191,14 +192,20 @@ func hostile(t *testing.T, e *ends) func() {
 	seed := uint64(time.Now().UnixNano())
 	random := rand.New(rand.NewPCG(seed, 24))
 	requests := []string{
-		`{"op":"hello","version":1}`, `{"op":"hello","version":2}`, `{"op":"status"}`, `{"op":"apply"}`, `{"op":"apply","within":1}`, `{"op":"confirm"}`,
-		`{"op":"rollback"}`, `{"op":"image"}`, `{"op":"bind","path":"/lab/web","identity":1}`, `{"op":"unbind","path":"/lab/web"}`, `{"op":"forget"}`,
-		`{"op":"preview"}`, `{"op":"reboot"}`, `{}`, `[`, `{"op":"status"}{"op":"status"}`, "\x00", strings.Repeat("x", 4096),
+		fmt.Sprintf(`{"op":"hello","version":%d}`, proto.Version), `{"op":"hello","version":1}`, `{"op":"status"}`, `{"op":"apply"}`, `{"op":"apply","within":1}`,
+		`{"op":"confirm"}`, `{"op":"rollback"}`, `{"op":"image"}`, `{"op":"bind","path":"/lab/web","identity":1}`, `{"op":"unbind","path":"/lab/web"}`, `{"op":"forget"}`,
+		`{"op":"preview"}`, `{"op":"reboot"}`, `{}`, `[`, `{"op":"status"}{"op":"status"}`, "\x00", strings.Repeat("x", 4096), `{"op":"audit"}`, `{"op":"audit","path":"/"}`,
+		`{"op":"quarantine","identity":1,"for":60000,"reason":"x"}`, `{"op":"quarantine","identity":16,"for":60000}`, `{"op":"quarantine","identity":16,"for":-1,"reason":"x"}`,
+		`{"op":"quarantine","identity":16,"reason":"x","automatic":true}`, `{"op":"release","identity":16}`, `{"op":"release"}`,
 	}
+	greeting := fmt.Appendf(binary.BigEndian.AppendUint32(nil, uint32(len(requests[0]))), "%s", requests[0])
 	for range 300 {
 		conn, err := net.DialUnix("unix", nil, &net.UnixAddr{Name: filepath.Join(e.node.Dir(), "core", "core.sock"), Net: "unix"})
 		if err != nil {
 			t.Fatalf("seed %d: %v", seed, err)
+		}
+		if random.IntN(2) == 0 {
+			_, _ = conn.Write(greeting) // or it hung up: too many wait
 		}
 		for range random.IntN(6) {
 			text := requests[random.IntN(len(requests))]
@@ -219,6 +226,9 @@ func hostile(t *testing.T, e *ends) func() {
 		conn.Close()
 	}
 	eventually(t, time.Minute, "the core gives up what it was sent", func() bool { return fds() <= before })
+	if q := e.node.Status().Quarantines; len(q) > 0 {
+		t.Errorf("seed %d: quarantined %+v", seed, q)
+	}
 	return func() {}
 }
 

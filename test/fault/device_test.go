@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -14,10 +15,27 @@ import (
 
 // The kernel tells of more devices than the core's socket can hold while the core
 // stands still: some of it is lost, one of them the news of a device that matters.
-// The core lists the devices anew and guards it. (X12)
+// The core lists the devices anew and guards it, within 2 s from when it goes on: in
+// the median of three, for it takes turns with all else that the machine does. (X12)
 func TestX12NetlinkOverflow(t *testing.T) {
 	s := newScene(t)
 	s.traffic()
+	var took []time.Duration
+	for i := range 3 {
+		took = append(took, s.overflow(fmt.Sprintf("late%d", i), netip.PrefixFrom(netip.AddrFrom4([4]byte{192, 0, 2, byte(1 + i)}), 32)))
+		s.check("after an overflow")
+	}
+	slices.Sort(took)
+	if took[1] >= 2*time.Second {
+		t.Errorf("devices were guarded %v after the core went on, want less than 2 s in the median", took)
+	}
+	s.quiet()
+}
+
+// overflow makes a device whose news is lost, and returns how long after it could go on
+// the core took to guard it.
+func (s *scene) overflow(device string, at netip.Prefix) time.Duration {
+	s.t.Helper()
 	before := s.lost()
 	s.node.Core.Signal(unix.SIGSTOP)
 	err := s.host.Do(func() error {
@@ -25,7 +43,7 @@ func TestX12NetlinkOverflow(t *testing.T) {
 		if err := netlink.LinkAdd(churn); err != nil {
 			return err
 		}
-		for range 2000 {
+		for range 1000 {
 			if err := netlink.LinkSetUp(churn); err != nil {
 				return err
 			}
@@ -36,28 +54,28 @@ func TestX12NetlinkOverflow(t *testing.T) {
 		return netlink.LinkDel(churn)
 	})
 	if err != nil {
-		t.Fatal(err)
+		s.t.Fatal(err)
 	}
-	s.host.Device("late", netip.MustParsePrefix("192.0.2.1/24"))
+	s.host.Device(device, at)
 	lost := s.lost() - before
 	s.node.Core.Signal(unix.SIGCONT)
 	if lost == 0 {
-		t.Fatal("nothing was lost")
+		s.t.Fatal("nothing was lost")
 	}
 	start := time.Now()
 	for {
-		names := fmt.Sprint(s.tags())
-		if strings.Contains(names, "tc_ingress late") && strings.Contains(names, "tc_egress late") {
+		tags := s.tags()
+		if tags["tc_ingress "+device] != "" && tags["tc_egress "+device] != "" {
 			break
 		}
 		if time.Since(start) > time.Minute {
-			t.Fatalf("the device is not guarded: %+v", s.node.Status())
+			s.t.Fatalf("the device is not guarded: %+v", s.node.Status())
 		}
 		time.Sleep(2 * time.Millisecond)
 	}
-	t.Logf("%d messages were lost; the device is guarded %s after", lost, time.Since(start).Round(time.Millisecond))
-	s.check("after an overflow")
-	s.quiet()
+	took := time.Since(start)
+	s.t.Logf("%d messages were lost; %s is guarded %s after", lost, device, took.Round(time.Millisecond))
+	return took
 }
 
 // lost counts the messages that found no room in the rtnetlink sockets of the

@@ -129,13 +129,13 @@ type scene struct {
 	server     *running
 	client     *running // nil while nothing is promised
 	stranger   *running
-	pins       []string // of a start that nothing disturbed
-	beside     []string // cgroups and files of a core that runs
-	limits     []string // of this machine
-	version    int      // of the newest policy
-	slowest    time.Duration
-	faults     int           // that were put somewhere
-	met        *atomic.Int64 // that something ran into
+	pins       []string        // of a start that nothing disturbed
+	beside     []string        // cgroups and files of a core that runs
+	limits     []string        // of this machine
+	version    int             // of the newest policy
+	recoveries []time.Duration // from a start to enforcing, after each fault
+	faults     int             // that were put somewhere
+	met        *atomic.Int64   // that something ran into
 	total      counted
 }
 
@@ -254,7 +254,7 @@ func (s *scene) recover(when string, versions ...int) {
 		status = s.node.Status()
 	}
 	took := time.Since(start)
-	s.slowest = max(s.slowest, took)
+	s.recoveries = append(s.recoveries, took)
 	s.t.Logf("%s: healthy after %s", when, took.Round(time.Millisecond))
 	if status.State != proto.StateEnforcing || status.Active == nil || !slices.Contains(versions, int(status.Active.Version)) {
 		s.t.Fatalf("%s: status %+v, want version %v enforced", when, status, versions)
@@ -265,6 +265,16 @@ func (s *scene) recover(when string, versions ...int) {
 	if diff := cmp.Diff(s.beside, beside(s.t, s.node)); diff != "" {
 		s.t.Errorf("%s: cgroups and files (-undisturbed +after the fault):\n%s", when, diff)
 	}
+}
+
+// recovered is what half of the starts after a fault took at most, and the longest of
+// them.
+func (s *scene) recovered() (median, longest time.Duration) {
+	all := slices.Sorted(slices.Values(s.recoveries))
+	if len(all) == 0 {
+		return 0, 0
+	}
+	return all[(len(all)-1)/2], all[len(all)-1]
 }
 
 // listing is everything that the node has pinned.

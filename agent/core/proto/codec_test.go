@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/netip"
 	"os"
 	"strings"
 	"testing"
@@ -63,6 +64,7 @@ func TestFrames(t *testing.T) {
 		{Request{Op: OpHello, Version: Version}, nil},
 		{Request{Op: OpApply}, []*os.File{file(t, "image")}},
 		{Request{Op: OpBind, Path: "/lab/x", Identity: 0xffffff}, nil},
+		{Request{Op: OpPreview, Own: Own{{netip.MustParseAddrPort("192.0.2.1:22"), netip.MustParseAddrPort("192.0.2.9:50112")}, MaxOwn - 1: {Local: netip.MustParseAddrPort("[2001:db8::1]:22")}}}, nil},
 		{Request{Op: OpStatus}, []*os.File{file(t, "1"), file(t, "2"), file(t, "3"), file(t, "4"), file(t, "5"), file(t, "6"), file(t, "7"), file(t, "8")}},
 		{Request{Op: OpBind, Path: strings.Repeat("x", MaxFrame-100)}, nil}, // more than the socket holds at once
 	}
@@ -130,6 +132,7 @@ func TestReadFrameRefuses(t *testing.T) {
 		{"bad empty", frame(""), "decode frame: EOF"},
 		{"bad json", frame(`{"op":`), "decode frame: unexpected EOF"},
 		{"bad unknown key", frame(`{"op":"status","x":1}`), `decode frame: json: unknown field "x"`},
+		{"bad unknown key inside", frame(`{"op":"preview","own":[{"local":"192.0.2.1:22","x":1}]}`), `decode frame: json: unknown field "x"`},
 		{"bad trailing value", frame(`{"op":"status"} {}`), "decode frame: trailing data"},
 		{"bad trailing garbage", frame(`{"op":"status"}}`), "decode frame: trailing data"},
 	}
@@ -198,6 +201,7 @@ func open(t *testing.T) int {
 func FuzzReadFrame(f *testing.F) {
 	f.Add(frame(`{"op":"hello","version":1}`))
 	f.Add(frame(`{"op":"bind","path":"/lab/x","identity":16}`))
+	f.Add(frame(`{"op":"preview","own":[{"local":"192.0.2.1:22","remote":"[::ffff:192.0.2.9]:50112"},{"local":"[fe80::1%eth0]:1","remote":""}]}`))
 	f.Add(frame(`{"op":"status"}x`))
 	f.Add([]byte{0xff, 0xff, 0xff, 0xff, '{'})
 	f.Fuzz(func(t *testing.T, b []byte) {

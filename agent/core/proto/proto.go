@@ -8,13 +8,16 @@
 package proto
 
 import (
+	"errors"
+	"fmt"
 	"net/netip"
 	"os"
+	"slices"
 	"time"
 )
 
 // Version of the protocol. Both sides must speak the same one.
-const Version = 4
+const Version = 5
 
 // MaxFrame bounds a frame's JSON, in bytes. Images travel as descriptors.
 const MaxFrame = 1 << 20
@@ -27,7 +30,7 @@ const (
 	OpStatus   Op = "status"   // answer: Status
 	OpApply    Op = "apply"    // with one descriptor, the image or an envelope around it, or the digest of what was previewed; answer: Status
 	OpPrepare  Op = "prepare"  // with one descriptor, the same, which is verified before the answer and made ready behind it, because it will be applied; nothing comes into force
-	OpPreview  Op = "preview"  // with one descriptor, the same, which is not applied; answer: Preview
+	OpPreview  Op = "preview"  // with one descriptor, the same, which is not applied, and Own; answer: Preview
 	OpShadow   Op = "shadow"   // with one descriptor, the same, which is asked beside the one in force; answer: Status
 	OpUnshadow Op = "unshadow" // end that; answer: Status
 	OpConfirm  Op = "confirm"  // keep the change that waits for it; answer: Status
@@ -50,6 +53,7 @@ type Request struct {
 	Path     string `json:"path,omitempty"`     // OpBind, OpUnbind: below the managed root, "/lab/api-1"
 	Identity uint32 `json:"identity,omitempty"` // OpBind, OpQuarantine, OpRelease
 	Digest   string `json:"digest,omitempty"`   // OpApply: hex SHA-256 of the image that was previewed last, without envelope
+	Own      Own    `json:"own,omitzero"`       // OpPreview: what is named first
 	Within   int64  `json:"within,omitempty"`   // OpApply: ms until the kernel takes it back unless it is confirmed; 0 = for good
 
 	Spare     int64  `json:"spare,omitempty"`     // OpApply: ms that live connections which the image cuts go on; 0 = they do not
@@ -175,22 +179,52 @@ type Shadow struct {
 	Until time.Time `json:"until"`
 }
 
+// MaxOwn bounds the connections that somebody calls his own.
+const MaxOwn = 16
+
+// Own are connections through which somebody may be asking; places that are left are zero.
+type Own [MaxOwn]Ends
+
+// Ends are the two ends of a TCP connection.
+type Ends struct {
+	Local  netip.AddrPort `json:"local"`
+	Remote netip.AddrPort `json:"remote"`
+}
+
+// Holds says whether a connection is among them, seen from either end.
+func (o *Own) Holds(e Ends) bool {
+	return slices.Contains(o[:], e) || slices.Contains(o[:], Ends{e.Remote, e.Local})
+}
+
+// UnmarshalJSON is strict, too: an array would drop what is too much for it.
+func (o *Own) UnmarshalJSON(b []byte) error {
+	var all []Ends
+	if err := Unmarshal(b, &all); err != nil {
+		return errors.Unwrap(err) // who called says once more what was being done
+	}
+	if len(all) > MaxOwn {
+		return fmt.Errorf("%d connections of one's own, at most %d", len(all), MaxOwn)
+	}
+	*o = Own{}
+	copy(o[:], all)
+	return nil
+}
+
 // Preview is what an image would do to live TCP connections.
 type Preview struct {
-	Cuts  []Cut `json:"cuts,omitempty"` // the oldest ones
+	Cuts  []Cut `json:"cuts,omitempty"` // those of Own, then the oldest ones
 	Total int   `json:"total"`
 }
 
 // Cut is a connection that would be cut.
 type Cut struct {
-	Local   netip.AddrPort `json:"local"`
-	Remote  netip.AddrPort `json:"remote"`
-	PID     uint32         `json:"pid"` // of a process that holds it
-	Process string         `json:"process"`
-	Subject uint32         `json:"subject"`           // identity of this end under the image
-	Peer    uint32         `json:"peer,omitempty"`    // what the other end proved
-	Inbound bool           `json:"inbound,omitempty"` // the other end opened it; false if that is not known
-	Reason  string         `json:"reason"`
+	Ends           // this host's first
+	PID     uint32 `json:"pid"` // of a process that holds it
+	Process string `json:"process"`
+	Subject uint32 `json:"subject"`           // identity of this end under the image
+	Peer    uint32 `json:"peer,omitempty"`    // what the other end proved
+	Inbound bool   `json:"inbound,omitempty"` // the other end opened it; false if that is not known
+	Reason  string `json:"reason"`
 }
 
 // Places lists where each descriptor goes, in the order of the wire.

@@ -8,7 +8,6 @@ import (
 	"strings"
 	"sync"
 	"testing"
-	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
@@ -156,7 +155,7 @@ func TestJ03TrustRace(t *testing.T) {
 		}
 	})
 	good, refused := 0, 0
-	for start := time.Now(); good+refused < 100_000 && (good == 0 || refused == 0 || time.Since(start) < 2*time.Second); {
+	for good+refused < 100_000 {
 		keys, err := Read(dir)
 		switch {
 		case err != nil:
