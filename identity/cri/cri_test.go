@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -71,12 +72,18 @@ func in(processes map[int]string) func(int) (string, error) {
 // follow runs a provider on a runtime that has the given processes.
 func follow(t *testing.T, l *lists, process func(int) (string, error)) *Provider {
 	t.Helper()
+	return followAt(t, l, process, func(l net.Listener) net.Listener { return l })
+}
+
+func followAt(t *testing.T, l *lists, process func(int) (string, error), through func(net.Listener) net.Listener) *Provider {
+	t.Helper()
 	dir := t.TempDir()
 	socket := filepath.Join(dir, "s")
 	listener, err := net.Listen("unix", socket)
 	if err != nil {
 		t.Fatal(err)
 	}
+	listener = through(listener)
 	server := grpc.NewServer()
 	runtime.RegisterRuntimeServiceServer(server, l)
 	go server.Serve(listener)
@@ -183,6 +190,125 @@ func TestProblemEnds(t *testing.T) {
 	if err != nil || len(inv.Workloads) != 1 || inv.Workloads[0].Cgroup != at("b") {
 		t.Errorf("%v, %v", inv, err)
 	}
+}
+
+// stopping is a listener whose connections say no more, from the middle of whatever they
+// say next, until they are let go on.
+type stopping struct {
+	net.Listener
+	mu   sync.Mutex
+	on   *sync.Cond
+	stop bool
+	keep float64 // of what is said next, that still comes
+}
+
+func (s *stopping) Accept() (net.Conn, error) {
+	c, err := s.Listener.Accept()
+	return half{c, s}, err
+}
+
+func (s *stopping) let(stop bool, keep float64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.stop, s.keep = stop, keep
+	s.on.Broadcast()
+}
+
+type half struct {
+	net.Conn
+	of *stopping
+}
+
+func (h half) Write(b []byte) (int, error) {
+	h.of.mu.Lock()
+	defer h.of.mu.Unlock()
+	said := 0
+	for first := true; h.of.stop; first = false {
+		if n := int(float64(len(b)) * h.of.keep); first && n > 0 {
+			if _, err := h.Conn.Write(b[:n]); err != nil {
+				return 0, err
+			}
+			said = n
+		}
+		h.of.on.Wait()
+	}
+	n, err := h.Conn.Write(b[said:])
+	return said + n, err
+}
+
+// A runtime that hangs, before a word or in the middle of one, takes nobody's name, and
+// that it hangs is told. When it goes on, so does everything. (X12)
+func TestX12RuntimeHangs(t *testing.T) {
+	for _, tt := range []struct {
+		name string
+		keep float64
+	}{{"before a word", 0}, {"in the middle of one", 0.5}} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			l := &stopping{}
+			l.on = sync.NewCond(&l.mu)
+			containers := []*runtime.Container{{Id: id("b"), Metadata: &runtime.ContainerMetadata{Name: "main"}}}
+			p := followAt(t, &lists{containers: containers, info: map[string]string{id("b"): `{"pid":2}`}}, in(map[int]string{2: at("b")}),
+				func(under net.Listener) net.Listener { l.Listener = under; return l })
+			// await waits until a problem is told, or none; who runs stays the same.
+			await := func(told bool) time.Duration {
+				t.Helper()
+				for start := time.Now(); ; time.Sleep(10 * time.Millisecond) {
+					inv, _, err := p.Current()
+					if inv == nil || len(inv.Workloads) != 1 || inv.Workloads[0].Cgroup != at("b") {
+						t.Fatalf("%+v, %v", inv, err)
+					}
+					if told && err != nil && strings.Contains(err.Error(), "DeadlineExceeded") || !told && err == nil {
+						return time.Since(start)
+					}
+					if time.Since(start) > time.Minute {
+						t.Fatalf("problem told: %v, want one: %t", err, told)
+					}
+				}
+			}
+			await(false)
+			l.let(true, tt.keep)
+			defer l.let(false, 0)
+			took := await(true)
+			l.let(false, 0)
+			again := await(false)
+			t.Logf("told after %s, in order again after %s", took.Round(time.Millisecond), again.Round(time.Millisecond))
+			if again > 5*time.Second { // 2 on a machine that never stands still
+				t.Errorf("in order again only after %s", again)
+			}
+		})
+	}
+	t.Run("from the first", func(t *testing.T) {
+		t.Parallel()
+		socket := filepath.Join(t.TempDir(), "s")
+		listener, err := net.Listen("unix", socket) // which nobody accepts from
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer listener.Close()
+		if err := os.Chmod(socket, 0o660); err != nil {
+			t.Fatal(err)
+		}
+		p := New(socket, nil)
+		p.owner = uint32(os.Geteuid())
+		ctx, cancel := context.WithCancel(context.Background())
+		done := make(chan error, 1)
+		go func() { done <- p.Run(ctx) }()
+		defer func() {
+			cancel()
+			if err := <-done; err != nil {
+				t.Error(err)
+			}
+		}()
+		select {
+		case <-p.Changed():
+		case <-time.After(time.Minute):
+			t.Fatal("nothing is told")
+		}
+		if inv, _, err := p.Current(); inv != nil || err == nil || !strings.Contains(err.Error(), "list pods: ") {
+			t.Errorf("%+v, %v", inv, err)
+		}
+	})
 }
 
 // A socket that others than root could have put there says nothing. (C17)

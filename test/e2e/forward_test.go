@@ -70,6 +70,44 @@ func TestD06Injected(t *testing.T) {
 	})
 }
 
+// Who can make packets inside a container puts no tag on them either, not on what kernels
+// say by themselves, which passes doors.
+func TestE01TagsThroughDoors(t *testing.T) {
+	estates(t, func(t *testing.T, e *estate) {
+		e.web.Sysctl("ipv4/ip_forward", "1")
+		e.web.Sysctl("ipv6/conf/all/forwarding", "1")
+		e.a.tun("tun0", false)
+		tag := append([]byte{253, 16, 0xd3, 0xac, 0, 0, 16, 0}, "perhaps."...)
+		other := append([]byte{253, 8, 0xd3, 0xad}, "else"...)
+		four := func(flags uint8, options ...byte) []byte {
+			return whole(tcp, place(e.web.IP4, 5000), e.partner4(7000), flags, options...)
+		}
+		six := func(flags uint8, options ...byte) []byte {
+			return whole(tcp, place(e.web.IP6, 5000), e.partner6(7000), flags, options...)
+		}
+		forged := func(name string, packet func() []byte) way {
+			return way{
+				name: name, up: []string{"sysctl -qw net.ipv4.conf.all.accept_local=1 net.ipv4.conf.tun0.accept_local=1"},
+				try:  func(e *estate) { e.a.inject("tun0", packet()) },
+				seen: func(p netlab.Packet) bool { return p.Src.Port() == 5000 }, why: []string{"tag-bad-identity"},
+			}
+		}
+		e.ways([]way{
+			forged("an answer with a tag", func() []byte { return four(flagSYN|flagACK, tag...) }),
+			forged("an answer with a tag, over IPv6", func() []byte { return six(flagSYN|flagACK, tag...) }),
+			forged("a last ACK with a tag", func() []byte { return four(flagACK, tag...) }),
+			forged("a last ACK with a tag, over IPv6", func() []byte { return six(flagACK, tag...) }),
+			forged("an ACK with two tags", func() []byte { return four(flagACK, append(tag, tag...)...) }),
+		})
+		// Control: the same without a tag, and with an option that only looks like one.
+		for _, packet := range [][]byte{four(flagACK), six(flagACK), four(flagACK, other...), six(flagACK, other...)} {
+			e.forget()
+			e.a.inject("tun0", packet)
+			e.wires[e.partner].Await(func(p netlab.Packet) bool { return !p.Sent && p.Src.Port() == 5000 })
+		}
+	})
+}
+
 // A container is no router for another one: not for whom nothing is declared, and
 // not for a namespace of its own workload either, whose proof is for its own
 // address.
@@ -122,12 +160,19 @@ func TestD08Redirect(t *testing.T) {
 	other := startActor(t, e.web.Namespace, e.node.Cgroup("/lab/other"))
 	other.serve(7201)
 	proxy := e.web.Probe(e.node.Cgroup("/lab/other"))
-	for _, kind := range []string{"tcp4", "udp4"} {
-		proxy.Socket(kind, kind)
-		proxy.Must(probe.Call{Op: "set", Socket: kind, Level: unix.SOL_IP, Option: unix.IP_TRANSPARENT, Value: 1})
-		proxy.Must(probe.Call{Op: "bind", Socket: kind, Address: "0.0.0.0:7300"})
+	for _, family := range []string{"4", "6"} {
+		for _, kind := range []string{"tcp" + family, "udp" + family} {
+			proxy.Socket(kind, kind)
+			level, option, any := unix.SOL_IP, unix.IP_TRANSPARENT, "0.0.0.0:7300"
+			if family == "6" {
+				level, option, any = unix.SOL_IPV6, unix.IPV6_TRANSPARENT, "[::]:7300"
+				proxy.Must(probe.Call{Op: "set", Socket: kind, Level: unix.SOL_IPV6, Option: unix.IPV6_V6ONLY, Value: 1})
+			}
+			proxy.Must(probe.Call{Op: "set", Socket: kind, Level: level, Option: option, Value: 1})
+			proxy.Must(probe.Call{Op: "bind", Socket: kind, Address: any})
+		}
+		proxy.Must(probe.Call{Op: "listen", Socket: "tcp" + family})
 	}
-	proxy.Must(probe.Call{Op: "listen", Socket: "tcp4"})
 	visitor := startActor(t, e.partner, e.lab.Cgroup("visitor"))
 	try := func(a *actor, to netip.AddrPort) {
 		call[DatagramReply](a, "Datagrams", DatagramArgs{To: to.String(), Count: 1})
@@ -140,12 +185,14 @@ func TestD08Redirect(t *testing.T) {
 	count := func(a *actor, port uint16) int { return a.served("tcp", port).Count + a.served("udp", port).Count }
 	n := 0
 	taken := func() int { // so far
-		for proxy.Do(probe.Call{Op: "recv", Socket: "udp4", Timeout: 50}).Error == "" {
-			n++
-		}
-		for proxy.Do(probe.Call{Op: "accept", Socket: "tcp4", New: "s", Timeout: 50}).Error == "" {
-			proxy.Must(probe.Call{Op: "close", Socket: "s"})
-			n++
+		for _, family := range []string{"4", "6"} {
+			for proxy.Do(probe.Call{Op: "recv", Socket: "udp" + family, Timeout: 50}).Error == "" {
+				n++
+			}
+			for proxy.Do(probe.Call{Op: "accept", Socket: "tcp" + family, New: "s", Timeout: 50}).Error == "" {
+				proxy.Must(probe.Call{Op: "close", Socket: "s"})
+				n++
+			}
 		}
 		return n
 	}
@@ -171,8 +218,8 @@ func TestD08Redirect(t *testing.T) {
 		},
 		{
 			"to another workload's socket as it comes",
-			[]string{"add chain inet t c { type filter hook prerouting priority -150; }", any + "7200 meta nfproto ipv4 tproxy ip to :7300"},
-			visit, taken, 2,
+			[]string{"add chain inet t c { type filter hook prerouting priority -150; }", any + "7200 tproxy to :7300"},
+			visit, taken, 4,
 		},
 	}
 	for _, enforced := range []bool{false, true} {

@@ -88,28 +88,39 @@ func TestA16Multipath(t *testing.T) {
 // that the peer names. Each of these is a call of its own, and since no task of the
 // workload makes it, it is refused.
 func TestA17AnnouncedAddress(t *testing.T) {
+	t.Run("IPv4", func(t *testing.T) { announced(t, unix.AF_INET, "10.66.7.1/16", "10.66.7.3/16") })
+	t.Run("IPv6", func(t *testing.T) { announced(t, unix.AF_INET6, "fd66::7:1/64", "fd66::7:3/64") })
+}
+
+// announced has web one more address of its own, and its peer one that it names.
+func announced(t *testing.T, domain int, ownNet, namedNet string) {
 	w := newWired(t)
-	own, named := netip.MustParseAddr("10.66.7.1"), netip.MustParseAddr("10.66.7.3")
-	w.web.Address(netip.PrefixFrom(own, 16))
-	w.outside.Address(netip.PrefixFrom(named, 16))
+	own, named := netip.MustParsePrefix(ownNet).Addr(), netip.MustParsePrefix(namedNet).Addr()
+	w.web.Address(netip.MustParsePrefix(ownNet))
+	w.outside.Address(netip.MustParsePrefix(namedNet))
+	from, first, any := w.web.IP4, w.outside.IP4, netip.IPv4Unspecified()
+	if domain == unix.AF_INET6 {
+		from, first, any = w.web.IP6, w.outside.IP6, netip.IPv6Unspecified()
+	}
 	for _, ns := range []*netlab.Namespace{w.web, w.outside} {
 		ip(t, ns, "mptcp limits set add_addr_accepted 4 subflow 4")
 	}
-	ip(t, w.web, "mptcp endpoint add 10.66.7.1 dev eth0 subflow")
-	ip(t, w.outside, "mptcp endpoint add 10.66.7.3 dev eth0 signal")
+	ip(t, w.web, "mptcp endpoint add "+own.String()+" dev eth0 subflow")
+	ip(t, w.outside, "mptcp endpoint add "+named.String()+" dev eth0 signal")
 	p, peer := w.web.Probe(w.caller.Cgroup("/lab/web")), w.outside.Probe(w.lab.Cgroup("outside"))
-	multipath := probe.Call{Op: "socket", Domain: unix.AF_INET, Type: unix.SOCK_STREAM, Proto: protoMPTCP}
+	multipath := probe.Call{Op: "socket", Domain: domain, Type: unix.SOCK_STREAM, Proto: protoMPTCP}
 	for _, name := range []string{"before", "after"} {
 		multipath.New = name
 		p.Must(multipath)
+		p.Must(probe.Call{Op: "bind", Socket: name, Address: netip.AddrPortFrom(from, 0).String()})
 	}
 	multipath.New = "l"
 	peer.Must(multipath)
-	peer.Must(probe.Call{Op: "bind", Socket: "l", Address: "0.0.0.0:7100"})
+	peer.Must(probe.Call{Op: "bind", Socket: "l", Address: netip.AddrPortFrom(any, 7100).String()})
 	peer.Must(probe.Call{Op: "listen", Socket: "l"})
 	wire := w.web.Wire()
 	converse := func(socket string) {
-		p.Connect(socket, netip.AddrPortFrom(w.outside.IP4, 7100).String())
+		p.Connect(socket, netip.AddrPortFrom(first, 7100).String())
 		peer.Must(probe.Call{Op: "accept", Socket: "l", New: "a"})
 		p.Must(probe.Call{Op: "send", Socket: socket, Data: []byte("there")})
 		peer.Must(probe.Call{Op: "recv", Socket: "a"})
@@ -128,7 +139,7 @@ func TestA17AnnouncedAddress(t *testing.T) {
 	w.enforce()
 	wire.Forget()
 	converse("after") // its first call is the workload's own, and declared
-	for _, to := range []netip.Addr{w.outside.IP4, named} {
+	for _, to := range []netip.Addr{first, named} {
 		w.caller.AwaitDenied(abi.TaskMismatch, tcp, netlab.Place{Address: to, Port: 7100})
 	}
 	if got := wire.Packets(netlab.And(func(q netlab.Packet) bool { return fromOwn(q) || toNamed(q) }, handshakes)); len(got) > 0 {

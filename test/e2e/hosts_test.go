@@ -13,7 +13,6 @@ import (
 
 	"github.com/demarc/demarc/bpf/abi"
 	"github.com/demarc/demarc/test/netlab"
-	"github.com/demarc/demarc/test/probe"
 )
 
 // fleet is three hosts on one switch, each with a demarc of its own. They share
@@ -224,85 +223,6 @@ func nft(t *testing.T, ns *netlab.Namespace, rules string) {
 	})
 	if err != nil {
 		t.Fatalf("nft: %v\n%s\n%s", err, out, rules)
-	}
-}
-
-// What cannot carry a tag, because it is as large as the path, goes in fragments or is
-// segmented by the device, is refused in a new flow, by the sender's host and for that
-// reason, and carried by a flow that has proved itself.
-func TestLargeDatagrams(t *testing.T) {
-	f := newFleet(t, "")
-	f.serve()
-	wire := f.hosts["web"].Wire()
-	port := 41000
-	for _, family := range []struct {
-		name  string
-		of    func(*netlab.Namespace) netip.Addr
-		whole int // that fits into a frame as it is
-	}{
-		{"udp4", func(ns *netlab.Namespace) netip.Addr { return ns.IP4 }, 1500 - 20 - 8},
-		{"udp6", func(ns *netlab.Namespace) netip.Addr { return ns.IP6 }, 1500 - 40 - 8},
-	} {
-		at := netip.AddrPortFrom(family.of(f.hosts["api"]), 8080)
-		for _, c := range []struct {
-			name           string
-			bytes, segment int // 0 = one datagram, however large
-			came           int // datagrams
-		}{
-			{"OK with room", family.whole - 27, 0, 1},
-			{"bad one byte more", family.whole - 25, 0, 1},
-			{"bad as large as the path", family.whole, 0, 1},
-			{"bad in fragments", family.whole + 1, 0, 1},
-			{"bad in many fragments", 20_000, 0, 1},
-			{"bad segmented by the device", 2000, 500, 4},
-		} {
-			t.Run(fmt.Sprintf("%s, %s", family.name, c.name), func(t *testing.T) {
-				port++
-				p := f.hosts["web"].Probe(f.nodes["web"].Cgroup("/lab/web"))
-				p.Socket("u", family.name)
-				p.Must(probe.Call{Op: "bind", Socket: "u", Address: netip.AddrPortFrom(family.of(f.hosts["web"]), uint16(port)).String()})
-				p.Connect("u", at.String())
-				segment := func(size int) {
-					p.Must(probe.Call{Op: "set", Socket: "u", Level: unix.SOL_UDP, Option: unix.UDP_SEGMENT, Value: size})
-				}
-				large := func() {
-					segment(c.segment)
-					p.Do(probe.Call{Op: "send", Socket: "u", Data: make([]byte, c.bytes)}) // which may be told of the refusal
-					segment(0)
-				}
-				denied := func() uint64 { return f.nodes["web"].Denied(abi.TagNoRoom) }
-				came := func() int { return f.actors["api"].served("udp", 8080).Count }
-				fits := strings.HasPrefix(c.name, "OK")
-				before, had := denied(), came()
-				wire.Forget()
-				large()
-				if fits {
-					p.Must(probe.Call{Op: "recv", Socket: "u"})
-				} else {
-					eventually(t, timeToAnswer, "refusal for want of room", func() bool { return denied() > before })
-					f.nodes["web"].AwaitDenied(abi.TagNoRoom, unix.IPPROTO_UDP, netlab.Place{Address: at.Addr(), Port: 8080})
-					if sent := wire.Packets(func(q netlab.Packet) bool {
-						return q.Sent && q.Dst.Addr() == at.Addr() && q.Proto != unix.IPPROTO_ICMPV6
-					}); len(sent) > 0 {
-						t.Errorf("%d packets on the wire, the first: %s", len(sent), sent[0])
-					}
-				}
-				p.Must(probe.Call{Op: "send", Socket: "u", Data: []byte("small")})
-				p.Must(probe.Call{Op: "recv", Socket: "u"})
-				proven, still := came(), denied()
-				if want := had + 1; !fits && proven != want {
-					t.Errorf("the server got %d datagrams, want the small one", proven-had)
-				}
-				large()
-				eventually(t, timeToAnswer, "the large one in a proven flow", func() bool { return came() == proven+c.came })
-				for range c.came {
-					p.Must(probe.Call{Op: "recv", Socket: "u"})
-				}
-				if n := denied() - still; n != 0 {
-					t.Errorf("%d refusals in a proven flow", n)
-				}
-			})
-		}
 	}
 }
 

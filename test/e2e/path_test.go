@@ -18,6 +18,7 @@ import (
 
 	"github.com/demarc/demarc/bpf/abi"
 	"github.com/demarc/demarc/test/netlab"
+	"github.com/demarc/demarc/test/probe"
 )
 
 // routed is a fleet whose hosts have a router between each two of them:
@@ -221,6 +222,100 @@ func (r *routed) checkTranslation(t *testing.T, wire *netlab.Wire, path string, 
 	}
 }
 
+// Where the router translates, what nobody declared does not come about, either: not
+// on another port, not for another workload, not for who proves nothing. It does not
+// leave its host; where that host's policy alone declares it, api does not answer.
+func TestE16Undeclared(t *testing.T) {
+	const more = `  - {name: web-api-more, from: [workload/web], to: [workload/api], ports: [tcp/5432, udp/5432]%[1]s}
+  - {name: db-api, from: [workload/db], to: [workload/api], ports: [tcp/8080, udp/8080, tcp/80]%[1]s}
+`
+	r := newRouted(t)
+	r.serve()
+	for name := range r.hosts {
+		r.wires[name] = r.cables[name].A.Wire()
+	}
+	version := 1
+	for _, path := range []string{"source", "destination"} {
+		nft(t, r.router, "flush ruleset; add table inet t; "+translation(r, path))
+		for _, alone := range []bool{false, true} { // the caller's host declares it
+			version++
+			for name, node := range r.nodes {
+				nat := ", nat: " + path
+				text := fmt.Sprintf(fleetPolicy, r.outside.IP4, r.outside.IP6, nat)
+				if alone && name != "api" {
+					text += fmt.Sprintf(more, nat)
+				}
+				node.Apply(document(version, text))
+			}
+			t.Run(fmt.Sprintf("%s, declared by the caller %v", path, alone), func(t *testing.T) {
+				r.checkTranslation(t, r.wires["api"], path, abi.Undecided) // control
+				r.checkUndeclared(t, path, "web", 5432, alone)
+				r.checkUndeclared(t, path, "db", 8080, alone)
+				r.checkUndeclared(t, path, "outside", 8080, true)
+				r.checkTranslation(t, r.wires["api"], path, abi.Undecided)
+			})
+		}
+	}
+}
+
+// checkUndeclared asks api what nobody declared for it. Either it leaves, and api's host
+// refuses it, or its own host does.
+func (r *routed) checkUndeclared(t *testing.T, path, from string, port uint16, leaves bool) {
+	t.Helper()
+	caller, refuses, reason := r.actors[from], r.nodes["api"], abi.NoCrossingFor
+	if from == "outside" {
+		caller, reason = r.stranger, abi.TagMissing
+	}
+	if !leaves {
+		refuses = r.nodes[from]
+	}
+	for _, ends := range [][2]netip.Addr{{r.hosts["api"].IP4, r.cables["web"].B.IP4}, {r.hosts["api"].IP6, r.cables["web"].B.IP6}} {
+		at := netip.AddrPortFrom(ends[0], port)
+		stream, datagram := at, at
+		if path == "destination" {
+			stream, datagram = netip.AddrPortFrom(ends[1], port), netip.AddrPortFrom(ends[1], port)
+			if port == 8080 {
+				stream = netip.AddrPortFrom(ends[1], 80)
+			}
+		}
+		refuses.Forget()
+		for _, w := range r.wires {
+			w.Forget()
+		}
+		if caller.reachesWithin(stream, timeOfSilence) {
+			t.Errorf("%s reaches %s", from, stream)
+		}
+		if got := caller.datagramsWithin(datagram, 2, timeOfSilence); got.Answered > 0 {
+			t.Errorf("%s to %s: %+v", from, datagram, got)
+		}
+		for proto, asked := range map[uint8]netip.AddrPort{unix.IPPROTO_TCP: stream, unix.IPPROTO_UDP: datagram} {
+			if leaves {
+				asked = at
+			}
+			f := refuses.AwaitDenied(reason, proto, netlab.Place{Address: asked.Addr(), Port: asked.Port()})
+			if who := f.Source.Workload; from != "outside" && who != from {
+				t.Errorf("denied %q, want %q: %s", who, from, netlab.Describe(f))
+			}
+			came := r.wires["api"].Count(func(p netlab.Packet) bool { return !p.Sent && p.Proto == proto && p.Dst == at })
+			if leaves != (came > 0) {
+				t.Errorf("%s to %s: %d packets of protocol %d came to api's host", from, asked, came, proto)
+			}
+			answers := r.wires["api"].Packets(func(p netlab.Packet) bool {
+				return p.Sent && p.Proto == proto && p.Src == at && (proto == unix.IPPROTO_UDP || p.Flags&flagSYN != 0)
+			})
+			if len(answers) > 0 {
+				t.Errorf("api answered %s: %s", from, answers[0])
+			}
+			if leaves {
+				continue
+			}
+			if left := r.wires[from].Packets(netlab.To(proto, asked.Addr(), asked.Port())); len(left) > 0 {
+				t.Errorf("%s sent %s", from, left[0])
+			}
+		}
+	}
+}
+
 // translation is what the router does: which end it translates.
 func translation(r *routed, path string) string {
 	var rules []string
@@ -235,16 +330,19 @@ func translation(r *routed, path string) string {
 			fmt.Sprintf("add rule inet t d ip daddr %s tcp dport 80 dnat ip to %s:8080", web.IP4, api4),
 			fmt.Sprintf("add rule inet t d ip6 daddr %s tcp dport 80 dnat ip6 to [%s]:8080", web.IP6, api6),
 			fmt.Sprintf("add rule inet t d ip daddr %s udp dport 8080 dnat ip to %s:8080", web.IP4, api4),
-			fmt.Sprintf("add rule inet t d ip6 daddr %s udp dport 8080 dnat ip6 to [%s]:8080", web.IP6, api6))
+			fmt.Sprintf("add rule inet t d ip6 daddr %s udp dport 8080 dnat ip6 to [%s]:8080", web.IP6, api6),
+			fmt.Sprintf("add rule inet t d ip daddr %s th dport 5432 dnat ip to %s", web.IP4, api4), // which nobody declares
+			fmt.Sprintf("add rule inet t d ip6 daddr %s th dport 5432 dnat ip6 to %s", web.IP6, api6))
 	}
 	return strings.Join(rules, "; ")
 }
 
 // To a declared network and from one, a host with demarc sends byte for byte what
-// it sends without: TCP and UDP, IPv4 and IPv6, opened by either side.
+// it sends without: TCP, UDP as large as the path and in fragments too, and echo, over
+// IPv4 and IPv6, opened by either side.
 func TestNoAgentByteForByte(t *testing.T) {
 	without, with := conversation(t, false), conversation(t, true)
-	if len(without) < 40 {
+	if len(without) < 188 { // beside bare acknowledgements
 		t.Errorf("only %d frames", len(without))
 	}
 	if diff := cmp.Diff(without, with); diff != "" {
@@ -270,24 +368,31 @@ func conversation(t *testing.T, demarc bool) []string {
 	router.Router()
 	cgroup := lab.Cgroup("home")
 	if demarc {
-		// Beside the network, each port is one that a crossing asks proof on as
-		// well, of other hosts: that must not show.
+		// Beside the network, another host's workload may come in on the same ports if
+		// it proves who it is, and home proves itself on others than it leaves by:
+		// that must not show. (Where it leaves by the same, it has to.)
 		node := lab.Node(document(1, fmt.Sprintf(`workloads:
   home: {zone: app, match: [{cgroup: /lab/home}]}
   other: {zone: app, match: [{cgroup: /lab/other}]}
 networks:
   beyond: {zone: app, cidrs: [%s/32, "%s/128"]}
 crossings:
-  - {name: leave, from: [workload/home], to: [network/beyond], ports: [tcp/443, udp/443], identity: none}
+  - {name: leave, from: [workload/home], to: [network/beyond], ports: [tcp/443, udp/443, icmp/echo], identity: none}
+  - {name: pings, from: [network/beyond], to: [unmanaged], ports: [icmp/echo], identity: none}
   - {name: visit, from: [network/beyond], to: [workload/home], ports: [tcp/444, udp/444], identity: none}
   - {name: proven, from: [workload/other], to: [workload/home], ports: [tcp/444, udp/444]}
   - {name: elsewhere, from: [workload/home], to: [workload/other], ports: [tcp/8080]}
 `, outside.IP4, outside.IP6)), netlab.NodeOptions{CoreOnly: true, Home: home})
 		cgroup = node.Cgroup("/lab/home")
 	}
-	a, b := startActor(t, home, cgroup), startActor(t, outside, lab.Cgroup("outside"))
+	beyond := lab.Cgroup("outside")
+	a, b := startActor(t, home, cgroup), startActor(t, outside, beyond)
 	a.serve(444)
 	b.serve(443)
+	pings := map[*actor]*netlab.Probe{a: home.Probe(cgroup), b: outside.Probe(beyond)}
+	for _, ns := range []*netlab.Namespace{home, outside} {
+		ns.Sysctl("ipv4/ping_group_range", "0 2147483647")
+	}
 	tap := openTap(t, outside, "eth0")
 	for _, c := range []struct {
 		from *actor
@@ -306,13 +411,33 @@ crossings:
 			}
 			call[bool](c.from, "Close", r.Stream)
 			tap.awaitEnd(netip.MustParseAddrPort(r.Local).Port())
+		}
+		whole := 1500 - 20 - 8
+		if c.to.Addr().Is6() {
+			whole = 1500 - 40 - 8
+		}
+		for _, size := range []int{16, 1000, whole, 2 * whole} {
 			u := call[DatagramReply](c.from, "Datagrams", DatagramArgs{To: c.to.String(), Count: 3, Bytes: size, Timeout: 10 * time.Second})
 			if u.Answered != 3 {
-				t.Fatalf("demarc %v: datagrams to %s: %+v", demarc, c.to, u)
+				t.Fatalf("demarc %v: datagrams of %d bytes to %s: %+v", demarc, size, c.to, u)
 			}
 		}
+		ping(pings[c.from], c.to.Addr(), []byte("any payload of an echo"))
 	}
 	return tap.normal()
+}
+
+// ping asks for an echo and waits for it.
+func ping(p *netlab.Probe, to netip.Addr, payload []byte) {
+	socket := probe.Call{Op: "socket", New: "i", Domain: unix.AF_INET, Type: unix.SOCK_DGRAM, Proto: unix.IPPROTO_ICMP}
+	question := append([]byte{8, 0, 0, 0, 0, 0, 0, 1}, payload...)
+	if to.Is6() {
+		socket.Domain, socket.Proto, question[0] = unix.AF_INET6, unix.IPPROTO_ICMPV6, 128
+	}
+	p.Must(socket)
+	p.Must(probe.Call{Op: "send", Socket: "i", Address: netlab.Place{Address: to}.String(), Data: question})
+	p.Must(probe.Call{Op: "recv", Socket: "i"})
+	p.Must(probe.Call{Op: "close", Socket: "i"})
 }
 
 // tap keeps whole frames of a namespace's device.
@@ -399,7 +524,7 @@ func (tp *tap) awaitEnd(port uint16) {
 	}
 }
 
-// normal says the frames of TCP and UDP in words, in order, without what is by
+// normal says the frames of TCP, UDP and ICMP in words, in order, without what is by
 // chance: addresses of devices, identifiers, checksums, ports of callers, sequence
 // numbers, timestamps. Acknowledgements without data come when the kernel likes, and
 // with the window that is open then, so each kind of them is told once and last.
@@ -413,6 +538,7 @@ func (tp *tap) normal() []string {
 		var header []byte
 		var transport []byte
 		var proto uint8
+		later := false // not the first fragment
 		switch binary.BigEndian.Uint16(f[12:]) {
 		case unix.ETH_P_IP:
 			total := int(binary.BigEndian.Uint16(f[16:]))
@@ -420,6 +546,7 @@ func (tp *tap) normal() []string {
 				tp.t.Errorf("a frame of %d bytes with a packet of %d: % x", len(f), total, f)
 			}
 			header, transport, proto = f[14:34], f[34:], f[23]
+			later = binary.BigEndian.Uint16(f[20:])&0x1fff != 0
 			clear(f[18:20]) // identifier
 			clear(f[24:26]) // checksum
 		case unix.ETH_P_IPV6:
@@ -429,9 +556,19 @@ func (tp *tap) normal() []string {
 			}
 			f[15] &= 0xf0 // flow label
 			clear(f[16:18])
+			if proto == unix.IPPROTO_FRAGMENT {
+				later = binary.BigEndian.Uint16(f[56:])&^7 != 0
+				clear(f[58:62]) // identifier
+				header, transport, proto = f[14:62], f[62:], f[54]
+			}
 		}
-		switch proto {
-		case unix.IPPROTO_TCP:
+		switch {
+		case later:
+			all = append(all, fmt.Sprintf("fragment %x payload %x", header, transport))
+		case proto == unix.IPPROTO_ICMP, proto == unix.IPPROTO_ICMPV6 && transport[0] < 130: // no neighbours, no groups
+			clear(transport[2:6]) // checksum, identifier
+			all = append(all, fmt.Sprintf("icmp %x message %x", header, transport))
+		case proto == unix.IPPROTO_TCP:
 			s, _ := parseTCPFrame(f)
 			options := slices.Clone(s.options())
 			maskTimestamps(options)
@@ -446,7 +583,7 @@ func (tp *tap) normal() []string {
 			case !slices.Contains(bare, line):
 				bare = append(bare, line)
 			}
-		case unix.IPPROTO_UDP:
+		case proto == unix.IPPROTO_UDP:
 			from, to := binary.BigEndian.Uint16(transport), binary.BigEndian.Uint16(transport[2:])
 			all = append(all, fmt.Sprintf("udp %x service %d length %d payload %x", header, min(from, to), binary.BigEndian.Uint16(transport[4:]), transport[8:]))
 		}

@@ -3,6 +3,7 @@ package e2e_test
 import (
 	"encoding/binary"
 	"fmt"
+	"net"
 	"net/netip"
 	"strings"
 	"testing"
@@ -20,24 +21,24 @@ type datagramOf struct {
 	when, nonce uint32
 }
 
-// datagramTag is the surplus area behind it, with a tag of an identity.
-func (w *wired) datagramTag(d datagramOf, identity uint32, epoch, flags uint8) []byte {
+// tag is the surplus area behind it, with a tag of an identity.
+func (d datagramOf) tag(key [16]byte, identity uint32, epoch, flags uint8) []byte {
 	claim := identity<<8 | uint32(epoch)<<4 | uint32(flags)
 	// The MAC has the time where a SYN-ACK has its sequence number, and the nonce where
 	// it has what it acknowledges.
-	mac := tcpFrame{flags: flagACK, seq: d.when, ack: d.nonce, src: d.from, dst: d.to}.macOf(w.key, claim)
+	mac := tcpFrame{flags: flagACK, seq: d.when, ack: d.nonce, src: d.from, dst: d.to}.macOf(key, claim)
 	option := binary.BigEndian.AppendUint32([]byte{127, 24, 0xd3, 0xac}, claim)
 	option = binary.BigEndian.AppendUint32(option, d.when)
 	option = append(binary.BigEndian.AppendUint32(option, d.nonce), mac[:]...)
 	return append(binary.BigEndian.AppendUint16(nil, internetSum(option, 26)), option...)
 }
 
-// datagramFrame is the datagram with a surplus area.
-func (w *wired) datagramFrame(d datagramOf, surplus []byte) tcpFrame {
+// frame is the datagram with a surplus area, between two devices.
+func (d datagramOf) frame(to, from net.HardwareAddr, surplus []byte) tcpFrame {
 	u := datagram(d.from.Port(), d.to.Port())
 	pseudo := append(append(d.from.Addr().AsSlice(), d.to.Addr().AsSlice()...), 0, udp, 0, byte(len(u)))
 	binary.BigEndian.PutUint16(u[6:], checksum(pseudo, u))
-	b := append(append([]byte(nil), w.mac.db...), w.mac.outside...)
+	b := append(append([]byte(nil), to...), from...)
 	if payload := append(u, surplus...); d.from.Addr().Is4() {
 		packet := ipv4(d.from.Addr(), d.to.Addr(), udp, 0, payload)
 		binary.BigEndian.PutUint16(packet[10:], internetSum(packet[:20], 0))
@@ -46,6 +47,14 @@ func (w *wired) datagramFrame(d datagramOf, surplus []byte) tcpFrame {
 		b = append(append(b, 0x86, 0xdd), ipv6(d.from.Addr(), d.to.Addr(), udp, payload)...)
 	}
 	return tcpFrame{frame: b, src: d.from, dst: d.to}
+}
+
+func (w *wired) datagramTag(d datagramOf, identity uint32, epoch, flags uint8) []byte {
+	return d.tag(w.key, identity, epoch, flags)
+}
+
+func (w *wired) datagramFrame(d datagramOf, surplus []byte) tcpFrame {
+	return d.frame(w.mac.db, w.mac.outside, surplus)
 }
 
 // Every kind of failed proof, of TCP and UDP, over IPv4 and IPv6, is what `demarc flows`

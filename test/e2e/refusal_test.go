@@ -138,7 +138,9 @@ func TestRefusals(t *testing.T) {
 			if c.want == silence {
 				for _, w := range []*netlab.Wire{toWeb, wire} {
 					if got := w.Packets(func(p netlab.Packet) bool {
-						return !p.Sent && p.Src.Addr() == hosts[c.to].IP4 && (p.Flags&flagRST != 0 && p.Src.Port() == c.port || p.Proto == unix.IPPROTO_ICMP && p.ICMP == 3)
+						from := p.Src.Addr() == hosts[c.to].IP4 || p.Src.Addr() == hosts[c.to].IP6
+						return !p.Sent && from && (p.Flags&flagRST != 0 && p.Src.Port() == c.port ||
+							p.Proto == unix.IPPROTO_ICMP && p.ICMP == 3 || p.Proto == unix.IPPROTO_ICMPV6 && p.ICMP == 1)
 					}); len(got) > 0 && c.by != "web" {
 						t.Errorf("told on the wire: %s", got[0])
 					}

@@ -1,7 +1,6 @@
 package e2e_test
 
 import (
-	"encoding/binary"
 	"fmt"
 	"net/netip"
 	"os"
@@ -110,7 +109,7 @@ func TestE13Rotation(t *testing.T) {
 			}
 		}
 	}
-	if tried := uint64(r.sneaking.tried); refused != tried || tried < 120 {
+	if tried := uint64(r.sneaking.tried); refused != tried || tried < 240 {
 		t.Errorf("%d refusals, and %d forgeries", refused, tried)
 	}
 	if t.Failed() {
@@ -249,7 +248,7 @@ func (l *rotationLoad) stop() {
 // another machine on the switch, without demarc.
 type forger struct {
 	door, away *cable
-	model      tcpFrame // a SYN of web's
+	models     []tcpFrame // a SYN of web's in each family
 	web        uint32
 	port       uint16
 	tried      int
@@ -263,47 +262,36 @@ func (r *rotated) newForger() *forger {
 			f.web = uint32(w.ID)
 		}
 	}
-	if !r.actors[0].reaches(netip.AddrPortFrom(r.hosts[1].IP4, 7000)) {
-		r.t.Fatal("the declared connection does not come about")
+	for _, to := range both(r.hosts[1], 7000) {
+		if !r.actors[0].reaches(netip.AddrPortFrom(to.Address, to.Port)) {
+			r.t.Fatalf("the declared connection to %v does not come about", to)
+		}
 	}
 	for _, s := range f.door.segments() {
 		if s.flags&(flagSYN|flagACK) == flagSYN {
-			f.model = s
+			// The switch would lead what is for web here, were it sent from web's device.
+			copy(s.frame[6:12], []byte{2, 0, 0, 0, 0, 0x66})
+			f.models = append(f.models, s)
 		}
 	}
-	if f.model.frame == nil {
-		r.t.Fatal("no SYN was seen")
+	if len(f.models) != 2 {
+		r.t.Fatalf("%d SYNs were seen", len(f.models))
 	}
-	// The switch would lead what is for web here, were it sent from web's device.
-	copy(f.model.frame[6:12], []byte{2, 0, 0, 0, 0, 0x66})
 	return f
 }
 
 // syn is a SYN from a port with a tag by a key.
-func (f *forger) syn(k oldKey) tcpFrame {
-	return f.model.with(f.port, f.model.with(f.port, nil).tagOf(k.secret, f.web, k.epoch, 0))
+func (f *forger) syn(model tcpFrame, k oldKey) tcpFrame {
+	return model.with(f.port, model.with(f.port, nil).tagOf(k.secret, f.web, k.epoch, 0))
 }
 
 // datagram is a datagram to the same place with a tag by a key.
-func (f *forger) datagram(k oldKey) tcpFrame {
-	// The MAC has the time in the place of the sequence number, and the nonce in that of
-	// what is acknowledged.
-	u := tcpFrame{flags: flagACK, seq: uint32(time.Now().Unix()), ack: 0x5eed, src: netip.AddrPortFrom(f.model.src.Addr(), f.port), dst: f.model.dst}
-	claim := f.web<<8 | uint32(k.epoch)<<4 | tagDatagram
-	option := binary.BigEndian.AppendUint32([]byte{127, 24, 0xd3, 0xac}, claim)
-	option = binary.BigEndian.AppendUint32(option, u.seq)
-	option = binary.BigEndian.AppendUint32(option, u.ack)
-	mac := u.macOf(k.secret, claim)
-	option = append(option, mac[:]...)
-	surplus := append(binary.BigEndian.AppendUint16(nil, internetSum(option, 26)), option...)
-	b := append(datagram(f.port, u.dst.Port()), surplus...)
-	packet := ipv4(u.src.Addr(), u.dst.Addr(), udp, 0, b)
-	binary.BigEndian.PutUint16(packet[10:], internetSum(packet[:20], 0))
-	u.frame = append(append([]byte(nil), f.model.frame[:14]...), packet...)
-	return u
+func (f *forger) datagram(model tcpFrame, k oldKey) tcpFrame {
+	d := datagramOf{from: netip.AddrPortFrom(model.src.Addr(), f.port), to: model.dst, when: uint32(time.Now().Unix()), nonce: 0x5eed}
+	return d.frame(model.frame[:6], model.frame[6:12], d.tag(k.secret, f.web, k.epoch, tagDatagram))
 }
 
-// tryOldKeys sends a SYN with a tag of each key that has ended; it must be refused.
+// tryOldKeys sends what is tagged with each key that has ended; it must be refused.
 // The control is the load, whose tags are good.
 func (r *rotated) tryOldKeys() {
 	r.t.Helper()
@@ -323,18 +311,20 @@ func (r *rotated) refused() uint64 {
 	return r.nodes[1].Denied(abi.TagWrongEpoch) + r.nodes[1].Denied(abi.TagBadMAC)
 }
 
-// forge sends a SYN and a datagram with tags by an ended key, and waits until each is
-// refused.
+// forge sends a SYN and a datagram of each family with tags by an ended key, and waits
+// until each is refused.
 func (r *rotated) forge(k oldKey) {
 	r.t.Helper()
 	f := r.sneaking
 	f.port++
-	for what, forged := range map[string]tcpFrame{"SYN": f.syn(k), "datagram": f.datagram(k)} {
-		before := r.refused()
-		f.tried++
-		f.away.send(forged)
-		eventually(r.t, 10*time.Second, fmt.Sprintf("refusal of a %s tagged with epoch %d, %s after its end", what, k.epoch, time.Since(k.until)),
-			func() bool { return r.refused() > before })
+	for _, model := range f.models {
+		for what, forged := range map[string]tcpFrame{"SYN": f.syn(model, k), "datagram": f.datagram(model, k)} {
+			before := r.refused()
+			f.tried++
+			f.away.send(forged)
+			eventually(r.t, 10*time.Second, fmt.Sprintf("refusal of a %s to %s tagged with epoch %d, %s after its end", what, model.dst, k.epoch, time.Since(k.until)),
+				func() bool { return r.refused() > before })
+		}
 	}
 }
 
@@ -344,14 +334,18 @@ func (r *rotated) control() {
 	f := r.sneaking
 	f.port++
 	for _, k := range r.ever {
-		f.door.segments()
-		f.away.send(f.syn(k))
-		eventually(r.t, 10*time.Second, "answer to a SYN with a true tag", func() bool {
-			return slices.ContainsFunc(f.door.segments(), func(s tcpFrame) bool { return s.dst.Port() == f.port && s.flags&(flagSYN|flagACK) == flagSYN|flagACK })
-		})
-		before := r.actors[1].served("udp", 7000).Count
-		f.away.send(f.datagram(k))
-		eventually(r.t, 10*time.Second, "a datagram with a true tag arrives", func() bool { return r.actors[1].served("udp", 7000).Count > before })
+		for _, model := range f.models {
+			f.door.segments()
+			f.away.send(f.syn(model, k))
+			eventually(r.t, 10*time.Second, "answer to a SYN with a true tag", func() bool {
+				return slices.ContainsFunc(f.door.segments(), func(s tcpFrame) bool {
+					return s.dst == netip.AddrPortFrom(model.src.Addr(), f.port) && s.flags&(flagSYN|flagACK) == flagSYN|flagACK
+				})
+			})
+			before := r.actors[1].served("udp", 7000).Count
+			f.away.send(f.datagram(model, k))
+			eventually(r.t, 10*time.Second, "a datagram with a true tag arrives", func() bool { return r.actors[1].served("udp", 7000).Count > before })
+		}
 	}
 }
 

@@ -150,11 +150,13 @@ func withFastOpen(t *testing.T) *world {
 	w.web.Sysctl("ipv4/tcp_fastopen", "3")
 	w.decoy.Sysctl("ipv4/tcp_fastopen", "0x402") // every listener
 	server := w.serveDecoy(w.decoy)
-	w.fast("s", w.decoy.At4(7000))
-	w.wire.Forget()
-	w.fast("s", w.decoy.At4(7000))
-	if w.wire.Count(dataInSYN) == 0 { // control: it works without a policy
-		t.Fatal("no data in a SYN: this test shows nothing")
+	for _, to := range both(w.decoy, 7000) {
+		w.fast("s", to)
+		w.wire.Forget()
+		w.fast("s", to)
+		if w.wire.Count(dataInSYN) == 0 { // control: it works without a policy
+			t.Fatalf("no data in a SYN to %v: this test shows nothing", to)
+		}
 	}
 	server.Kill()
 	return w.enforce()
@@ -171,7 +173,7 @@ func fastOpening(socket string, to netlab.Place) probe.Call {
 // fast opens a connection with data and wants it back.
 func (w *world) fast(socket string, to netlab.Place) {
 	w.t.Helper()
-	w.p.Socket(socket, "tcp4")
+	w.p.Socket(socket, streamTo(to))
 	if r := w.p.Must(fastOpening(socket, to)); r.N == 0 { // no cookie, so that it only connected
 		w.p.Must(probe.Call{Op: "send", Socket: socket, Data: []byte("fast")})
 	}
@@ -188,19 +190,24 @@ func TestA08FastOpen(t *testing.T) {
 	w := withFastOpen(t)
 	w.control()
 	w.wire.Forget()
-	w.fast("s", w.decoy.At4(7000))
-	w.nothing(dataInSYN)
-	w.denied(abi.TagNoRoom, tcp, w.decoy.At4(7000))
-
-	w.p.Socket("s", "tcp4")
-	w.p.Refused(fastOpening("s", w.peer.At4(7001)), "EPERM")
-	w.denied(abi.NoCrossingFor, tcp, w.peer.At4(7001))
+	for _, to := range both(w.decoy, 7000) {
+		w.fast("s", to)
+		w.nothing(dataInSYN)
+		w.denied(abi.TagNoRoom, tcp, to)
+	}
+	for _, to := range both(w.peer, 7001) {
+		w.p.Socket("s", streamTo(to))
+		w.p.Refused(fastOpening("s", to), "EPERM")
+		w.denied(abi.NoCrossingFor, tcp, to)
+	}
 	w.node.Apply(revoked)
 	w.wire.Forget()
-	w.p.Socket("s", "tcp4")
-	w.p.Refused(fastOpening("s", w.decoy.At4(7000)), "EPERM")
-	w.denied(abi.NoCrossingFor, tcp, w.decoy.At4(7000))
-	w.nothing(netlab.ToAddress(w.decoy.IP4))
+	for _, to := range both(w.decoy, 7000) {
+		w.p.Socket("s", streamTo(to))
+		w.p.Refused(fastOpening("s", to), "EPERM")
+		w.denied(abi.NoCrossingFor, tcp, to)
+		w.nothing(netlab.ToAddress(to.Address))
+	}
 	w.silent()
 }
 
@@ -208,17 +215,22 @@ func TestA08FastOpen(t *testing.T) {
 func TestA09FastOpenConnect(t *testing.T) {
 	w := withFastOpen(t)
 	w.control()
-	w.p.Socket("s", "tcp4")
-	w.p.Must(probe.Call{Op: "set", Socket: "s", Level: tcp, Option: fastOpenConnect, Value: 1})
 	w.wire.Forget()
-	w.p.Connect("s", w.decoy.At4(7000).String())
-	w.nothing(netlab.To(tcp, w.decoy.IP4, 7000)) // control: the SYN waits
+	for _, to := range both(w.decoy, 7000) {
+		name := streamTo(to)
+		w.p.Socket(name, name)
+		w.p.Must(probe.Call{Op: "set", Socket: name, Level: tcp, Option: fastOpenConnect, Value: 1})
+		w.p.Connect(name, to.String())
+		w.nothing(netlab.To(tcp, to.Address, 7000)) // control: the SYN waits
+	}
 	w.node.Apply(revoked)
-	// No connect hook runs any more: the SYN is dropped, and the data waits.
-	w.p.Do(probe.Call{Op: "send", Socket: "s", Data: []byte("x")})
-	w.denied(abi.NoCrossingFor, tcp, w.decoy.At4(7000))
-	w.p.Refused(probe.Call{Op: "recv", Socket: "s", Timeout: 1500}, probe.Timeout) // a SYN is sent again after 1 s
-	w.nothing(netlab.To(tcp, w.decoy.IP4, 7000))
+	for _, to := range both(w.decoy, 7000) {
+		// No connect hook runs any more: the SYN is dropped, and the data waits.
+		w.p.Do(probe.Call{Op: "send", Socket: streamTo(to), Data: []byte("x")})
+		w.denied(abi.NoCrossingFor, tcp, to)
+		w.p.Refused(probe.Call{Op: "recv", Socket: streamTo(to), Timeout: 1500}, probe.Timeout) // a SYN is sent again after 1 s
+		w.nothing(netlab.To(tcp, to.Address, 7000))
+	}
 	w.silent()
 }
 

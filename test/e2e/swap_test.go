@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
 
 	"github.com/demarc/demarc/agent/coreclient"
 	"github.com/demarc/demarc/bpf/abi"
@@ -40,7 +41,8 @@ var crossingAt = map[bool]map[uint16]string{
 
 // The policy is swapped under traffic, first as fast as the core can, then a
 // thousand times a second: each verdict is that of the one policy or of the other,
-// with its crossing and its epoch, and what both allow is never refused.
+// with its crossing and its epoch, and what both allow is never refused. A swap in the
+// kernel decides within 100 ms: no verdict after that is of the policy before.
 func TestJ11X15SwapMidPacket(t *testing.T) {
 	e := newEnds(t, swapOld, netlab.NodeOptions{CoreOnly: true})
 	for port := range crossingAt[true] {
@@ -81,8 +83,8 @@ func TestJ11X15SwapMidPacket(t *testing.T) {
 	// Nobody puts the state back meanwhile.
 	e.node.Core.Signal(syscall.SIGSTOP)
 	defer e.node.Core.Signal(syscall.SIGCONT)
-	flips := flip(t, pinned(t, e.node, "state"), slots, epochs, 12*time.Second)
-	t.Logf("%d swaps in the kernel", flips)
+	ended := flip(t, pinned(t, e.node, "state"), slots, epochs, 12*time.Second)
+	t.Logf("%d swaps in the kernel", len(ended))
 
 	r := call[AttemptReply](e.client, "StopAttempts", true)
 	t.Logf("%d connections and datagrams tried; went through: %v", r.Tried, r.Through)
@@ -90,33 +92,71 @@ func TestJ11X15SwapMidPacket(t *testing.T) {
 		t.Error(problem)
 	}
 	checkEpochs(t, e, epochs)
+	checkEnds(t, e, ended)
 }
 
 // epochsOf says which epochs were those of the new policy.
 type epochsOf map[uint32]bool
 
 // flip swaps two filled generations by the word that the core would write, at a
-// thousand times a second.
-func flip(t *testing.T, state *ebpf.Map, slots map[bool]uint32, epochs epochsOf, d time.Duration) (flips int) {
+// thousand times a second. It returns when each epoch was over, on CLOCK_BOOTTIME.
+func flip(t *testing.T, state *ebpf.Map, slots map[bool]uint32, epochs epochsOf, d time.Duration) (ended map[uint32]time.Duration) {
 	var s abi.State
 	if err := state.Lookup(uint32(0), &s); err != nil {
 		t.Fatal(err)
 	}
 	epoch := abi.ActiveEpoch(s.Active)
 	isNew := epochs[epoch]
+	ended = map[uint32]time.Duration{}
 	tick := time.NewTicker(time.Millisecond)
 	defer tick.Stop()
 	for end := time.Now().Add(d); time.Now().Before(end); <-tick.C {
 		isNew = !isNew
 		epoch++
-		flips++
 		epochs[epoch] = isNew
 		s.Active = abi.MakeActive(slots[isNew], abi.ActiveOn, epoch)
 		if err := state.Put(uint32(0), &s); err != nil {
 			t.Fatal(err)
 		}
+		ended[epoch-1] = sinceBoot(t)
 	}
-	return flips
+	return ended
+}
+
+func sinceBoot(t *testing.T) time.Duration {
+	t.Helper()
+	var now unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &now); err != nil {
+		t.Fatal(err)
+	}
+	return time.Duration(now.Nano())
+}
+
+// checkEnds compares when verdicts were given with when their epoch was over: those that
+// came later were just being given.
+func checkEnds(t *testing.T, e *ends, ended map[uint32]time.Duration) {
+	t.Helper()
+	all := 0
+	var late []time.Duration
+	for _, f := range e.node.Flows() {
+		end, known := ended[f.Epoch]
+		if !known {
+			continue
+		}
+		all++
+		if after := time.Duration(f.Time.UnixNano()) - end; after > 0 {
+			late = append(late, after)
+		}
+	}
+	slices.Sort(late)
+	median, longest := time.Duration(0), time.Duration(0)
+	if len(late) > 0 {
+		median, longest = late[len(late)/2], late[len(late)-1]
+	}
+	t.Logf("%d of %d verdicts were given after their epoch was over: %s in the median, %s at most", len(late), all, median, longest)
+	if all < 1000 || median >= 100*time.Millisecond {
+		t.Error("that is too few, or too late")
+	}
 }
 
 // checkEpochs compares every event with the policy of its epoch.

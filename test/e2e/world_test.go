@@ -164,6 +164,19 @@ const (
 	udp = unix.IPPROTO_UDP
 )
 
+// both are a port of a namespace in both families.
+func both(ns *netlab.Namespace, port uint16) []netlab.Place {
+	return []netlab.Place{ns.At4(port), ns.At6(port)}
+}
+
+// streamTo is the kind of TCP socket that goes to a place.
+func streamTo(to netlab.Place) string {
+	if to.Address.Is4() {
+		return "tcp4"
+	}
+	return "tcp6"
+}
+
 // anywhere is any place.
 var anywhere = netlab.Place{}
 

@@ -7,6 +7,7 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"regexp"
@@ -243,4 +244,56 @@ func TestContainers(t *testing.T) {
 			tt.namespace, tt.name, h.bound().Sub(started).Round(time.Millisecond), named.Round(time.Millisecond))
 		k.stop(sandbox)
 	}
+
+	// The runtime stands still. Who runs keeps its name and loses nothing, and that the
+	// runtime does not answer is told. As it goes on, so do names. (X12)
+	sandbox, _ := k.pod("shop", "api-4xxx", "main", map[string]string{"app": "api"})
+	goesOn := func(when string) {
+		t.Helper()
+		wire.Forget()
+		h.Await("reaches something "+when, func() error {
+			if len(reached(wire, h.peer)) == 0 {
+				return errors.New("nothing is on the wire")
+			}
+			return nil
+		})
+		time.Sleep(time.Second) // more of what it may and may not
+		if got := fmt.Sprint(reached(wire, h.peer)); got != "[7001]" {
+			t.Errorf("%s: reached %s, want only 7001", when, got)
+		}
+	}
+	problems := func(want string) {
+		t.Helper()
+		h.Await("tells of "+want, func() error {
+			metrics := h.Run("bash", "-c", `exec 3<>/dev/tcp/127.0.0.1/9477; printf 'GET /metrics HTTP/1.0\r\n\r\n' >&3; cat <&3`)
+			if !strings.Contains(metrics, "\ndemarc_inventory_problems "+want+"\n") {
+				status, _ := h.Try("demarc", "status")
+				return fmt.Errorf("status:\n%s", status)
+			}
+			return nil
+		})
+	}
+	goesOn("before")
+	problems("0")
+	h.Run("systemctl", "kill", "-s", "STOP", "--kill-whom=main", "containerd")
+	problems("1")
+	if out, _ := h.Try("demarc", "status"); !strings.Contains(out, "list pods: ") {
+		t.Errorf("while the runtime stands still:\n%s", out)
+	}
+	goesOn("while the runtime stands still")
+	h.Run("systemctl", "kill", "-s", "CONT", "--kill-whom=main", "containerd")
+	start := time.Now()
+	problems("0")
+	t.Logf("%s after the runtime went on, it was followed again", time.Since(start).Round(time.Millisecond))
+	goesOn("afterwards")
+	k.stop(sandbox)
+	wire.Forget()
+	sandbox, _ = k.pod("other", "tools-5xxxx", "tool", nil)
+	h.Await("names the next one", func() error {
+		if got := fmt.Sprint(reached(wire, h.peer)); got != "[7002]" {
+			return fmt.Errorf("ports on the wire: %s", got)
+		}
+		return nil
+	})
+	k.stop(sandbox)
 }
