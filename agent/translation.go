@@ -12,11 +12,6 @@ import (
 	"github.com/demarc/demarc/policy/image"
 )
 
-// mostQuestions bounds what an image may cost before it is handed on, to some seconds.
-// 10,000 workloads with 100,000 crossings need a third of it; what needs more is
-// compared in part, and the log says how far. The build has compared all of it.
-const mostQuestions = 4_000_000
-
 // checkedImage remembers the image that was last found good: a preview is followed by the
 // application of the same, and most images differ little from the one before.
 type checkedImage struct {
@@ -74,13 +69,13 @@ func (s *service) judge(offered []byte, verified func() error) (title, error) {
 }
 
 // translated compares the answers of an image's tables with those of the policy that it
-// declares, as the build did. Verify has made the tables again; this asks them, by
+// declares, all of them, as the build did. Verify has made the tables again; this asks them, by
 // the code that defines what a policy means. The policy's text is not here: what the
 // image declares is taken for it, so a compiler that declared something else than was
 // written is not found here, but by the build and by policy diff. The caller holds the
 // lock.
 func (s *service) translated(img *image.Image) error {
-	coverage, err := s.checked.subjects.Check(img, mostQuestions)
+	coverage, err := s.checked.subjects.Check(img)
 	if err == nil {
 		s.log.Info("the image decides as it declares", zap.String("name", img.Name), zap.Stringer("coverage", coverage))
 	}

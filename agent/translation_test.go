@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"slices"
 	"strings"
 	"testing"
 
@@ -83,17 +84,24 @@ func TestJudgedOnce(t *testing.T) {
 	}
 }
 
-// What costs too much is compared in part, and that is said.
-func TestTranslationIsBounded(t *testing.T) {
-	img, err := policy.Compile(policytest.Large(200, 1000))
+// Of 2,000 workloads each is asked about, whatever it takes, and the log says so.
+func TestTranslationIsExhaustive(t *testing.T) {
+	said, log := observer.New(zap.InfoLevel)
+	s := &service{log: zap.New(said)}
+	img, err := policy.Compile(policytest.Zoned(2000, 1, 210))
 	if err != nil {
 		t.Fatal(err)
 	}
-	c, err := new(policy.Memory).Check(img, 1000)
-	if err != nil || c.Exhaustive || c.Subjects == 0 || c.Subjects >= c.Identities || !strings.Contains(c.String(), " of 201 identities") {
-		t.Errorf("%+v, %v", c, err)
+	const want = "2001 identities, 211 classes of ports and 66 of addresses, exhaustive by 4220018 questions"
+	if err := s.translated(img); err != nil || log.Len() != 1 || log.All()[0].ContextMap()["coverage"] != want {
+		t.Errorf("%v, %v, want %s", err, log.All(), want)
 	}
-	if c, err := new(policy.Memory).Check(img, mostQuestions); err != nil || !c.Exhaustive {
-		t.Errorf("%+v, %v", c, err)
+	// Whoever comes last in any order is compared as the first.
+	for _, spoilt := range []int{0, len(img.Rules) - 1} {
+		bad := *img
+		bad.Rules = slices.Delete(slices.Clone(img.Rules), spoilt, spoilt+1)
+		if err := s.translated(&bad); err == nil || !strings.HasPrefix(err.Error(), "image and policy differ: subject ") {
+			t.Errorf("without rule %s: %v", img.Rules[spoilt].RuleKey, err)
+		}
 	}
 }

@@ -35,18 +35,20 @@ static __always_inline __u32 identity_by_path(__u32 slot, const char *path)
 	return identity ? *identity : DEMARC_ID_NONE;
 }
 
-static __always_inline bool ends_with(const char *name, __u32 length, const char *suffix, __u32 n)
+/* Whether a name of so many bytes ends as one that matches. A function of its own, so that
+ * the verifier looks at its loop once. */
+GLOBAL int ends_with(const struct demarc_path_key *key, __u32 length, const struct demarc_unit_match *m)
 {
-	if (n > length || n > DEMARC_UNIT_SUFFIX)
+	if (!key || !m || m->length > length || m->least > length || m->length > DEMARC_UNIT_SUFFIX)
 		return false;
 	for (int i = 0; i < DEMARC_UNIT_SUFFIX; i++) {
-		__u32 at = length - n + i;
+		__u32 at = length - m->length + i;
 
-		if (i >= n)
+		if (i >= m->length)
 			break;
 		at &= 0xff;
 		barrier_var(at); /* keeps the bound next to its use */
-		if (name[at & 0xff] != suffix[i])
+		if (at >= DEMARC_PATH_MAX || key->path[at] != m->suffix[i])
 			return false;
 	}
 	return true;
@@ -73,8 +75,7 @@ static __always_inline __u32 identity_by_unit(__u32 slot, const char *name)
 	for (int i = 0; i < DEMARC_UNIT_ALTERNATIVES; i++) {
 		if (!unit->match[i].identity)
 			return DEMARC_ID_NONE;
-		if (n - 1 >= unit->match[i].least &&
-		    ends_with(key->path, n - 1, unit->match[i].suffix, unit->match[i].length))
+		if (ends_with(key, n - 1, &unit->match[i]))
 			return unit->match[i].identity;
 	}
 	return DEMARC_ID_NONE;
@@ -82,13 +83,14 @@ static __always_inline __u32 identity_by_unit(__u32 slot, const char *name)
 
 static __always_inline bool is_slice(const char *name)
 {
+	struct demarc_unit_match slice = { .length = 6, .suffix = ".slice" };
 	struct demarc_path_key *key = scratch_key();
 	long n;
 
 	if (!key)
 		return false;
 	n = bpf_probe_read_kernel_str(key->path, sizeof(key->path), name);
-	return n > 1 && n < DEMARC_PATH_MAX && ends_with(key->path, n - 1, ".slice", 6);
+	return n > 1 && n < DEMARC_PATH_MAX && ends_with(key, n - 1, &slice);
 }
 
 static __always_inline int cgroup_born(struct cgroup *cgroup, const char *path)

@@ -304,17 +304,17 @@ static __always_inline bool tagged_by_us(struct __sk_buff *skb, const struct pac
 	return identity_of(slot, bpf_skb_cgroup_id(skb)) == claimed;
 }
 
-/* A tag that somebody else than the kernel put on a packet of this host. What is
- * only forwarded is its sender's business. */
+/* A tag that somebody else than the kernel put on a packet that is made here, or comes out
+ * of a workload's door. */
 GLOBAL int foreign_tag(struct __sk_buff *skb, struct packet *p, struct outcome *o)
 {
 	struct demarc_tag tag = {};
 	__u16 option[2];
 	int found;
 
-	if (!p || !o || skb->ingress_ifindex)
+	if (!p || !o)
 		return 0;
-	if (p->tuple.proto == PROTO_TCP && p->flags & FLAG_SYN) {
+	if (p->tuple.proto == PROTO_TCP) {
 		found = find_tag(skb, p, &tag);
 		return found && (found < 0 || !tagged_by_us(skb, p, o->query.slot, bpf_ntohl(tag.claim) >> 8));
 	}
@@ -346,30 +346,6 @@ GLOBAL int tagged_before(struct __sk_buff *skb, struct packet *p, struct outcome
 	o->query.proof = DEMARC_PROOF_NONE;
 	o->query.bad = DEMARC_UNDECIDED;
 	return good;
-}
-
-static __always_inline int frame_leaves(struct __sk_buff *skb)
-{
-	struct outcome o;
-	struct packet p;
-	int wrong;
-
-	begin(&o, active_word(), DEMARC_ID_NONE, 0, DEMARC_HOOK_DEVICE);
-	if (!(DEMARC_ACTIVE_FLAGS(o.active) & DEMARC_ACTIVE_ON))
-		return TCX_NEXT;
-	if (frame_of_workload(skb, &o) && refused_aloud(&o, DEMARC_RAW_SOCKET))
-		return TCX_DROP;
-	wrong = parse(skb, ETHERNET_HEADER, &p);
-	if (wrong)
-		return wrong == DEMARC_FRAGMENT ? fragment_leaves(skb, &p, &o) : TCX_NEXT;
-	if (tagged_before(skb, &p, &o))
-		return TCX_NEXT;
-	if (foreign_tag(skb, &p, &o)) {
-		__builtin_memcpy(&o.opener, &p.tuple, sizeof(o.opener));
-		if (refused(&o, DEMARC_TAG_BAD_IDENTITY))
-			return TCX_DROP;
-	}
-	return p.tuple.proto == PROTO_UDP ? datagram_leaves(skb, &p, &o) : TCX_NEXT;
 }
 
 /* Keeps what the tag of an answer proved: who answers. Returns 0, or why not. */
@@ -443,25 +419,134 @@ static __always_inline bool icmp_of_kernel(const struct packet *p)
 	return (p->icmp >= 1 && p->icmp <= 4) || (p->icmp >= 129 && p->icmp <= 136) || p->icmp == 143;
 }
 
-/* ICMP that comes in: what tells of errors, answers, and finds neighbours. A
- * redirect would move the host's routes, and what else there is nobody needs. Echo
- * requests are answered by the kernel, on behalf of no workload. Returns 0 or why
- * not. */
-GLOBAL int icmp_arrives(struct packet *p, struct outcome *o)
+static __always_inline bool link_local_or_none(const __u8 *address)
 {
-	bool ipv6;
+	const __u32 *word = (const __u32 *)address;
 
-	if (!p || !o)
-		return DEMARC_UNDECIDED;
-	ipv6 = p->tuple.proto == PROTO_ICMP6;
-	if (p->icmp != (ipv6 ? 128 : 8))
-		return icmp_of_kernel(p) ? 0 : DEMARC_ICMP_TYPE;
-	if (carefree(o->query.slot, DEMARC_ID_UNMANAGED))
+	if (is_ipv4(address))
+		return !word[3];
+	return (word[0] & bpf_htonl(0xffc00000)) == bpf_htonl(0xfe800000) || !(word[0] | word[1] | word[2] | word[3]);
+}
+
+/* Asks the host's routes. Where they lead is then in `fib`. */
+static __always_inline int routes(struct __sk_buff *skb, const __u8 *from, const __u8 *to, __u8 proto, __u32 flags,
+				  struct bpf_fib_lookup *fib)
+{
+	bool anyone = is_group(from) || link_local_or_none(from); /* no address to route from */
+
+	fib->l4_protocol = proto;
+	if (is_ipv4(to)) {
+		fib->family = AF_INET;
+		fib->ipv4_src = anyone ? 0 : *(const __u32 *)(from + 12);
+		fib->ipv4_dst = *(const __u32 *)(to + 12);
+	} else {
+		fib->family = AF_INET6;
+		if (!anyone)
+			__builtin_memcpy(fib->ipv6_src, from, 16);
+		__builtin_memcpy(fib->ipv6_dst, to, 16);
+	}
+	return bpf_fib_lookup(skb, fib, sizeof(*fib), flags | BPF_FIB_LOOKUP_SKIP_NEIGH);
+}
+
+/* Whether the host sends on what comes in, and does not take it itself. */
+GLOBAL int forwarded(struct __sk_buff *skb, const struct packet *p)
+{
+	struct bpf_fib_lookup fib = { .ifindex = skb->ifindex };
+
+	if (!p || is_group(p->tuple.daddr) || link_local_or_none(p->tuple.daddr))
+		return 0;
+	switch (routes(skb, p->tuple.saddr, p->tuple.daddr, p->tuple.proto, 0, &fib)) {
+	case BPF_FIB_LKUP_RET_SUCCESS:
+	case BPF_FIB_LKUP_RET_NO_NEIGH:
+	case BPF_FIB_LKUP_RET_FRAG_NEEDED:
+		return 1;
+	}
+	return 0;
+}
+
+/* ICMP for a kernel that answers on behalf of a subject: what tells of errors, answers,
+ * and finds neighbours is heard. A redirect would move routes, and what else there is
+ * nobody needs. Returns 0 or why not. */
+static __always_inline int icmp_heard(const struct packet *p, struct outcome *o, __u32 subject)
+{
+	if (icmp_of_kernel(p))
+		return 0;
+	if (p->icmp != (p->tuple.proto == PROTO_ICMP6 ? 128 : 8))
+		return DEMARC_ICMP_TYPE;
+	if (carefree(o->query.slot, subject))
 		return 0;
 	ask_forward(o, p, DEMARC_INGRESS);
-	o->query.subject = DEMARC_ID_UNMANAGED;
+	o->query.subject = subject;
 	decide(&o->query);
 	return o->query.verdict == DEMARC_DENY ? o->query.reason : 0;
+}
+
+/* ICMP that comes in from outside. The host's kernel answers on behalf of no workload; what
+ * it only forwards is others' business. */
+GLOBAL int icmp_arrives(struct __sk_buff *skb, const struct packet *p, struct outcome *o)
+{
+	return p && o && !forwarded(skb, p) ? icmp_heard(p, o, DEMARC_ID_UNMANAGED) : 0;
+}
+
+/* The same that goes on through a door: the kernel behind it answers on behalf of the
+ * workload that lives there, if one was seen. What comes out of another door was judged
+ * where it was sent. */
+GLOBAL int icmp_enters(struct __sk_buff *skb, const struct packet *p, struct outcome *o)
+{
+	__u32 to = skb->ifindex, from = skb->ingress_ifindex, subject;
+	struct demarc_door *door = bpf_map_lookup_elem(&doors, &to);
+
+	if (!p || !o || !door || door->lodger == DEMARC_LODGER_BRIDGE || !from || bpf_map_lookup_elem(&doors, &from))
+		return 0;
+	o->cgroup = door->cgroup;
+	subject = o->cgroup ? identity_of(o->query.slot, o->cgroup) : DEMARC_ID_NONE;
+	return icmp_heard(p, o, subject < DEMARC_ID_FIRST ? DEMARC_ID_UNMANAGED : subject);
+}
+
+static __always_inline bool is_icmp(const struct packet *p)
+{
+	return p->tuple.proto == PROTO_ICMP || p->tuple.proto == PROTO_ICMP6;
+}
+
+static __always_inline int icmp_passes(struct __sk_buff *skb, struct packet *p, struct outcome *o, int parsed, bool leaves)
+{
+	int wrong = parsed;
+
+	if (wrong == DEMARC_FRAGMENT && !p->length) /* the type is in the first one */
+		wrong = bpf_skb_load_bytes(skb, p->transport, &p->icmp, sizeof(p->icmp));
+	if (wrong)
+		return TCX_NEXT;
+	o->query.direction = DEMARC_INGRESS;
+	__builtin_memcpy(&o->opener, &p->tuple, sizeof(o->opener));
+	wrong = leaves ? icmp_enters(skb, p, o) : icmp_arrives(skb, p, o);
+	return wrong && refused(o, wrong) ? TCX_DROP : TCX_NEXT;
+}
+
+static __always_inline int frame_leaves(struct __sk_buff *skb)
+{
+	struct outcome o;
+	struct packet p;
+	int wrong;
+
+	begin(&o, active_word(), DEMARC_ID_NONE, 0, DEMARC_HOOK_DEVICE);
+	if (!(DEMARC_ACTIVE_FLAGS(o.active) & DEMARC_ACTIVE_ON))
+		return TCX_NEXT;
+	if (frame_of_workload(skb, &o) && refused_aloud(&o, DEMARC_RAW_SOCKET))
+		return TCX_DROP;
+	wrong = parse(skb, ETHERNET_HEADER, &p);
+	if (is_icmp(&p))
+		return icmp_passes(skb, &p, &o, wrong, true);
+	if (wrong)
+		return wrong == DEMARC_FRAGMENT ? fragment_leaves(skb, &p, &o) : TCX_NEXT;
+	if (tagged_before(skb, &p, &o))
+		return TCX_NEXT;
+	/* What is only forwarded is its sender's business. */
+	if (!skb->ingress_ifindex && foreign_tag(skb, &p, &o)) {
+		__builtin_memcpy(&o.opener, &p.tuple, sizeof(o.opener));
+		if (refused(&o, DEMARC_TAG_BAD_IDENTITY))
+			return TCX_DROP;
+	}
+	return p.tuple.proto == PROTO_UDP ? datagram_leaves(skb, &p, &o) : TCX_NEXT;
 }
 
 /* What comes out of a door goes anywhere: only what comes from outside is asked of
@@ -481,16 +566,8 @@ GLOBAL int frame_arrives(struct __sk_buff *skb, bool door)
 	if (frame_of_workload(skb, &o) && refused_aloud(&o, DEMARC_RAW_SOCKET))
 		return TCX_DROP;
 	wrong = parse(skb, ETHERNET_HEADER, &p);
-	if (!door && (p.tuple.proto == PROTO_ICMP || p.tuple.proto == PROTO_ICMP6)) {
-		if (wrong == DEMARC_FRAGMENT && !p.length) /* the type is in the first one */
-			wrong = bpf_skb_load_bytes(skb, p.transport, &p.icmp, sizeof(p.icmp));
-		if (wrong)
-			return TCX_NEXT;
-		o.query.direction = DEMARC_INGRESS;
-		__builtin_memcpy(&o.opener, &p.tuple, sizeof(o.opener));
-		wrong = icmp_arrives(&p, &o);
-		return wrong && refused(&o, wrong) ? TCX_DROP : TCX_NEXT;
-	}
+	if (!door && is_icmp(&p))
+		return icmp_passes(skb, &p, &o, wrong, false);
 	if (wrong || !read_udp_tag(skb, &p, &tag))
 		return TCX_NEXT;
 	claim = bpf_ntohl(tag.claim);

@@ -11,12 +11,6 @@
 
 #define PROTO_IGMP 2
 
-enum door_lodger {
-	LODGER_UNKNOWN = 0,
-	LODGER_CAREFREE = 1, /* only unmanaged processes were seen to send from there */
-	LODGER_WORKLOAD = 2, /* a workload was; it stays that */
-};
-
 /* A frame that no socket of a process sent. Nothing that carries data is one. */
 static __always_inline int kernel_frame(const struct packet *p, int parsed)
 {
@@ -24,7 +18,7 @@ static __always_inline int kernel_frame(const struct packet *p, int parsed)
 		return 0;
 	if (parsed)
 		return parsed;
-	if ((p->tuple.proto == PROTO_ICMP || p->tuple.proto == PROTO_ICMP6) && icmp_of_kernel(p))
+	if (is_icmp(p) && icmp_of_kernel(p))
 		return 0;
 	if (p->tuple.proto == PROTO_TCP && (p->flags & (FLAG_SYN | FLAG_ACK)) != FLAG_SYN &&
 	    p->end == p->transport + 20 + p->options)
@@ -85,40 +79,17 @@ GLOBAL int socket_frame(struct __sk_buff *skb, struct packet *p, int parsed)
 	return flow_left(&p->tuple) ? 0 : DEMARC_NO_SOCKET;
 }
 
-static __always_inline bool link_local_or_none(const __u8 *address)
-{
-	const __u32 *word = (const __u32 *)address;
-
-	if (is_ipv4(address))
-		return !word[3];
-	return (word[0] & bpf_htonl(0xffc00000)) == bpf_htonl(0xfe800000) || !(word[0] | word[1] | word[2] | word[3]);
-}
-
 /* Whether the host would send to this packet's source through the device that it
  * came from. A host that does not forward has no opinion. */
 GLOBAL int leads_back(struct __sk_buff *skb, const struct packet *p, __u32 via)
 {
-	struct bpf_fib_lookup fib = {};
-	bool anyone;
+	struct bpf_fib_lookup fib = { .ifindex = via };
 
 	if (!p)
 		return 0;
 	if (link_local_or_none(p->tuple.saddr))
 		return 1;
-	anyone = is_group(p->tuple.daddr) || link_local_or_none(p->tuple.daddr); /* no address to route from */
-	fib.ifindex = via;
-	fib.l4_protocol = p->tuple.proto;
-	if (is_ipv4(p->tuple.saddr)) {
-		fib.family = AF_INET;
-		fib.ipv4_src = anyone ? 0 : *(const __u32 *)(p->tuple.daddr + 12);
-		fib.ipv4_dst = *(const __u32 *)(p->tuple.saddr + 12);
-	} else {
-		fib.family = AF_INET6;
-		if (!anyone)
-			__builtin_memcpy(fib.ipv6_src, p->tuple.daddr, 16);
-		__builtin_memcpy(fib.ipv6_dst, p->tuple.saddr, 16);
-	}
-	switch (bpf_fib_lookup(skb, &fib, sizeof(fib), BPF_FIB_LOOKUP_OUTPUT | BPF_FIB_LOOKUP_SKIP_NEIGH)) {
+	switch (routes(skb, p->tuple.daddr, p->tuple.saddr, p->tuple.proto, BPF_FIB_LOOKUP_OUTPUT, &fib)) {
 	case BPF_FIB_LKUP_RET_SUCCESS:
 	case BPF_FIB_LKUP_RET_NO_NEIGH:
 	case BPF_FIB_LKUP_RET_FRAG_NEEDED:
@@ -152,12 +123,16 @@ static __always_inline enum door_sender door_sender(struct __sk_buff *skb, struc
 	o->cgroup = bpf_skb_cgroup_id(skb);
 	o->query.subject = identity_of(o->query.slot, o->cgroup);
 	if (carefree(o->query.slot, o->query.subject)) {
-		if (door->lodger == LODGER_UNKNOWN)
-			door->lodger = LODGER_CAREFREE;
+		if (door->lodger == DEMARC_LODGER_UNKNOWN)
+			door->lodger = DEMARC_LODGER_CAREFREE;
 		return SENDER_CAREFREE;
 	}
-	if (o->query.subject >= DEMARC_ID_FIRST || o->query.subject == DEMARC_ID_PENDING)
-		door->lodger = LODGER_WORKLOAD;
+	if (o->query.subject >= DEMARC_ID_FIRST || o->query.subject == DEMARC_ID_PENDING) {
+		if (door->lodger != DEMARC_LODGER_WORKLOAD)
+			door->lodger = DEMARC_LODGER_WORKLOAD;
+		if (door->cgroup != o->cgroup)
+			door->cgroup = o->cgroup;
+	}
 	return answers ? SENDER_ANSWER : SENDER_SOCKET;
 }
 
@@ -177,11 +152,11 @@ GLOBAL int frame_from_workload(struct __sk_buff *skb)
 	if (!door) /* the core makes its entry before it attaches this program */
 		return refused(&o, DEMARC_NO_SOCKET) ? TCX_DROP : TCX_NEXT;
 	if (frame_of_workload(skb, &o)) {
-		door->lodger = LODGER_WORKLOAD;
+		door->lodger = DEMARC_LODGER_WORKLOAD;
 		return refused_aloud(&o, DEMARC_RAW_SOCKET) ? TCX_DROP : TCX_NEXT;
 	}
 	sender = door_sender(skb, &o, door);
-	if (sender == SENDER_CAREFREE || (sender == SENDER_KERNEL && door->lodger == LODGER_CAREFREE))
+	if (sender == SENDER_CAREFREE || (sender == SENDER_KERNEL && door->lodger == DEMARC_LODGER_CAREFREE))
 		return TCX_NEXT;
 	parsed = parse(skb, ETHERNET_HEADER, &p);
 	__builtin_memcpy(&o.opener, &p.tuple, sizeof(o.opener));
@@ -191,6 +166,8 @@ GLOBAL int frame_from_workload(struct __sk_buff *skb)
 		wrong = kernel_frame(&p, parsed);
 	if (!wrong && !leads_back(skb, &p, door->via))
 		wrong = DEMARC_SPOOF;
+	if (!wrong && sender != SENDER_SOCKET && p.tuple.proto == PROTO_TCP && foreign_tag(skb, &p, &o))
+		wrong = DEMARC_TAG_BAD_IDENTITY;
 	return wrong && refused(&o, wrong) ? TCX_DROP : TCX_NEXT;
 }
 

@@ -118,43 +118,57 @@ static __always_inline struct demarc_hop *hop_place(const struct demarc_tuple *t
 	return bpf_map_lookup_elem(&hops, &index);
 }
 
-/* What is at a descriptor of a task: the inet socket, or 0. */
-static __always_inline struct sock *socket_at(struct task_struct *task, __u32 fd)
+/* Where a task's open files are, as of /proc/PID/fd. */
+static __always_inline __u64 files_of(struct task_struct *task) { return (__u64)BPF_CORE_READ(task, files, fdt); }
+
+/* What is at a descriptor: the address of the inet socket, or 0. A function of its own, so
+ * that the verifier looks at it once and not for each descriptor: it takes an address,
+ * which such a function may, and reads what is there as what may be gone. */
+GLOBAL __u64 socket_at(__u64 files, __u32 fd)
 {
-	struct fdtable *table = BPF_CORE_READ(task, files, fdt);
-	struct file **files = BPF_CORE_READ(table, fd), *file = 0;
+	struct fdtable *table = (struct fdtable *)files;
+	struct file **all = BPF_CORE_READ(table, fd), *file = 0;
 	struct socket *socket;
 	struct sock *sk;
 	__u16 family;
 
 	if (!table || fd >= BPF_CORE_READ(table, max_fds))
 		return 0;
-	if (bpf_probe_read_kernel(&file, sizeof(file), files + fd) || !file)
+	if (bpf_probe_read_kernel(&file, sizeof(file), all + fd) || !file)
 		return 0;
 	if ((BPF_CORE_READ(file, f_inode, i_mode) & 0170000) != 0140000) /* S_IFSOCK */
 		return 0;
 	socket = BPF_CORE_READ(file, private_data);
 	sk = BPF_CORE_READ(socket, sk);
 	family = BPF_CORE_READ(sk, __sk_common.skc_family);
-	return family == AF_INET || family == AF_INET6 ? sk : 0;
+	return family == AF_INET || family == AF_INET6 ? (__u64)sk : 0;
+}
+
+/* What a descriptor's connection goes back to, if it came in: who opened it, in the upper
+ * half, and over how many connections; 0 = it did not. */
+GLOBAL __u64 came_by(__u64 files, __u32 fd)
+{
+	struct sock *sk = (struct sock *)socket_at(files, fd);
+	struct demarc_mark *m = sk ? mark_of(BPF_CORE_READ(sk, __sk_common.skc_cookie.counter)) : 0;
+
+	return m && m->inbound ? (__u64)m->origin << 32 | (__u8)(m->hops + 1) : 0;
 }
 
 /* Looks at a process's descriptors for a connection that came in, and lets its
  * lineage go back to it. */
 static __noinline int look(struct task_struct *task, struct demarc_lineage *l)
 {
-	struct demarc_mark *m;
-	struct sock *sk;
+	__u64 files, found;
 
 	if (!task || !l)
 		return 0;
+	files = files_of(task);
 	for (__u32 fd = 0; fd < FILES; fd++) {
-		sk = socket_at(task, fd);
-		m = sk ? mark_of(BPF_CORE_READ(sk, __sk_common.skc_cookie.counter)) : 0;
-		if (!m || !m->inbound)
+		found = came_by(files, fd);
+		if (!found)
 			continue;
-		l->origin = m->origin;
-		l->hops = m->hops + 1;
+		l->origin = found >> 32;
+		l->hops = found;
 		return 1;
 	}
 	return 0;

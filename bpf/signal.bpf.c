@@ -266,7 +266,7 @@ int BPF_PROG(executed, struct task_struct *task, int old, struct linux_binprm *b
 	if (l && !l->netns)
 		l->netns = netns_of(task);
 	for (__u32 fd = 0; fd < 3 && !sk; fd++)
-		sk = socket_at(task, fd);
+		sk = (struct sock *)socket_at(files_of(task), fd);
 	if (!sk)
 		return 0;
 	ends(sk, &o.opener);

@@ -226,10 +226,15 @@ static __always_inline bool is_metadata(const __u8 *address)
 	return w[0] == bpf_htonl(0xfd000ec2) && !w[1] && !w[2] && w[3] == bpf_htonl(0x254);
 }
 
-/* What kind of signal a verdict is; 0 = none. */
-static __always_inline __u8 kind_of(const struct demarc_query *q)
+/* What kind of signal a verdict is; 0 = none. A function of its own, so that the verifier
+ * need not look at what follows once for each kind. */
+GLOBAL int kind_of(const struct demarc_query *q)
 {
-	bool refused = q->verdict == DEMARC_DENY || q->verdict == DEMARC_AUDIT;
+	bool refused;
+
+	if (!q)
+		return 0;
+	refused = q->verdict == DEMARC_DENY || q->verdict == DEMARC_AUDIT;
 
 	switch (q->reason) {
 	case DEMARC_DECOY_TOUCHED:

@@ -46,8 +46,10 @@ func TestCheckCoverage(t *testing.T) {
 		policy *policy.Policy
 		want   policy.Coverage
 	}{
-		{"OK small", policytest.Shop(), policy.Coverage{Exhaustive: true, Subjects: 5, Identities: 5, PortClasses: 5, Addresses: 3}},
-		{"OK large", policytest.Large(1000, 5000), policy.Coverage{Exhaustive: true, Subjects: 1001, Identities: 1001, PortClasses: 1843, Addresses: 66}},
+		{"OK small", policytest.Shop(), policy.Coverage{Identities: 5, Asked: 5, PortClasses: 5, Addresses: 3}},
+		{"OK large", policytest.Large(1000, 5000), policy.Coverage{Identities: 1001, Asked: 1001, PortClasses: 1843, Addresses: 66}},
+		{"OK each that is like others", policytest.Zoned(2000, 2, 8), policy.Coverage{Identities: 2001, Asked: 2001, PortClasses: 9, Addresses: 66}},
+		{"OK one of each class", policytest.Zoned(2001, 2, 8), policy.Coverage{Identities: 2002, Asked: 3, Alike: 1999, PortClasses: 9, Addresses: 66}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			img, err := policy.Compile(tt.policy)

@@ -3,43 +3,44 @@ package policy
 import (
 	"cmp"
 	"fmt"
+	"hash/maphash"
 	"math/rand/v2"
+	"runtime"
 	"slices"
+	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/demarc/demarc/bpf/abi"
 	"github.com/demarc/demarc/policy/image"
 )
 
-// maxQuestions bounds Check: some minutes. 10,000 workloads with 100,000 crossings need
-// 1.2 million questions; the most that an image can hold, MaxExpansion combinations,
-// can need more than this.
-const maxQuestions = 40_000_000
+// everySubject is up to how many workloads each identity is asked about by itself. Of
+// more, one is asked about of each class of those that neither judge can tell apart.
+const everySubject = 2000
 
-// Coverage says what Check compared.
+// Coverage says what Check compared: every subject, direction, port, address, proof, peer
+// and second. Nothing bounds it but what an image can hold.
 type Coverage struct {
-	// Exhaustive: every subject, direction, port, address, proof, peer and second.
-	// Otherwise the bound of questions was reached; Subjects were compared that way, of
-	// an order that is always the same, and the others not at all.
-	Exhaustive  bool
-	Subjects    int // compared, of Identities
 	Identities  int // of the policy, and unmanaged
+	Asked       int // of these: was asked about
+	Alike       int // its answers depend on what those of another one do that was asked about, see dependence
+	Remembered  int // they depend on what was compared before, with another image
 	PortClasses int
 	Addresses   int // classes of addresses, and no address at all
 	Questions   int // asked, each for all that cannot be told apart from it
-	Remembered  int // of Subjects: everything that they depend on was compared before
 }
 
 func (c Coverage) String() string {
-	if c.Exhaustive {
-		text := fmt.Sprintf("%d identities, %d classes of ports and %d of addresses, exhaustive by %d questions",
-			c.Identities, c.PortClasses, c.Addresses, c.Questions)
-		if c.Remembered > 0 {
-			text += fmt.Sprintf(", %d identities as they were before", c.Remembered)
-		}
-		return text
+	text := fmt.Sprintf("%d identities, %d classes of ports and %d of addresses, exhaustive by %d questions",
+		c.Identities, c.PortClasses, c.Addresses, c.Questions)
+	if c.Remembered > 0 {
+		text += fmt.Sprintf(", %d identities as they were before", c.Remembered)
 	}
-	return fmt.Sprintf("%d of %d identities, by %d questions", c.Subjects, c.Identities, c.Questions)
+	if c.Alike > 0 {
+		text += fmt.Sprintf(", %d like another", c.Alike)
+	}
+	return text
 }
 
 // Check compares an image with the policy that it was made from, and returns an error
@@ -52,7 +53,8 @@ func (c Coverage) String() string {
 // image.Index.Decide; TestCheckIsBruteForce asks every question there is of small
 // policies and mutated images, and must come to the same end.
 //
-//   - Subject and direction. Each is asked about. Evaluate looks only at crossings that
+//   - Subject and direction. Each is asked about; of many workloads, one of all subjects
+//     whose answers depend on the same, see dependence. Evaluate looks only at crossings that
 //     have the subject on its side, those that face it; Decide only at the subject's
 //     rules of the direction.
 //   - Port. Evaluate depends on which facing crossings cover it, Decide on its class,
@@ -80,11 +82,12 @@ func (c Coverage) String() string {
 //   - Proof. All kinds are asked about. Without a proof nothing depends on the peer. A
 //     bad proof, and a subject that no policy knows, are refused before anything else is
 //     looked at.
-func Check(p *Policy, img *image.Image) (Coverage, error) { return CheckWithin(p, img, maxQuestions) }
+func Check(p *Policy, img *image.Image) (Coverage, error) {
+	return check(p, img, len(p.Workloads) > everySubject)
+}
 
-// CheckWithin is Check with a bound of its own: it stops after the subject at which that
-// many questions have been asked, and its coverage says so.
-func CheckWithin(p *Policy, img *image.Image, most int) (Coverage, error) {
+// check is Check, where each identity is asked about, or one of each class.
+func check(p *Policy, img *image.Image, classes bool) (Coverage, error) {
 	if err := sameDeclarations(p, img); err != nil {
 		return Coverage{}, err
 	}
@@ -92,37 +95,97 @@ func CheckWithin(p *Policy, img *image.Image, most int) (Coverage, error) {
 	if err != nil {
 		return Coverage{}, err
 	}
-	return c.all(most)
+	if !classes {
+		return c.all(nil, false, nil)
+	}
+	return c.all(newDependence(c, maphash.MakeSeed()), true, nil)
 }
 
-// all asks about every subject until most questions have been asked.
-func (c *checker) all(most int) (Coverage, error) {
+// A whom is somebody to ask about. A crossing can name him in the ways that sides lists.
+type whom struct {
+	id    image.ID
+	sides []Term
+}
+
+// all asks about every subject; of classes, about one. With a dependence it leaves out
+// those whose number is known. Both may be nil, for one needs the other.
+func (c *checker) all(d *dependence, classes bool, known func(image.ID, uint64) bool) (Coverage, error) {
 	if err := c.strangers(); err != nil {
 		return c.cover, err
 	}
-	p := c.policy
-	subjects := make([]int, len(p.Workloads)+1)
-	for i := range subjects {
-		subjects[i] = i - 1
+	subjects := []whom{{image.Unmanaged, []Term{{Kind: image.TermUnmanaged}, {Kind: image.TermAny}}}}
+	for i := range c.policy.Workloads {
+		w := &c.policy.Workloads[i]
+		subjects = append(subjects, whom{c.ids[w.Name], []Term{{Kind: image.TermWorkload, Name: w.Name}, {Kind: image.TermZone, Name: w.Zone}, {Kind: image.TermAny}}})
 	}
-	for _, i := range shuffled(subjects) {
-		id, sides := image.Unmanaged, []Term{{Kind: image.TermUnmanaged}, {Kind: image.TermAny}}
-		if i >= 0 {
-			w := &p.Workloads[i]
-			id = c.ids[w.Name]
-			sides = []Term{{Kind: image.TermWorkload, Name: w.Name}, {Kind: image.TermZone, Name: w.Zone}, {Kind: image.TermAny}}
+	met := map[uint64]bool{} // classes
+	var asked []whom
+	for _, s := range subjects {
+		number, certain := uint64(0), false
+		if d != nil {
+			number, certain = d.subject(s.id, s.sides)
 		}
-		if c.passed != nil && c.passed(id, sides) {
+		switch {
+		case certain && known != nil && known(s.id, number):
 			c.cover.Remembered++
-		} else if err := c.subject(id, sides); err != nil {
-			return c.cover, err
+		case certain && classes && met[number]:
+			c.cover.Alike++
+		default:
+			asked = append(asked, s)
 		}
-		if c.cover.Subjects++; c.cover.Questions >= most {
-			break
+		if certain {
+			met[number] = true
 		}
 	}
-	c.cover.Exhaustive = c.cover.Subjects == c.cover.Identities
+	if err := c.askAll(asked); err != nil {
+		return c.cover, err
+	}
+	if left := c.cover.Identities - c.cover.Asked - c.cover.Alike - c.cover.Remembered; left != 0 {
+		return c.cover, fmt.Errorf("compare image and policy: %d of %d identities were not asked about", left, c.cover.Identities)
+	}
 	return c.cover, nil
+}
+
+// apiece is how many subjects are worth a processor.
+const apiece = 64
+
+// askAll asks about subjects, on all processors, and returns the first difference in
+// their order. Whoever finds one lets those end who have begun, and nobody else begin.
+func (c *checker) askAll(subjects []whom) error {
+	var next atomic.Int64
+	differs := make([]error, len(subjects))
+	workers := make([]*checker, min(runtime.GOMAXPROCS(0), 1+len(subjects)/apiece))
+	var all sync.WaitGroup
+	for n := range workers {
+		w := c.twin()
+		workers[n] = w
+		all.Go(func() {
+			for i := next.Add(1) - 1; i < int64(len(subjects)); i = next.Add(1) - 1 {
+				if differs[i] = w.subject(subjects[i].id, subjects[i].sides); differs[i] != nil {
+					next.Store(int64(len(subjects)))
+				}
+				w.cover.Asked++
+			}
+		})
+	}
+	all.Wait()
+	for _, w := range workers {
+		c.cover.Asked += w.cover.Asked
+		c.cover.Questions += w.cover.Questions
+	}
+	for _, err := range differs {
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// twin asks the same about other subjects at the same time.
+func (c *checker) twin() *checker {
+	t, e := *c, *c.evaluator
+	t.evaluator, t.cover, t.scratch = &e, Coverage{}, scratch{}
+	return &t
 }
 
 type checker struct {
@@ -132,7 +195,6 @@ type checker struct {
 	index     *image.Index
 	ids       map[string]image.ID
 	cover     Coverage
-	passed    func(subject image.ID, sides []Term) bool // need not be asked about; nil = nobody
 
 	facing   [2]map[Term][]int32        // crossings by who stands on the subject's side
 	rules    map[image.ID][]*image.Rule // by subject
@@ -144,7 +206,11 @@ type checker struct {
 	inClass  map[uint16][]int // cells by class of addresses
 	inside   map[string][]int // cells by network
 
-	// Scratch of one question, piece or subject.
+	scratch
+}
+
+// scratch is of one question, piece or subject.
+type scratch struct {
 	sides    []side
 	reached  []int32
 	named    []image.ID

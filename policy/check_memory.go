@@ -25,8 +25,8 @@ type Memory struct {
 }
 
 // Check compares the answers of an image's tables with those of the policy that the
-// image declares, as CheckWithin does with a policy's text.
-func (m *Memory) Check(img *image.Image, most int) (Coverage, error) {
+// image declares, as the package's Check does with a policy's text.
+func (m *Memory) Check(img *image.Image) (Coverage, error) {
 	declared, err := Declared(img)
 	if err != nil {
 		return Coverage{}, fmt.Errorf("read the declared policy: %w", err)
@@ -44,20 +44,13 @@ func (m *Memory) Check(img *image.Image, most int) (Coverage, error) {
 		before = nil
 	}
 	now := make(map[image.ID]uint64, len(declared.Workloads)+1)
-	c.passed = func(id image.ID, sides []Term) bool {
-		number, known := d.subject(id, sides)
-		if known {
-			now[id] = number
-		}
+	cover, err := c.all(d, len(declared.Workloads) > everySubject, func(id image.ID, number uint64) bool {
+		now[id] = number
 		was, passed := before[id]
-		return known && passed && was == number
-	}
-	cover, err := c.all(most)
+		return passed && was == number
+	})
 	if err != nil {
 		return cover, err
-	}
-	if !cover.Exhaustive { // which subjects were left out is not remembered
-		now = map[image.ID]uint64{}
 	}
 	m.common, m.passed = d.common(), now
 	return cover, nil

@@ -42,6 +42,7 @@ type demarcDemarcDoor struct {
 	_      structs.HostLayout
 	Via    uint32
 	Lodger uint32
+	Cgroup uint64
 }
 
 type demarcDemarcEndpoint struct {

@@ -249,25 +249,49 @@ func (b *boundary) attachAll(wanted map[int]netdev, failed []error) error {
 	return fmt.Errorf("%w, and %d more", failed[0], len(failed)-1)
 }
 
-// makeDoor writes what the kernel must know of a door, and leaves what it learned.
+// makeDoor writes what the kernel must know of a door, and leaves what it learned. A bridge
+// that leads to doors has an entry, too.
 func (b *boundary) makeDoor(d netdev) error {
-	var entry abi.Door
-	index, via := uint32(d.index), uint32(d.via())
-	if err := b.doors.Lookup(index, &entry); err == nil && entry.Via == via {
-		return nil
-	}
-	entry.Via = via
-	if err := b.doors.Put(index, entry); err != nil {
-		return fmt.Errorf("write door %s: %w", d.name, err)
+	via := uint32(d.via())
+	for _, index := range []uint32{via, uint32(d.index)} {
+		var entry abi.Door
+		if err := b.doors.Lookup(index, &entry); err == nil && entry.Via == via {
+			continue
+		}
+		if entry.Via = via; index != uint32(d.index) {
+			entry.Lodger = abi.LodgerBridge
+		}
+		if err := b.doors.Put(index, entry); err != nil {
+			return fmt.Errorf("write door %s: %w", d.name, err)
+		}
 	}
 	return nil
+}
+
+// endDoor forgets a door, and its bridge with the last one: whoever gets its index next is
+// somebody else.
+func (b *boundary) endDoor(index uint32) error {
+	var gone, other abi.Door
+	if err := b.doors.Lookup(index, &gone); err != nil {
+		return err
+	}
+	err := b.doors.Delete(index)
+	for h := range b.open {
+		if h.program == "tc_door" && b.doors.Lookup(uint32(h.device), &other) == nil && other.Via == gone.Via {
+			return err
+		}
+	}
+	if gone.Via != index {
+		err = errors.Join(err, b.doors.Delete(gone.Via))
+	}
+	return err
 }
 
 func (b *boundary) letGo(h hook) {
 	b.log.Info("device is no boundary any more", "link", b.label(h))
 	b.detachOne(h)
-	if h.program == "tc_door" { // whoever gets its index next is somebody else
-		if err := b.doors.Delete(uint32(h.device)); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+	if h.program == "tc_door" {
+		if err := b.endDoor(uint32(h.device)); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
 			b.log.Error("degraded", "problem", fmt.Sprintf("delete door %d: %v", h.device, err))
 		}
 	}

@@ -20,7 +20,7 @@ func (c *Core) donate() error {
 	var d proto.Descriptors
 	names := []string{"denied_events", "allowed_events", "signals", "counts", "ring_state", "faults", "bindings", "state"}
 	for i, place := range d.Places() {
-		m, err := ebpf.LoadPinnedMap(c.pins.maps(names[i]), &ebpf.LoadPinOptions{ReadOnly: i >= 3})
+		m, err := ebpf.LoadPinnedMap(c.pins.maps(names[i]), &ebpf.LoadPinOptions{ReadOnly: c.objects.Maps[names[i]].Type() != ebpf.RingBuf})
 		if err == nil {
 			*place, err = duplicate(m.FD(), names[i])
 			m.Close()

@@ -1,8 +1,6 @@
 package core
 
 import (
-	"crypto/sha256"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"path/filepath"
@@ -15,6 +13,7 @@ import (
 	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
 
+	"github.com/demarc/demarc/agent/core/keyring"
 	"github.com/demarc/demarc/bpf/abi"
 )
 
@@ -263,11 +262,8 @@ func (c *Core) watchKeys() (all []incident) {
 		}
 		var found keyEntry
 		if entry.Valid != 0 {
-			secret := make([]byte, 16)
-			binary.LittleEndian.PutUint64(secret, entry.Key[0])
-			binary.LittleEndian.PutUint64(secret[8:], entry.Key[1])
-			found = keyEntry{valid: true, print: sha256.Sum256(secret), since: entry.Since, until: entry.Until}
-			clear(secret)
+			secret := (*[keyring.KeySize]byte)(unsafe.Pointer(&entry.Key)) // its bytes are in their order here, too
+			found = keyEntry{valid: true, print: keyring.Print(secret), since: entry.Since, until: entry.Until}
 		}
 		if found != want {
 			c.keys.entries[epoch] = keyEntry{valid: true} // equal to nothing: it is written anew

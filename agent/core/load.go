@@ -126,7 +126,11 @@ func load(spec *ebpf.CollectionSpec, there map[string]*ebpf.Map, types *btf.Cach
 		})
 	}
 	var elsewhere []string
-	for _, name := range sortedKeys(spec.Programs) {
+	order := sortedKeys(spec.Programs) // the longest first, so that no processor ends up waiting for the other
+	slices.SortStableFunc(order, func(a, b string) int {
+		return len(spec.Programs[b].Instructions) - len(spec.Programs[a].Instructions)
+	})
+	for _, name := range order {
 		if at := target(spec.Programs[name]); at != "" {
 			if _, err := kernel.AnyTypesByName(at); err != nil {
 				elsewhere = append(elsewhere, name)

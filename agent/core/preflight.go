@@ -3,6 +3,7 @@ package core
 import (
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -12,6 +13,7 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/btf"
+	"github.com/cilium/ebpf/link"
 	"golang.org/x/sys/unix"
 
 	"github.com/demarc/demarc/agent/core/proto"
@@ -103,6 +105,8 @@ var checks = []struct {
 	{"programs", "pins", "load every program and map", "use a kernel that has it (6.1 or later)", (*trial).load},
 	{"memory", "programs", "compare what tables may grow to with what the machine and memory.max leave", "raise memory.max of the core's cgroup, or free memory", (*trial).room},
 	{"attach", "programs", "attach every program to a scratch cgroup and detach it", "look for another program that does not share the hook", (*trial).attach},
+	{"other programs", "programs", "look for programs of others where ours are attached", "see that they are meant to be there: they may refuse more, or rewrite addresses", (*trial).others},
+	{"walks", "programs", "begin a walk over all sockets, and one over all files of processes", "use a kernel with BPF iterators", (*trial).walks},
 	{"refusals", "programs", "make the raw sockets that tell callers they are refused", "grant CAP_NET_RAW", (*trial).refusals},
 	{"ring buffer", "programs", "map the events ring into memory", "use a kernel with BPF_MAP_TYPE_RINGBUF", (*trial).ring},
 	{"guard", "", "load the BPF LSM programs that keep others from what enforces", "keep root in the host's namespaces to those who may end enforcement", (*trial).shield},
@@ -327,6 +331,58 @@ func (t *trial) attach() (err error) {
 		_, err = l.Info()
 		if err = errors.Join(err, l.Close()); err != nil {
 			return fmt.Errorf("%s: %w", name, err)
+		}
+	}
+	return nil
+}
+
+// others names programs that are not ours. A core that runs looks for them each second.
+func (t *trial) others() error {
+	if !t.dry {
+		return nil
+	}
+	l := newLinks(t.objects, map[hook]attachment{})
+	l.tree = t.tree
+	for _, name := range attachOrder {
+		l.open[hook{name, 0}] = t.links[hook{name, 0}] // a former core's, if there is one
+	}
+	all, err := l.others(&observers{})
+	if t.noTCX || err != nil {
+		t.limits = append(t.limits, all...)
+		return err
+	}
+	l.open = map[hook]attachment{}
+	devices, _ := (&boundary{links: l, choice: t.config.Devices}).list()
+	wanted, _ := (&boundary{links: l, choice: t.config.Devices}).choose(devices)
+	for index, d := range wanted {
+		l.names[index] = d.name
+		for _, program := range d.programs() {
+			l.open[hook{program, index}] = t.taps[hook{program, index}]
+		}
+	}
+	more, _ := l.others(&observers{})
+	t.limits = append(append(t.limits, all...), more...)
+	return nil
+}
+
+// walks tries what finds the connections that a change would cut, and listeners that are
+// older than demarc. A start does without.
+func (t *trial) walks() error {
+	for _, name := range []string{"cuts", "old_listeners"} {
+		if !t.dry {
+			break
+		}
+		iter, err := link.AttachIter(link.IterOptions{Program: t.objects.Programs[name]})
+		if err == nil {
+			var all io.ReadCloser
+			if all, err = iter.Open(); err == nil {
+				all.Close()
+			}
+			iter.Close()
+		}
+		if err != nil {
+			t.limits = append(t.limits, fmt.Sprintf("apply does not name the connections that it cuts, and listeners of workloads that are older than demarc cannot prove themselves: %s: %v", name, err))
+			break
 		}
 	}
 	return nil

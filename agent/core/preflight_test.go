@@ -4,13 +4,14 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/btf"
-
+	"github.com/cilium/ebpf/link"
 	"github.com/google/go-cmp/cmp"
 )
 
@@ -36,6 +37,30 @@ func TestPreflightPasses(t *testing.T) {
 	}
 }
 
+// Programs of others are named where ours are to be, before ours are there and after.
+func TestPreflightNamesOthers(t *testing.T) {
+	m := newMachine(t)
+	spec := &ebpf.ProgramSpec{Type: ebpf.CGroupSockAddr, AttachType: ebpf.AttachCGroupInet4Connect}
+	l, err := link.AttachCgroup(link.CgroupOptions{Path: m.config.CgroupRoot, Attach: spec.AttachType, Program: foreignProgram(t, spec)})
+	must(t, err)
+	defer l.Close()
+	named := func(when string, want bool) {
+		t.Helper()
+		results := Preflight(m.config)
+		i := slices.IndexFunc(results, func(c Check) bool { return c.Name == "other programs" })
+		if !Passed(results) || strings.Contains(results[i].Limit, "at connect4 is not ours") != want {
+			t.Errorf("%s:\n%s", when, shown(results))
+		}
+	}
+	named("before a start", true)
+	c := m.start()
+	_, err = c.Apply(shop(t, nil), 0)
+	must(t, err)
+	named("beside a core", true)
+	must(t, l.Close())
+	named("without", false)
+}
+
 // What is missing is named, what needs it is not tried, and nothing is attached.
 func TestPreflightNames(t *testing.T) {
 	tests := []struct {
@@ -45,11 +70,11 @@ func TestPreflightNames(t *testing.T) {
 		text   string
 	}{
 		{"bad no BPF file system", func(t *testing.T, m *machine) { m.config.BPFFS = filepath.Join(t.TempDir(), "demarc") },
-			[]string{"pins", "programs", "memory", "attach", "refusals", "ring buffer", "self-test"}, "is not in a BPF file system"},
+			[]string{"pins", "programs", "memory", "attach", "other programs", "walks", "refusals", "ring buffer", "self-test"}, "is not in a BPF file system"},
 		{"bad no cgroup2", func(t *testing.T, m *machine) { m.config.CgroupRoot = t.TempDir() },
-			[]string{"cgroup2", "cgroup namespace", "pins", "programs", "memory", "attach", "refusals", "ring buffer", "self-test"}, "is not in a cgroup2 file system"},
+			[]string{"cgroup2", "cgroup namespace", "pins", "programs", "memory", "attach", "other programs", "walks", "refusals", "ring buffer", "self-test"}, "is not in a cgroup2 file system"},
 		{"bad cgroup_root missing", func(t *testing.T, m *machine) { m.config.CgroupRoot += "/absent" },
-			[]string{"cgroup2", "cgroup namespace", "pins", "programs", "memory", "attach", "refusals", "ring buffer", "self-test"}, "no such file"},
+			[]string{"cgroup2", "cgroup namespace", "pins", "programs", "memory", "attach", "other programs", "walks", "refusals", "ring buffer", "self-test"}, "no such file"},
 		{"bad state_dir of others", func(t *testing.T, m *machine) {
 			must(t, os.Mkdir(m.config.StateDir, 0o700))
 			must(t, os.Chmod(m.config.StateDir, 0o777))

@@ -87,12 +87,15 @@ func (t *selftest) before() error {
 	for i := range t.former.gone {
 		t.asked = append(t.asked, t.about(t.former.gone[i], t.former.sites))
 	}
-	t.asked = t.askSubjects(t.askRules(t.asked, true), true)
+	t.asked = t.askWindows(t.askEdges(t.askSubjects(t.askRules(t.asked, true), true)))
 	most := maxPackets
 	if t.stride > 1 {
 		most = maxUrgent
 	}
-	return t.put(t.asked, t.asked, most)
+	if err := t.put(t.asked, t.asked, most); err != nil {
+		return err
+	}
+	return t.readBack()
 }
 
 // after asks the rest, and sends packets of all.
@@ -224,9 +227,89 @@ func (t *selftest) askRules(out []image.Query, before bool) []image.Query {
 		beside := t.gen.image.Ports[i%len(t.gen.image.Ports)]
 		next.Port = image.Port{Proto: beside.Proto, Number: beside.Low}
 		stranger.Proof, stranger.Peer = abi.ProofIdentity, rules[(i+1)%len(rules)].Subject
-		out = append(out, q, [...]image.Query{other, next, stranger}[i%3])
+		if beside := [...]image.Query{other, next, stranger}; len(rules) <= maxSample {
+			out = append(append(out, q), beside[:]...)
+		} else {
+			out = append(out, q, beside[i%len(beside)])
+		}
 	}
 	return out
+}
+
+// askEdges asks about the first port of each range, the last and the middle one, who may
+// do something there, and who may in the ranges beside it.
+func (t *selftest) askEdges(out []image.Query) []image.Query {
+	ranges := t.gen.image.Ports
+	of := map[uint16]*image.Rule{} // one of each class
+	for i := range t.gen.image.Rules {
+		of[t.gen.image.Rules[i].Class] = &t.gen.image.Rules[i]
+	}
+	for i, r := range ranges {
+		for _, near := range ranges[max(i-1, 0):min(i+2, len(ranges))] {
+			for _, port := range [...]uint16{r.Low, r.Low + (r.High-r.Low)/2, r.High} {
+				if of[near.Class] != nil && len(out) < maxQuestions {
+					q := t.about(of[near.Class], t.sites)
+					q.Port = image.Port{Proto: r.Proto, Number: port}
+					out = append(out, q)
+				}
+			}
+		}
+	}
+	return out
+}
+
+// askWindows asks a rule of each crossing that has a window at both ends of it, and just
+// before them.
+func (t *selftest) askWindows(out []image.Query) []image.Query {
+	done := make([]bool, len(t.gen.image.Crossings))
+	for i := range t.gen.image.Rules {
+		for _, n := range t.gen.image.Rules[i].Crossings {
+			c := &t.gen.image.Crossings[n]
+			for _, end := range [...]int64{c.Since, c.Until} {
+				if end == 0 || done[n] || len(out) >= maxQuestions {
+					continue
+				}
+				for _, at := range [...]int64{end - 1, end} {
+					if t.gen.clock.at(at) > 1 { // before the boot all moments are one
+						q := t.about(&t.gen.image.Rules[i], t.sites)
+						q.Now = time.Unix(at, 0)
+						out = append(out, q)
+					}
+				}
+			}
+			done[n] = true
+		}
+	}
+	return out
+}
+
+// readBack compares what no question of this moment shows: limits, flags and windows of
+// crossings, and the class of each port.
+func (t *selftest) readBack() error {
+	err := sameTable(t.gen.tables["crossings"], crossingEntries(t.gen.image, t.gen.clock))
+	if err == nil {
+		err = sameTable(t.gen.tables["ports"], portEntries(t.gen.image))
+	}
+	if err != nil {
+		return proto.Refuse("report this: the kernel's tables do not mean what the image says", "self-test: %w", err)
+	}
+	return nil
+}
+
+// sameTable says what is not in an array as it was written.
+func sameTable[V comparable](m *ebpf.Map, want []V) error {
+	var from ebpf.MapBatchCursor
+	got := make([]V, len(want))
+	n, err := m.BatchLookup(&from, make([]uint32, len(want)), got, nil)
+	if n != len(want) {
+		return fmt.Errorf("read %d of %d entries of %v: %w", n, len(want), m, err)
+	}
+	for i := range want {
+		if got[i] != want[i] {
+			return fmt.Errorf("entry %d of %v is not what was written", i, m)
+		}
+	}
+	return nil
 }
 
 // about is the question that a rule answers.
@@ -359,7 +442,7 @@ func ask(o *objects, questions []abi.Query) error {
 // proves itself by TCP does so by a tag that the kernel makes and verifies; and the
 // same tag with one bit changed must be refused.
 func (t *selftest) packets(q image.Query) error {
-	if q.Port.Proto != image.TCP && q.Port.Proto != image.UDP {
+	if q.Port.Proto != image.TCP && q.Port.Proto != image.UDP || !q.Now.Equal(t.now) { // packets are judged now
 		return nil
 	}
 	pass := t.index.Decide(q).Verdict != abi.Deny

@@ -2,8 +2,10 @@ package core
 
 import (
 	"errors"
+	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/cilium/ebpf"
 
@@ -21,6 +23,7 @@ func TestSelftestFindsWrongTables(t *testing.T) {
 	m := newMachine(t)
 	c := m.start()
 	b := shop(t, func(p *policy.Policy) { // something for each table
+		p.Crossings[2].Since = time.Now().Add(2 * time.Hour).Truncate(time.Second)
 		p.Crossings = append(p.Crossings, policy.Crossing{Name: "resolver", Need: image.NoProof, From: []policy.Term{{Kind: image.TermWorkload, Name: "web"}},
 			To: []policy.Term{{Kind: image.TermNetwork, Name: "office"}}, Ports: []image.Span{{Proto: image.UDP, Low: 53, High: 53}}})
 	})
@@ -45,18 +48,45 @@ func TestSelftestFindsWrongTables(t *testing.T) {
 			t.Fatal("empty table")
 		}
 	}
+	crossing := func(name string, change func(*abi.Crossing)) func() func() {
+		return func() func() {
+			var v abi.Crossing
+			n := uint32(slices.IndexFunc(g.image.Crossings, func(c image.Crossing) bool { return c.Name == name }))
+			must(t, g.tables["crossings"].Lookup(n, &v))
+			other := v
+			if change(&other); other == v {
+				t.Fatalf("crossing %s is the same: %+v", name, v)
+			}
+			must(t, g.tables["crossings"].Put(n, &other))
+			return func() { must(t, g.tables["crossings"].Put(n, &v)) }
+		}
+	}
+	port := func(at, as uint16) func() func() {
+		return func() func() {
+			var v, other abi.PortClasses
+			must(t, g.tables["ports"].Lookup(uint32(abi.RowTCP), &v))
+			if other = v; v.Class[at] == v.Class[as] {
+				t.Fatalf("port %d is of the class of %d", at, as)
+			}
+			other.Class[at] = v.Class[as]
+			must(t, g.tables["ports"].Put(uint32(abi.RowTCP), &other))
+			return func() { must(t, g.tables["ports"].Put(uint32(abi.RowTCP), &v)) }
+		}
+	}
+	const asked, written = ": expected {Verdict:", " is not what was written"
 	tests := []struct {
 		name string
+		says string
 		do   func() (undo func())
 	}{
-		{"bad rule missing", func() func() {
+		{"bad rule missing", asked, func() func() {
 			var k abi.RuleKey
 			var v abi.Rule
 			first(g.tables["rules"], &k, &v)
 			must(t, g.tables["rules"].Delete(&k))
 			return func() { must(t, g.tables["rules"].Put(&k, &v)) }
 		}},
-		{"bad rule for another crossing", func() func() {
+		{"bad rule for another crossing", asked, func() func() {
 			var k abi.RuleKey
 			var v abi.Rule
 			for rules := g.tables["rules"].Iterate(); image.Peer(k.Peer).Kind() != image.PeerIdentity; {
@@ -69,14 +99,14 @@ func TestSelftestFindsWrongTables(t *testing.T) {
 			must(t, g.tables["rules"].Put(&k, &other))
 			return func() { must(t, g.tables["rules"].Put(&k, &v)) }
 		}},
-		{"bad subject missing", func() func() {
+		{"bad subject missing", asked, func() func() {
 			k := id(t, b, "web")
 			var v abi.Subject
 			must(t, g.tables["subjects"].Lookup(k, &v))
 			must(t, g.tables["subjects"].Delete(k))
 			return func() { must(t, g.tables["subjects"].Put(k, &v)) }
 		}},
-		{"bad unmanaged may not open", func() func() {
+		{"bad unmanaged may not open", asked, func() func() {
 			var v abi.Subject
 			must(t, g.tables["subjects"].Lookup(uint32(image.Unmanaged), &v))
 			other := v
@@ -84,21 +114,23 @@ func TestSelftestFindsWrongTables(t *testing.T) {
 			must(t, g.tables["subjects"].Put(uint32(image.Unmanaged), &other))
 			return func() { must(t, g.tables["subjects"].Put(uint32(image.Unmanaged), &v)) }
 		}},
-		{"bad window closed", func() func() {
-			var v abi.Crossing
-			must(t, g.tables["crossings"].Lookup(uint32(1), &v))
-			other := v
-			other.Until = 1
-			must(t, g.tables["crossings"].Put(uint32(1), &other))
-			return func() { must(t, g.tables["crossings"].Put(uint32(1), &v)) }
-		}},
-		{"bad port classes", func() func() {
+		{"bad window closed", asked, crossing("break-glass", func(c *abi.Crossing) { c.Until = 1 })},
+		{"bad window that ends never", asked, crossing("break-glass", func(c *abi.Crossing) { c.Until = 0 })},
+		{"bad window that begins now", asked, crossing("api-db", func(c *abi.Crossing) { c.Since = 0 })},
+		{"bad window that begins a second later", asked, crossing("api-db", func(c *abi.Crossing) { c.Since += uint64(time.Second) })},
+		{"bad crossing without its limit", written, crossing("web-api", func(c *abi.Crossing) { c.Interval, c.Slack = 0, 0 })},
+		{"bad crossing behind a translation", written, crossing("web-api", func(c *abi.Crossing) { c.NAT ^= 1 })},
+		{"bad crossing for forensics", written, crossing("web-api", func(c *abi.Crossing) { c.Flags ^= abi.CrossingForensic })},
+		{"bad port below a range", asked, port(8079, 8080)},
+		{"bad port above a range", asked, port(8081, 8080)},
+		{"bad port far from a range", written, port(21, 8080)},
+		{"bad port classes", asked, func() func() {
 			var v abi.PortClasses
 			must(t, g.tables["ports"].Lookup(uint32(abi.RowTCP), &v))
 			must(t, g.tables["ports"].Put(uint32(abi.RowTCP), &abi.PortClasses{}))
 			return func() { must(t, g.tables["ports"].Put(uint32(abi.RowTCP), &v)) }
 		}},
-		{"bad networks missing", func() func() {
+		{"bad networks missing", asked, func() func() {
 			var k abi.PrefixKey
 			var v uint32
 			first(g.tables["prefixes"], &k, &v)
@@ -110,7 +142,7 @@ func TestSelftestFindsWrongTables(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			undo := tt.do()
 			err := testAll(c, g)
-			if err == nil || !strings.HasPrefix(err.Error(), "self-test: ") || !strings.Contains(err.Error(), ": expected {Verdict:") {
+			if err == nil || !strings.HasPrefix(err.Error(), "self-test: ") || !strings.Contains(err.Error(), tt.says) {
 				t.Errorf("got %v", err)
 			}
 			undo()

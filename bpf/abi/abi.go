@@ -321,10 +321,14 @@ type Key struct {
 	_     uint32
 }
 
+// LodgerBridge is the lodger of an entry that is no door itself: a bridge of several.
+const LodgerBridge = 3
+
 // Door is the host's end of a workload's veth.
 type Door struct {
 	Via    uint32 // index of the device that routes to it name
 	Lodger uint32 // what was seen to live there
+	Cgroup uint64 // of the workload that sent last
 }
 
 // Refusal is a caller that is to learn that it was refused.

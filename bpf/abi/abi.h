@@ -205,13 +205,14 @@ struct demarc_path_key {
  * with its terminating NUL and one entry with an empty suffix. */
 #define DEMARC_UNIT_SUFFIX 28
 #define DEMARC_UNIT_ALTERNATIVES 4
+struct demarc_unit_match {
+	__u32 identity; /* 0 = end of the list */
+	__u16 length;	/* bytes of suffix */
+	__u16 least;	/* bytes of the shortest name that matches */
+	char suffix[DEMARC_UNIT_SUFFIX];
+};
 struct demarc_unit {
-	struct {
-		__u32 identity; /* 0 = end of the list */
-		__u16 length;	/* bytes of suffix */
-		__u16 least;	/* bytes of the shortest name that matches */
-		char suffix[DEMARC_UNIT_SUFFIX];
-	} match[DEMARC_UNIT_ALTERNATIVES];
+	struct demarc_unit_match match[DEMARC_UNIT_ALTERNATIVES];
 };
 
 /* A cgroup and who lives in it, one identity a generation slot. Key: cgroup id
@@ -395,10 +396,18 @@ struct demarc_flow {
 #define DEMARC_UNPROVEN_MAX 16
 #define DEMARC_FLOW_IDLE (180ULL * 1000000000ULL)
 
+enum demarc_lodger {
+	DEMARC_LODGER_UNKNOWN = 0,
+	DEMARC_LODGER_CAREFREE = 1, /* only unmanaged processes were seen to send from there */
+	DEMARC_LODGER_WORKLOAD = 2, /* a workload was; it stays that */
+	DEMARC_LODGER_BRIDGE = 3,   /* it is no door itself: a bridge of several */
+};
+
 /* A workload's door: the host's end of its veth. */
 struct demarc_door {
 	__u32 via;    /* index of the device that routes to it name: itself, or its bridge */
-	__u32 lodger; /* what was seen to live there; 0 = nothing yet */
+	__u32 lodger; /* enum demarc_lodger */
+	__u64 cgroup; /* of the workload that sent last; 0 = none did yet */
 };
 
 /* A caller that is to learn that it was refused. */

@@ -370,3 +370,22 @@ func Large(workloads, crossings int) *policy.Policy {
 	}
 	return p
 }
+
+// Zoned makes a policy in which every crossing is between zones, and so is a rule of each
+// of their workloads: few crossings with very many questions.
+func Zoned(workloads, zones, crossings int) *policy.Policy {
+	p := Large(workloads, 0)
+	zone := func(i int) string { return p.Zones[i%zones].Name }
+	for i := range p.Workloads {
+		p.Workloads[i].Zone = zone(i)
+	}
+	for i := range crossings {
+		p.Crossings = append(p.Crossings, policy.Crossing{
+			Pos: policy.Pos{Line: i + 1, Column: 1}, Name: fmt.Sprintf("c%06d", i),
+			From: []policy.Term{Zone(zone(i))}, To: []policy.Term{Zone(zone(i / zones))},
+			Ports: []image.Span{TCP(uint16(1024 + i))},
+			Rate:  3600 * 1000, Burst: 1000,
+		})
+	}
+	return p
+}

@@ -97,6 +97,50 @@ func TestE01ForeignTagsLeave(t *testing.T) {
 	w.control(client, 7000)
 }
 
+// Whoever is pinged through a host: machines that are not its own answer as before, a
+// container as the workload that lives there, whatever unmanaged processes are allowed.
+//
+//	partner -> web declared; -> api, peer -> web not; -> outside, a third network, is not the host's business
+func TestInboundICMPForwarded(t *testing.T) {
+	estates(t, func(t *testing.T, e *estate) {
+		e.enforce()
+		outside := beyond(e)
+		partner, peer := startActor(t, e.partner, e.lab.Cgroup("partner")), startActor(t, e.peer, e.lab.Cgroup("peer"))
+		for i, inbound := range []string{"deny", "allow"} {
+			e.node.Apply(document(2+i, fmt.Sprintf(estatePolicy, e.partner.IP4, e.partner.IP6)+fmt.Sprintf(
+				"  - {name: pings, from: [network/partner], to: [workload/web], ports: [icmp/echo], identity: none}\nunmanaged: {zone: app, outbound: allow, inbound: %s}\n", inbound)))
+			for _, c := range []struct {
+				name    string
+				from    *actor
+				to      *netlab.Namespace
+				answers bool
+			}{
+				{"declared", partner, e.web.Namespace, true},
+				{"not declared, of its neighbour", partner, e.api.Namespace, false},
+				{"not declared, from another", peer, e.web.Namespace, false},
+				{"what the host forwards", peer, outside, true},
+				{"the host itself", peer, e.host.Namespace, inbound == "allow"},
+			} {
+				for _, to := range []netip.Addr{c.to.IP4, c.to.IP6} {
+					e.forget()
+					if got := !c.from.tries("ping -n -c 1 -W 1 " + to.String()).Failed; got != c.answers {
+						t.Errorf("inbound: %s: %s: a ping to %s is answered: %v", inbound, c.name, to, got)
+					}
+					if c.answers {
+						continue
+					}
+					e.told(c.name, "no-crossing")
+					for _, d := range e.doors {
+						if n := d.Count(func(p netlab.Packet) bool { return !p.Sent && p.Dst.Addr() == to && (p.ICMP == 8 || p.ICMP == 128) }); n > 0 {
+							t.Errorf("inbound: %s: %s: %d pings to %s went through a door", inbound, c.name, n, to)
+						}
+					}
+				}
+			}
+		}
+	})
+}
+
 // ICMP that comes in: errors and neighbours pass, a redirect or what nobody needs does
 // not, and who may ask for an echo is declared. What is dropped is not answered.
 func TestInboundICMP(t *testing.T) {

@@ -70,6 +70,44 @@ func TestD06Injected(t *testing.T) {
 	})
 }
 
+// Who can make packets inside a container puts no tag on them either, not on what kernels
+// say by themselves, which passes doors.
+func TestE01TagsThroughDoors(t *testing.T) {
+	estates(t, func(t *testing.T, e *estate) {
+		e.web.Sysctl("ipv4/ip_forward", "1")
+		e.web.Sysctl("ipv6/conf/all/forwarding", "1")
+		e.a.tun("tun0", false)
+		tag := append([]byte{253, 16, 0xd3, 0xac, 0, 0, 16, 0}, "perhaps."...)
+		other := append([]byte{253, 8, 0xd3, 0xad}, "else"...)
+		four := func(flags uint8, options ...byte) []byte {
+			return whole(tcp, place(e.web.IP4, 5000), e.partner4(7000), flags, options...)
+		}
+		six := func(flags uint8, options ...byte) []byte {
+			return whole(tcp, place(e.web.IP6, 5000), e.partner6(7000), flags, options...)
+		}
+		forged := func(name string, packet func() []byte) way {
+			return way{
+				name: name, up: []string{"sysctl -qw net.ipv4.conf.all.accept_local=1 net.ipv4.conf.tun0.accept_local=1"},
+				try:  func(e *estate) { e.a.inject("tun0", packet()) },
+				seen: func(p netlab.Packet) bool { return p.Src.Port() == 5000 }, why: []string{"tag-bad-identity"},
+			}
+		}
+		e.ways([]way{
+			forged("an answer with a tag", func() []byte { return four(flagSYN|flagACK, tag...) }),
+			forged("an answer with a tag, over IPv6", func() []byte { return six(flagSYN|flagACK, tag...) }),
+			forged("a last ACK with a tag", func() []byte { return four(flagACK, tag...) }),
+			forged("a last ACK with a tag, over IPv6", func() []byte { return six(flagACK, tag...) }),
+			forged("an ACK with two tags", func() []byte { return four(flagACK, append(tag, tag...)...) }),
+		})
+		// Control: the same without a tag, and with an option that only looks like one.
+		for _, packet := range [][]byte{four(flagACK), six(flagACK), four(flagACK, other...), six(flagACK, other...)} {
+			e.forget()
+			e.a.inject("tun0", packet)
+			e.wires[e.partner].Await(func(p netlab.Packet) bool { return !p.Sent && p.Src.Port() == 5000 })
+		}
+	})
+}
+
 // A container is no router for another one: not for whom nothing is declared, and
 // not for a namespace of its own workload either, whose proof is for its own
 // address.

@@ -321,13 +321,14 @@ func ethernet(to, from net.HardwareAddr, packet []byte) []byte {
 
 // whole is an IP packet that is right in every checksum: between two places, of
 // UDP, or of TCP with flags.
-func whole(proto uint8, from, to netip.AddrPort, flags uint8) []byte {
+func whole(proto uint8, from, to netip.AddrPort, flags uint8, options ...byte) []byte {
 	var transport []byte
 	if proto == tcp {
 		transport = make([]byte, 20)
 		binary.BigEndian.PutUint32(transport[4:], 1)
-		transport[12], transport[13] = 5<<4, flags
+		transport[12], transport[13] = byte(20+len(options))<<2, flags
 		binary.BigEndian.PutUint16(transport[14:], 65535)
+		transport = append(transport, options...)
 	} else {
 		transport = make([]byte, 12)
 		binary.BigEndian.PutUint16(transport[4:], uint16(len(transport)))

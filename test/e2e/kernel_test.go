@@ -74,22 +74,28 @@ func TestG02KernelSpeaks(t *testing.T) {
 	})
 }
 
+// beyond is a third network behind the host, without workloads.
+func beyond(e *estate) *netlab.Namespace {
+	e.t.Helper()
+	outside := e.lab.Island("outside")
+	own4, own6 := netip.MustParsePrefix("10.201.0.1/24"), netip.MustParsePrefix("fd89::1/64")
+	e.host.Join(outside, "lan0", own4, own6)
+	for _, p := range []netip.Prefix{own4.Masked(), own6.Masked()} {
+		e.peer.Through(p, e.host)
+	}
+	// A veth without an address could have been a workload's door.
+	eventually(e.t, waitGuarded, "lan0 is no door", func() bool {
+		return slices.ContainsFunc(e.node.Status().Links, func(l proto.Link) bool { return l.Name == "tc_ingress lan0" && l.Attached })
+	})
+	return outside
+}
+
 // A host forwards for machines that are not its own as it did before; for a
 // workload, only what the workload itself has said.
 func TestG04Forwarded(t *testing.T) {
 	estates(t, func(t *testing.T, e *estate) {
 		e.enforce()
-		// Control: a third network behind the host, without workloads.
-		outside := e.lab.Island("outside")
-		own4, own6 := netip.MustParsePrefix("10.201.0.1/24"), netip.MustParsePrefix("fd89::1/64")
-		e.host.Join(outside, "lan0", own4, own6)
-		for _, p := range []netip.Prefix{own4.Masked(), own6.Masked()} {
-			e.peer.Through(p, e.host)
-		}
-		// A veth without an address could have been a workload's door.
-		eventually(t, waitGuarded, "lan0 is no door", func() bool {
-			return slices.ContainsFunc(e.node.Status().Links, func(l proto.Link) bool { return l.Name == "tc_ingress lan0" && l.Attached })
-		})
+		outside := beyond(e) // control
 		a := startActor(t, outside, e.lab.Cgroup("outside"))
 		for _, to := range []netip.AddrPort{place(e.peer.IP4, 7001), place(e.peer.IP6, 7001)} {
 			a.checkReach(t, to, true, true)

@@ -96,7 +96,6 @@ func TestX10Missing(t *testing.T) {
 		want    outcome
 		text    string // what names it
 		fix     string // what preflight says to do about it, among more
-		late    bool   // only a start that enforces finds out
 	}{
 		{name: "nothing", want: full},
 		{name: "type information", decide: noFile(unix.ENOENT, "/sys/kernel/btf/vmlinux"), want: refused, text: "btf: ", fix: "CONFIG_DEBUG_INFO_BTF"},
@@ -130,7 +129,7 @@ func TestX10Missing(t *testing.T) {
 		{name: "hooks of Unix sockets", decide: noAttach(ebpf.AttachCgroupUnixConnect, ebpf.AttachCgroupUnixSendmsg), want: full},
 		{name: "tcx", decide: noAttach(ebpf.AttachTCXIngress, ebpf.AttachTCXEgress), want: limited, text: "no device boundary"},
 		{name: "runs of programs", decide: when(notSupported, command(unix.BPF_PROG_TEST_RUN)), want: refused, text: "self-test: "},
-		{name: "walks over sockets", decide: when(unix.EINVAL, command(unix.BPF_ITER_CREATE)), want: limited, late: true,
+		{name: "walks over sockets", decide: when(unix.EINVAL, command(unix.BPF_ITER_CREATE)), want: limited,
 			text: "listeners of workloads that are older than demarc cannot prove themselves"},
 		{name: "raw sockets", decide: noSocket(unix.EPERM, func(domain, kind, _ uint64) bool {
 			return domain != unix.AF_NETLINK && kind == unix.SOCK_RAW
@@ -165,13 +164,10 @@ func TestX10Missing(t *testing.T) {
 				t.Errorf("start: %s, %s\nwant %s, %q", got, said, tt.want, tt.text)
 			}
 			wanted := tt.want
-			switch {
-			case tt.late:
-				wanted = full
-			case tt.want == degraded:
+			if tt.want == degraded {
 				wanted = limited
 			}
-			if agreed.outcome != wanted || !tt.late && !strings.Contains(agreed.text, tt.text) {
+			if agreed.outcome != wanted || !strings.Contains(agreed.text, tt.text) {
 				t.Errorf("preflight: %s, %s\nwant %s, %q", agreed.outcome, agreed.text, wanted, tt.text)
 			}
 			if check, _, _ := strings.Cut(agreed.text, ": "); agreed.outcome == refused && !strings.HasPrefix(said, "preflight: "+check+": ") && check != "state" {

@@ -71,7 +71,7 @@ func New(epoch uint8) (Key, error) {
 	if _, err := rand.Read(secret[:]); err != nil {
 		return Key{}, fmt.Errorf("make key: %w", err)
 	}
-	return Key{Epoch: epoch, secret: secret, Print: sha256.Sum256(secret[:])}, nil
+	return Key{Epoch: epoch, secret: secret, Print: Print(secret)}, nil
 }
 
 // Wipe overwrites all keys.

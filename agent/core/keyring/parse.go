@@ -2,7 +2,6 @@ package keyring
 
 import (
 	"cmp"
-	"crypto/sha256"
 	"encoding/hex"
 	"fmt"
 	"regexp"
@@ -77,7 +76,7 @@ func (p parser) key(r *Ring) error {
 			err = start.Fail("%v", err)
 		}
 	}
-	k.Print = sha256.Sum256(k.secret[:])
+	k.Print = Print(k.secret)
 	r.Keys = append(r.Keys, k)
 	return err
 }
