@@ -185,10 +185,14 @@ static __always_inline struct demarc_lineage *known_lineage(struct task_struct *
 /* The lineage of a workload's process, looked at again if it is time. */
 static __always_inline struct demarc_lineage *lineage_of(struct task_struct *task, const struct outcome *o)
 {
-	struct demarc_lineage fresh = { .subject = o->query.subject, .cgroup = o->cgroup }, *l;
 	struct task_struct *leader = task->group_leader;
+	struct demarc_lineage *l;
 
-	l = leader ? bpf_task_storage_get(&lineages, leader, &fresh, BPF_LOCAL_STORAGE_GET_F_CREATE) : 0;
+	l = leader ? bpf_task_storage_get(&lineages, leader, 0, BPF_LOCAL_STORAGE_GET_F_CREATE) : 0;
+	if (l && !l->cgroup) { /* it is new */
+		l->subject = o->query.subject;
+		l->cgroup = o->cgroup;
+	}
 	if (l && !l->hops && o->query.now - l->looked > LOOK_AGAIN) {
 		l->looked = o->query.now;
 		look(task, l);

@@ -60,6 +60,7 @@ type Core struct {
 	looked      time.Time // when everything was last as it should be
 	proved      time.Time // when the canary last did
 	drifts      uint64    // incidents found
+	told        time.Time // when the audit log was last told of some
 	swept       time.Time // when to walk over all cgroups again
 	walled      uint64    // when the kernel was last told the time, ns of CLOCK_BOOTTIME; 0 = not by this core
 }

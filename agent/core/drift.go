@@ -86,7 +86,8 @@ func (c *Core) watch() {
 		}
 		slices.Sort(lines)
 		err = errors.New(strings.Join(lines, "; "))
-		if "drift: "+err.Error() != c.troubles["drift"] {
+		if "drift: "+err.Error() != c.troubles["drift"] || now.Sub(c.told) > time.Minute { // who goes on does not fill the log
+			c.told = now
 			_ = c.record("core", auditDrift, c.active, "%v; for at most %v", err, now.Sub(c.looked).Round(time.Millisecond))
 		}
 	} else {

@@ -88,6 +88,27 @@ func foreignProgram(t testing.TB, spec *ebpf.ProgramSpec, code ...asm.Instructio
 	return p
 }
 
+// Who undoes the same again and again is told of in the audit log once a minute: neither
+// once for all, nor so often that the log is his.
+func TestTamperingThatGoesOn(t *testing.T) {
+	c := enforcing(t, newMachine(t), shop(t, nil))
+	told := func(after time.Duration) (n int) {
+		t.Helper()
+		c.told = c.told.Add(-after)
+		must(t, c.links.open[hook{program: "egress"}].Detach())
+		c.upkeep()
+		for _, r := range journalOf(t, c) {
+			if r.What == auditDrift {
+				n++
+			}
+		}
+		return n
+	}
+	if a, b, later := told(0), told(0), told(time.Minute); a != 1 || b != 1 || later != 2 {
+		t.Errorf("told %d times, then %d, and %d a minute later", a, b, later)
+	}
+}
+
 // Whatever root takes away or writes over is seen at the next look, put back, told by
 // the status until a look finds nothing, and kept in the audit log. What decides is
 // as it was then: the canary proves it. (I06, I07, X21)

@@ -11,6 +11,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"path/filepath"
 	"slices"
@@ -21,6 +22,7 @@ import (
 
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
@@ -66,22 +68,13 @@ func (p *Provider) Run(ctx context.Context) error {
 	close(p.ready)
 	tick := time.NewTicker(pollInterval)
 	defer tick.Stop()
-	var conn *grpc.ClientConn
-	defer func() {
-		if conn != nil {
-			conn.Close()
-		}
-	}()
+	conn, err := p.dial()
+	if err != nil {
+		return fmt.Errorf("runtime: %w", err)
+	}
+	defer conn.Close()
 	for {
-		var err error
-		if conn == nil {
-			conn, err = p.dial()
-		}
-		var inv *identity.Inventory
-		var strange []error
-		if err == nil {
-			inv, strange, err = p.ask(ctx, runtime.NewRuntimeServiceClient(conn))
-		}
+		inv, strange, err := p.ask(ctx, runtime.NewRuntimeServiceClient(conn))
 		if ctx.Err() != nil {
 			return nil
 		}
@@ -114,8 +107,17 @@ func (p *Provider) Current() (*identity.Inventory, time.Time, error) {
 	return p.current, p.read, p.problem
 }
 
-// dial wants a socket that is root's: whoever owns it says who is who. (C17)
+// dial makes the client, which connects when it is asked, and again after a second at most
+// where nobody answered: a runtime that is back is to be followed at once.
 func (p *Provider) dial() (*grpc.ClientConn, error) {
+	again := backoff.DefaultConfig
+	again.BaseDelay, again.MaxDelay = pollInterval, time.Second
+	return grpc.NewClient("passthrough:///localhost", grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithContextDialer(p.connect), grpc.WithConnectParams(grpc.ConnectParams{Backoff: again, MinConnectTimeout: patience}))
+}
+
+// connect wants a socket that is root's, each time: whoever owns it says who is who. (C17)
+func (p *Provider) connect(ctx context.Context, _ string) (net.Conn, error) {
 	for _, path := range []string{p.socket, filepath.Dir(p.socket)} {
 		var stat unix.Stat_t
 		if err := unix.Stat(path, &stat); err != nil {
@@ -125,7 +127,8 @@ func (p *Provider) dial() (*grpc.ClientConn, error) {
 			return nil, fmt.Errorf("runtime: %s belongs to user %d with mode %#o: only root may say who is who", path, stat.Uid, stat.Mode&0o7777)
 		}
 	}
-	return grpc.NewClient("unix://"+p.socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	var d net.Dialer
+	return d.DialContext(ctx, "unix", p.socket)
 }
 
 // ask makes an inventory of what runs. Strange are containers that run and cannot be

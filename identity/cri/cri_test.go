@@ -326,6 +326,7 @@ func TestC17ForeignSocket(t *testing.T) {
 		name  string
 		spoil func() error
 	}{
+		{"OK", func() error { p.owner = me; return os.Chmod(socket, 0o660) }},
 		{"bad mode", func() error { return os.Chmod(socket, 0o777) }},
 		{"bad owner", func() error { p.owner = me + 1; return os.Chmod(socket, 0o660) }},
 		{"bad mode of the directory", func() error { p.owner = me; return os.Chmod(dir, 0o777) }},
@@ -334,10 +335,82 @@ func TestC17ForeignSocket(t *testing.T) {
 		if err := tt.spoil(); err != nil {
 			t.Fatal(err)
 		}
-		if conn, err := p.dial(); err == nil {
+		conn, err := p.connect(t.Context(), "")
+		if err == nil {
 			conn.Close()
-			t.Errorf("%s: believed", tt.name)
 		}
+		if believed := err == nil; believed != strings.HasPrefix(tt.name, "OK") {
+			t.Errorf("%s: %v", tt.name, err)
+		}
+	}
+}
+
+// A runtime that was away is followed as soon as it is back, at another socket of the same
+// name. (X12)
+func TestX12RuntimeAway(t *testing.T) {
+	l := &lists{containers: []*runtime.Container{{Id: id("b"), Metadata: &runtime.ContainerMetadata{Name: "main"}}}, info: map[string]string{id("b"): `{"pid":2}`}}
+	var first net.Listener
+	p := followAt(t, l, in(map[int]string{2: at("b")}), func(under net.Listener) net.Listener { first = &killed{Listener: under}; return first })
+	first.(*killed).kill()
+	told := func(want bool) {
+		t.Helper()
+		for end := time.Now().Add(time.Minute); ; time.Sleep(10 * time.Millisecond) {
+			if _, _, err := p.Current(); (err != nil) == want {
+				return
+			}
+			if time.Now().After(end) {
+				t.Fatalf("a problem is told: %v", !want)
+			}
+		}
+	}
+	told(true)
+	time.Sleep(8 * time.Second) // by then, whoever waits twice as long each time waits long
+	if inv, _, _ := p.Current(); inv == nil || len(inv.Workloads) != 1 {
+		t.Fatalf("who was named has no name: %+v", inv)
+	}
+	listener, err := net.Listen("unix", p.socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := grpc.NewServer()
+	runtime.RegisterRuntimeServiceServer(server, l)
+	if err := os.Chmod(p.socket, 0o660); err != nil {
+		t.Fatal(err)
+	}
+	go server.Serve(listener)
+	defer server.Stop()
+	start := time.Now()
+	told(false)
+	took := time.Since(start)
+	t.Logf("followed again after %s", took.Round(time.Millisecond))
+	if took > 4*time.Second { // 2 on a machine that never stands still
+		t.Errorf("followed again only after %s", took)
+	}
+}
+
+// killed is a listener that ends with all its connections, as with its process.
+type killed struct {
+	net.Listener
+	mu  sync.Mutex
+	all []net.Conn
+}
+
+func (k *killed) Accept() (net.Conn, error) {
+	c, err := k.Listener.Accept()
+	if err == nil {
+		k.mu.Lock()
+		k.all = append(k.all, c)
+		k.mu.Unlock()
+	}
+	return c, err
+}
+
+func (k *killed) kill() {
+	k.Listener.Close()
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	for _, c := range k.all {
+		c.Close()
 	}
 }
 

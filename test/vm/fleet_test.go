@@ -10,10 +10,12 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/demarc/demarc/test/netlab"
+	"github.com/demarc/demarc/test/vm/talk"
 )
 
 const fleetPolicy = `
@@ -151,8 +153,44 @@ func TestFleet(t *testing.T) {
 			}
 		})
 	}
+	t.Run("a clock that steps", func(t *testing.T) { machines["web"].stepsAway(t, callers["web"], machines["api"]) })
 	for _, m := range machines {
 		m.healthy()
 		m.stop()
 	}
+}
+
+// stepsAway sets a host's clock forward and back. Tags allow for half a minute; beyond, its
+// proofs are refused elsewhere, also when it is back at once: what it said was of a time that
+// has not come. Started again, its core takes the clock's word. (X9)
+func (m *machine) stepsAway(t *testing.T, do caller, peer *machine) {
+	t.Helper()
+	const little, much = 20 * time.Second, 5 * time.Minute
+	reaches := func(when string, want bool) {
+		t.Helper()
+		time.Sleep(2 * time.Second) // the core looks at the clock each second
+		for _, family := range families {
+			wait := long
+			if !want {
+				wait = short
+			}
+			if problem := do.reaches("tcp", netip.AddrPortFrom(addressOf(peer.ns, family), 8080), wait); (problem == "") != want {
+				t.Errorf("%s, IPv%s: %q", when, family, problem)
+			}
+		}
+	}
+	reaches("before", true)
+	m.step(little)
+	reaches("a little ahead", true)
+	m.step(much)
+	reaches("far ahead", false)
+	m.step(-little - much)
+	reaches("back", false)
+	if out := call[talk.Outcome](m, "Run", talk.Command{Path: "/bin/demarc", Args: []string{"status"}, Env: []string{"DEMARC_SERVER=unix://" + agentSocket}}); !strings.Contains(out.Stdout, "the wall clock went back") {
+		t.Errorf("status says %q", out.Stdout)
+	}
+	call[bool](m, "Kill", corePath)
+	m.start()
+	m.run("demarc", "status", "--wait", "enforcing", "--timeout", patience.String())
+	reaches("started again", true)
 }
