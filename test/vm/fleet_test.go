@@ -190,7 +190,6 @@ func (m *machine) stepsAway(t *testing.T, do caller, peer *machine) {
 		t.Errorf("status says %q", out.Stdout)
 	}
 	call[bool](m, "Kill", corePath)
-	m.start()
-	m.run("demarc", "status", "--wait", "enforcing", "--timeout", patience.String())
+	m.startAgain()
 	reaches("started again", true)
 }

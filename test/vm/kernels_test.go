@@ -166,8 +166,7 @@ func testKernel(t *testing.T, programs, series string) *machine {
 	// Another core takes over what is in force.
 	call[bool](m, "Kill", corePath)
 	m.control(outside)
-	m.start()
-	m.run("demarc", "status", "--wait", "enforcing", "--timeout", patience.String())
+	m.startAgain()
 	m.healthy()
 	m.control(outside)
 	m.guarded(true)
@@ -247,8 +246,7 @@ func TestGuard(t *testing.T) {
 			m.control(outside)
 			// Another core takes over, guard and all.
 			call[bool](m, "Kill", corePath)
-			m.start()
-			m.run("demarc", "status", "--wait", "enforcing", "--timeout", patience.String())
+			m.startAgain()
 			m.guarded(tt.guard)
 			m.control(outside)
 			m.stop()

@@ -275,6 +275,21 @@ func (m *machine) start() {
 	call[bool](m, "Start", talk.Command{Path: corePath, Args: []string{"run", "--config", coreFile}})
 }
 
+// startAgain starts a core in the place of one that was killed. The agent may not have heard
+// of that yet, so it is the core's own word that is waited for.
+func (m *machine) startAgain() {
+	m.t.Helper()
+	const ready = "msg=ready"
+	before := strings.Count(m.log(), ready)
+	m.start()
+	for end := time.Now().Add(patience); strings.Count(m.log(), ready) == before; time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(end) {
+			m.t.Fatalf("%s: the core does not start again:\n%s", m.ns.Name, m.log())
+		}
+	}
+	m.run("demarc", "status", "--wait", "enforcing", "--timeout", patience.String())
+}
+
 // enforce starts demarc and puts a policy in force.
 func (m *machine) enforce(policy string) {
 	m.t.Helper()
