@@ -184,7 +184,7 @@ static __always_inline int addressed(struct bpf_sock_addr *ctx, __u8 hook, bool 
 	o.reported = false;
 	o.asked = ASKED_NOTHING;
 	pass = address_judged(ctx, hook, ipv6, &o);
-	if (o.asked)
+	if (hook == DEMARC_HOOK_CONNECT && o.asked) /* sendmsg asks nothing */
 		contrast(&o);
 	if (o.reported)
 		remark(&o);

@@ -126,9 +126,15 @@ func load(spec *ebpf.CollectionSpec, there map[string]*ebpf.Map, types *btf.Cach
 		})
 	}
 	var elsewhere []string
-	order := sortedKeys(spec.Programs) // the longest first, so that no processor ends up waiting for the other
+	// Those that are fitted to the kernel's types first, as that takes one processor's time,
+	// and then the longest, so that none ends up waiting for the other.
+	order := sortedKeys(spec.Programs)
 	slices.SortStableFunc(order, func(a, b string) int {
-		return len(spec.Programs[b].Instructions) - len(spec.Programs[a].Instructions)
+		p, q := spec.Programs[a], spec.Programs[b]
+		if fitted := target(p) != ""; fitted != (target(q) != "") {
+			return map[bool]int{true: -1, false: 1}[fitted]
+		}
+		return len(q.Instructions) - len(p.Instructions)
 	})
 	for _, name := range order {
 		if at := target(spec.Programs[name]); at != "" {
