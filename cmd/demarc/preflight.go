@@ -42,6 +42,8 @@ var meanings = map[string]string{
 	"programs":         "nothing can be enforced",
 	"memory":           "workloads and flows that find no room are refused",
 	"attach":           "some traffic would pass unseen",
+	"other programs":   "they may refuse more, or rewrite addresses; `demarc status` names those that come and go",
+	"walks":            "`apply` does not name the connections that it cuts, and old listeners cannot prove themselves",
 	"refusals":         "refused callers wait until they give up",
 	"ring buffer":      "nobody would hear what was denied",
 	"guard":            "what root undoes is seen and put back, not prevented",
