@@ -341,37 +341,37 @@ func (t *trial) others() error {
 	if !t.dry {
 		return nil
 	}
-	l := newLinks(t.objects, map[hook]attachment{})
+	l := newLinks(t.objects, nil)
 	l.tree = t.tree
 	for _, name := range attachOrder {
 		l.open[hook{name, 0}] = t.links[hook{name, 0}] // a former core's, if there is one
 	}
 	all, err := l.others(&observers{})
-	if t.noTCX || err != nil {
-		t.limits = append(t.limits, all...)
+	if t.limits = append(t.limits, all...); t.noTCX || err != nil {
 		return err
 	}
-	l.open = map[hook]attachment{}
-	devices, _ := (&boundary{links: l, choice: t.config.Devices}).list()
-	wanted, _ := (&boundary{links: l, choice: t.config.Devices}).choose(devices)
+	b := &boundary{links: newLinks(t.objects, nil), choice: t.config.Devices}
+	b.tree = t.tree
+	devices, err := b.list()
+	wanted, _ := b.choose(devices) // what is missing, another check says
 	for index, d := range wanted {
-		l.names[index] = d.name
+		b.names[index] = d.name
 		for _, program := range d.programs() {
-			l.open[hook{program, index}] = t.taps[hook{program, index}]
+			b.open[hook{program, index}] = t.taps[hook{program, index}]
 		}
 	}
-	more, _ := l.others(&observers{})
-	t.limits = append(append(t.limits, all...), more...)
-	return nil
+	all, _ = b.others(&observers{}) // who runs first is a problem once ours are there
+	t.limits = append(t.limits, all...)
+	return err
 }
 
 // walks tries what finds the connections that a change would cut, and listeners that are
 // older than demarc. A start does without.
 func (t *trial) walks() error {
+	if !t.dry {
+		return nil
+	}
 	for _, name := range []string{"cuts", "old_listeners"} {
-		if !t.dry {
-			break
-		}
 		iter, err := link.AttachIter(link.IterOptions{Program: t.objects.Programs[name]})
 		if err == nil {
 			var all io.ReadCloser
